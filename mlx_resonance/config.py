@@ -1,0 +1,242 @@
+"""RopeConfig: the rope part of a Hugging Face config.json, in the keys of transformers 4 and of transformers 5."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+from .frequencies import (
+    RotaryFrequencies,
+    default_frequencies,
+    dynamic_ntk_frequencies,
+    linear_frequencies,
+    llama3_frequencies,
+    longrope_frequencies,
+    ntk_frequencies,
+    yarn_frequencies,
+)
+
+PREFIX = "resonance_"
+DEFAULT_BASE = 10000.0  # transformers' default for `rope_theta`; LLaMA 1 and 2 leave the key out
+
+# A type's keys in config.json are its maker's keyword names: to add a type, add its maker here.
+MAKERS: Mapping[str, Callable[..., RotaryFrequencies]] = MappingProxyType(
+    {
+        "default": default_frequencies,
+        "linear": linear_frequencies,
+        "ntk": ntk_frequencies,
+        "dynamic": dynamic_ntk_frequencies,
+        "yarn": yarn_frequencies,
+        "llama3": llama3_frequencies,
+        "longrope": longrope_frequencies,
+    }
+)
+NOT_IN_ROPE_DICT = {"dims", "base", "seq_len", "max_position_embeddings"}  # these stand elsewhere in config.json
+NO_EFFECT = {"finetuned"}  # written by the YaRN authors' code; changes no angle
+LISTS, INTEGERS, BOOLEANS = (
+    {"short_factor", "long_factor"},
+    {"original_max_position_embeddings"},
+    {"truncate"},
+)
+
+
+@dataclass(frozen=True)
+class RopeConfig:
+    """Which rotary embedding a checkpoint uses. Every value is checked when the object is made.
+
+    Args:
+        dims: number of rotated features of a head, even.
+        rope_type: a key of `MAKERS`, after `resonance_` where the wavelengths are rounded.
+        base: `rope_theta`.
+        max_position_embeddings: tokens of context, scaling included; None where config.json does not say.
+        parameters: the type's own keys (`factor`, `beta_fast`, …).
+        partial_rotary_factor: the part of a head's features that `dims` is.
+
+    Raises:
+        ValueError: an unknown type, a key that the type does not know or lacks, or a value out of range.
+    """
+
+    dims: int
+    rope_type: str = "default"
+    base: float = DEFAULT_BASE
+    max_position_embeddings: int | None = None
+    parameters: Mapping[str, Any] = field(default_factory=dict)
+    partial_rotary_factor: float = 1.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
+        if self.base_type not in MAKERS:
+            known = ", ".join(MAKERS)
+            raise ValueError(f"[RopeConfig] unknown rope_type {self.rope_type!r}; known: {known}, each also {PREFIX}…")
+        arguments = inspect.signature(self._maker).parameters
+        keys = [key for key in arguments if key not in NOT_IN_ROPE_DICT]
+        for key in keys:
+            if arguments[key].default is inspect.Parameter.empty and key not in self.parameters:
+                raise ValueError(f"[RopeConfig] rope_type {self.rope_type!r} needs {key}, which is missing")
+        for key, value in self.parameters.items():
+            if key not in keys:
+                takes = ", ".join(keys) or "no keys"
+                raise ValueError(
+                    f"[RopeConfig] {key} = {value!r} means nothing to rope_type {self.rope_type!r}, which takes {takes}"
+                )
+            _check_kind(key, value)
+        _check_kind("rope_theta", self.base)
+        if self.max_position_embeddings is not None:
+            _check_kind("max_position_embeddings", self.max_position_embeddings, int)
+            if self.max_position_embeddings < 1:
+                raise ValueError(f"[RopeConfig] max_position_embeddings must be positive, got {self.max_position_embeddings}")
+        original = self.parameters.get("original_max_position_embeddings")
+        if "max_position_embeddings" in arguments and self.base_type != "longrope":
+            if self.max_position_embeddings is None:
+                raise ValueError(f"[RopeConfig] rope_type {self.rope_type!r} needs max_position_embeddings, which is missing")
+        if original and self.max_position_embeddings and original > self.max_position_embeddings:
+            raise ValueError(
+                f"[RopeConfig] original_max_position_embeddings = {original} is longer than "
+                f"max_position_embeddings = {self.max_position_embeddings}; it is the context before scaling"
+            )
+        self.frequencies()  # the maker checks the ranges
+
+    @property
+    def base_type(self) -> str:
+        """The rope type without `resonance_`."""
+        return self.rope_type.removeprefix(PREFIX)
+
+    @property
+    def is_resonant(self) -> bool:
+        """Whether the wavelengths are rounded to whole numbers of tokens."""
+        return self.rope_type.startswith(PREFIX)
+
+    @property
+    def depends_on_length(self) -> bool:
+        """Whether the angles change with the length of the sequence (dynamic, longrope)."""
+        return "seq_len" in inspect.signature(self._maker).parameters
+
+    @property
+    def trained_length(self) -> int | None:
+        """Tokens of context before scaling, as far as config.json tells."""
+        return self.parameters.get("original_max_position_embeddings", self.max_position_embeddings)
+
+    @property
+    def _maker(self) -> Callable[..., RotaryFrequencies]:
+        return MAKERS[self.base_type]
+
+    def frequencies(self, seq_len: int | None = None) -> RotaryFrequencies:
+        """The rotary frequencies for a sequence of `seq_len` tokens (None: within the context before scaling)."""
+        arguments = dict(self.parameters)
+        available = {"seq_len": seq_len, "max_position_embeddings": self.max_position_embeddings}
+        wanted = inspect.signature(self._maker).parameters
+        arguments |= {key: value for key, value in available.items() if key in wanted}
+        frequencies = self._maker(self.dims, self.base, **arguments)
+        return frequencies.resonate() if self.is_resonant else frequencies
+
+    @classmethod
+    def from_hf(cls, config: Mapping[str, Any]) -> RopeConfig:
+        """Read the rope part of a config.json, in either style.
+
+        Args:
+            config: the whole object. Style 4 has `rope_theta` and `rope_scaling` (its type under `rope_type` or
+                `type`), style 5 has `rope_parameters`; where both stand they must agree.
+
+        Raises:
+            ValueError: a key is missing, unknown, contradictory or out of range.
+        """
+        scaling = _rope_dict(config)
+        rope_type = _agreed("rope_type", scaling.pop("rope_type", None), scaling.pop("type", None)) or "default"
+        base = _agreed("rope_theta", config.get("rope_theta"), scaling.pop("rope_theta", None))
+        part = _agreed(
+            "partial_rotary_factor", config.get("partial_rotary_factor"), scaling.pop("partial_rotary_factor", None)
+        )
+        part = 1.0 if part is None else part
+        _check_kind("partial_rotary_factor", part)
+        original = "original_max_position_embeddings"
+        if config.get(original) is not None:  # Phi-3 keeps it beside the dict
+            scaling[original] = _agreed(original, config[original], scaling.get(original))
+        return cls(
+            dims=int(_head_dim(config) * part),
+            rope_type=rope_type,
+            base=DEFAULT_BASE if base is None else base,
+            max_position_embeddings=config.get("max_position_embeddings"),
+            parameters={key: value for key, value in scaling.items() if value is not None and key not in NO_EFFECT},
+            partial_rotary_factor=part,
+        )
+
+    def to_hf(self, style: str = "4") -> dict[str, Any]:
+        """The rope part of a config.json.
+
+        A resonance type is written under `rope_scaling` in both styles: stock mlx-lm reads nothing else, and so
+        refuses the type instead of running with plain angles.
+
+        Args:
+            style: "4" for `rope_theta` and `rope_scaling`, "5" for `rope_parameters`.
+
+        Returns:
+            The keys to put into the whole object; `from_hf` of that object gives an equal RopeConfig.
+
+        Raises:
+            ValueError: another style.
+        """
+        if style not in ("4", "5"):
+            raise ValueError(f'[RopeConfig] style must be "4" or "5", got {style!r}')
+        scaling: dict[str, Any] = {"rope_type": self.rope_type, **self.parameters}
+        config: dict[str, Any] = {}
+        if self.max_position_embeddings is not None:
+            config["max_position_embeddings"] = self.max_position_embeddings
+        if style == "4":
+            if self.partial_rotary_factor != 1:
+                config["partial_rotary_factor"] = self.partial_rotary_factor
+            plain = self.rope_type == "default"
+            return config | {"rope_theta": self.base, "rope_scaling": None if plain else scaling}
+        parameters = scaling | {"rope_theta": self.base}
+        if self.partial_rotary_factor != 1:
+            parameters["partial_rotary_factor"] = self.partial_rotary_factor
+        return config | {"rope_parameters": parameters} | ({"rope_scaling": parameters} if self.is_resonant else {})
+
+
+def _rope_dict(config: Mapping[str, Any]) -> dict[str, Any]:
+    """`rope_scaling` or `rope_parameters`, flat; a copy."""
+    found = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)}
+    for key, value in found.items():
+        if not isinstance(value, Mapping):
+            raise ValueError(f"[RopeConfig] {key} must be an object, got {value!r}")
+        if any(isinstance(entry, Mapping) for entry in value.values()):
+            raise ValueError(f"[RopeConfig] {key} differs by layer type ({', '.join(value)}); one for all is supported")
+    merged: dict[str, Any] = {}
+    for value in found.values():
+        for key, entry in value.items():
+            merged[key] = _agreed(key, merged.get(key), entry)
+    return merged
+
+
+def _head_dim(config: Mapping[str, Any]) -> int:
+    if config.get("head_dim") is not None:
+        _check_kind("head_dim", config["head_dim"], int)
+        return int(config["head_dim"])
+    for key in ("hidden_size", "num_attention_heads"):
+        if config.get(key) is None:
+            raise ValueError(f"[RopeConfig] config.json has neither head_dim nor {key}")
+        _check_kind(key, config[key], int)
+    if config["num_attention_heads"] < 1:
+        raise ValueError(f"[RopeConfig] num_attention_heads must be positive, got {config['num_attention_heads']}")
+    return int(config["hidden_size"] // config["num_attention_heads"])
+
+
+def _agreed(key: str, one: Any, other: Any) -> Any:
+    """The value of a key that config.json may hold in two places."""
+    if one is not None and other is not None and one != other:
+        raise ValueError(f"[RopeConfig] config.json gives {key} twice, {one!r} and {other!r}; one of them is wrong")
+    return other if one is None else one
+
+
+def _check_kind(key: str, value: Any, kind: type | tuple[type, ...] | None = None) -> None:
+    """Raise where JSON holds another kind of value than the key has."""
+    if kind is None:
+        kind = list if key in LISTS else bool if key in BOOLEANS else int if key in INTEGERS else (int, float)
+    wanted = {list: "a list of numbers", bool: "true or false", int: "an integer"}.get(kind, "a number")  # type: ignore[arg-type]
+    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
+    if right and kind is list:
+        right = all(isinstance(entry, (int, float)) and not isinstance(entry, bool) for entry in value)
+    if not right:
+        raise ValueError(f"[RopeConfig] {key} must be {wanted}, got {value!r}")

@@ -1,0 +1,1 @@
+"""The rotary op: `ops.py` holds it in plain mlx.core."""

@@ -1,0 +1,145 @@
+"""ResonanceRoPE: rotary position embedding with exact phases, a drop-in for mlx.nn.RoPE."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from .frequencies import RotaryFrequencies
+from .kernels import ops
+
+MAX_POSITION = 2**31
+
+
+class Angles(NamedTuple):
+    """Cosine and sine of one step's angles, attention scale in, float32, shape (B or 1, 1, L, dims / 2)."""
+
+    cos: mx.array
+    sin: mx.array
+
+
+class ResonanceRoPE(nn.Module):
+    """Rotate queries and keys by position, with angles exact to float32 at every position below 2³¹.
+
+    Args:
+        frequencies: the wavelengths and the attention scale; or a function of the sequence length that gives them,
+            where they change with it (dynamic NTK, LongRoPE).
+        traditional: pairs are neighbours (2i, 2i + 1) instead of (i, i + dims / 2).
+
+    Raises:
+        TypeError: `frequencies` is neither.
+    """
+
+    def __init__(
+        self, frequencies: RotaryFrequencies | Callable[[int], RotaryFrequencies], traditional: bool = False
+    ) -> None:
+        super().__init__()
+        if not (isinstance(frequencies, RotaryFrequencies) or callable(frequencies)):
+            raise TypeError(f"[ResonanceRoPE] frequencies must be RotaryFrequencies, got {type(frequencies).__name__}")
+        self.traditional = traditional
+        self._by_length = None if isinstance(frequencies, RotaryFrequencies) else frequencies
+        self._use(frequencies if isinstance(frequencies, RotaryFrequencies) else frequencies(0))
+
+    def _use(self, frequencies: RotaryFrequencies) -> None:
+        self._frequencies = frequencies
+        modulus, turns = ops.phase_constants(frequencies.wavelengths)
+        self._constants = (modulus, turns, mx.array(frequencies.attention_scale, dtype=mx.float32))
+
+    @property
+    def frequencies(self) -> RotaryFrequencies:
+        """The frequencies in use: those of the last call, where they change with the length."""
+        return self._frequencies
+
+    @property
+    def dims(self) -> int:
+        """Number of rotated features."""
+        return self._frequencies.dims
+
+    def _extra_repr(self) -> str:
+        scale = f"{self.frequencies.attention_scale:.6g}"
+        return f"{self.dims}, traditional={self.traditional}, resonant={self.frequencies.is_resonant}, scale={scale}"
+
+    def angles(self, length: int, offset: int | mx.array = 0) -> Angles:
+        """The angles of one step, to be shared by all layers: see `rotate`.
+
+        Args:
+            length: number of tokens, L.
+            offset: position of the first token, an int in [0, 2³¹ - L] or an integer array of shape () or (B,).
+
+        Returns:
+            cos and sin, float32, shape (1, 1, L, dims / 2), or (B, 1, L, dims / 2) for one offset per row.
+
+        Raises:
+            ValueError: an offset out of range, not of an integer type, or of another shape.
+        """
+        if isinstance(offset, mx.array):
+            if offset.ndim > 1 or not mx.issubdtype(offset.dtype, mx.integer):
+                raise ValueError(
+                    "[ResonanceRoPE] offset must be an integer or an integer array of shape () or (B,), "
+                    f"got {offset.dtype} of shape {offset.shape}"
+                )
+        elif not 0 <= offset <= MAX_POSITION - length:
+            raise ValueError(f"[ResonanceRoPE] offset must lie in [0, 2**31 - {length}], got {offset}")
+        if self._by_length is not None:
+            last = int(offset.max().item()) if isinstance(offset, mx.array) else offset
+            frequencies = self._by_length(last + length)
+            if frequencies != self._frequencies:
+                self._use(frequencies)
+        start = offset.astype(mx.int64).reshape(-1, 1, 1) if isinstance(offset, mx.array) else offset
+        positions = (mx.arange(length, dtype=mx.int64) + start).reshape(-1, 1, length)
+        return Angles(*ops.cos_sin(positions, *self._constants))
+
+    def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
+        """Rotate one array, as `mlx.nn.RoPE` does.
+
+        Args:
+            x: shape (..., L, D) with D >= dims; features from dims on are copied.
+            offset: position of the first token, an int or an integer array of shape () or (B,), B the first axis of x.
+
+        Returns:
+            x rotated, same shape and type.
+
+        Raises:
+            ValueError: x has fewer than dims features or no axis for L, or the offset is wrong.
+        """
+        self._check(x)
+        batch = x.shape[0] if x.ndim > 2 else 1
+        flat = x.reshape(batch, -1, *x.shape[-2:]) if x.size else x
+        angles = self.angles(x.shape[-2], offset)
+        return ops.rotate_one(flat, *angles, self.traditional).reshape(x.shape) if x.size else x
+
+    def rotate(
+        self, q: mx.array, k: mx.array, offset: int | mx.array = 0, angles: Angles | None = None
+    ) -> tuple[mx.array, mx.array]:
+        """Rotate queries and keys in one call.
+
+        Args:
+            q: queries, shape (B, H, L, D).
+            k: keys, shape (B, H_kv, L, D).
+            offset: position of the first token, an int or an integer array of shape () or (B,).
+            angles: from `angles(L, offset)`, where a model computes them once for all layers; offset is not used then.
+
+        Returns:
+            q and k rotated, shapes and types as they came.
+
+        Raises:
+            ValueError: a shape or the offset is wrong.
+        """
+        self._check(q)
+        self._check(k)
+        if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
+            raise ValueError(
+                f"[ResonanceRoPE] q and k must be (B, H, L, D) with the same B, L and D, got {q.shape} and {k.shape}"
+            )
+        if angles is None:
+            angles = self.angles(q.shape[2], offset)
+        return ops.rotate(q, k, *angles, self.traditional)
+
+    def _check(self, x: mx.array) -> None:
+        if x.ndim < 2 or x.shape[-1] < self.dims:
+            raise ValueError(f"[ResonanceRoPE] expected (..., L, D) with D >= {self.dims}, got shape {x.shape}")
+        if not mx.issubdtype(x.dtype, mx.floating):
+            raise ValueError(f"[ResonanceRoPE] expected a floating-point array, got {x.dtype}")
