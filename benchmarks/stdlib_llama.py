@@ -125,7 +125,6 @@ def save(model: nn.Module, tokenizer: Tokenizer, output: Path, record: dict) -> 
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": BOS,
         "eos_token": EOS,
-        "model_max_length": CONTEXT,
         "clean_up_tokenization_spaces": False,
     }
     documents = {
@@ -166,16 +165,17 @@ def main() -> None:
         ],
         [lambda name, weight: weight.ndim == 2 and "embed_tokens" not in name],
     )
-    log = (args.work_dir / "log.jsonl").open("a", buffering=1)
-    losses: list[float] = []
-    start = time.perf_counter()
+    log = args.work_dir / "log.jsonl"  # a line for every step: a resumed run knows the whole history
+    last = time.perf_counter()
 
     def on_step(step: int, loss: float) -> None:
-        losses.append(loss)
-        entry = {"step": step, "loss": round(loss, 4), "seconds": round(time.perf_counter() - start, 1)}
-        log.write(json.dumps(entry) + "\n")
+        nonlocal last
+        now = time.perf_counter()
+        with log.open("a") as file:
+            file.write(json.dumps({"step": step, "loss": round(loss, 4), "seconds": round(now - last, 2)}) + "\n")
+        last = now
         if step % 20 == 0:
-            print(f"step {step}/{args.steps}  loss {np.mean(losses[-20:]):.3f}  {entry['seconds']:.0f} s", file=sys.stderr)
+            print(f"step {step}/{args.steps}  loss {loss:.3f}", file=sys.stderr)
 
     checkpoint = args.work_dir / "checkpoint.safetensors"
     train(model, optimizer, cross_entropy, batch, args.steps, seed=SEED, checkpoint=checkpoint, on_step=on_step)
@@ -184,6 +184,7 @@ def main() -> None:
     model.set_dtype(mx.float32)
     loss = held_out_loss(model, held_out)
     root = Path(sysconfig.get_paths()["stdlib"])
+    history = {entry["step"]: entry for entry in map(json.loads, log.read_text().splitlines())}
     record = {
         "script": "benchmarks/stdlib_llama.py",
         "seed": SEED,
@@ -191,11 +192,11 @@ def main() -> None:
         "tokens_per_step": BATCH * CONTEXT,
         "parameters": sum(value.size for _, value in tree_flatten(model.parameters())),
         "train_tokens": len(train_tokens),
-        "train_loss": round(float(np.mean(losses[-50:])), 4) if losses else None,
+        "train_loss": round(float(np.mean([history[args.steps - i]["loss"] for i in range(50)])), 4),
         "held_out_tokens": len(held_out),
         "held_out_loss": round(loss, 4),
         "held_out_bits_per_byte": round(loss * len(held_out) / held_out_bytes / np.log(2), 4),
-        "seconds": round(time.perf_counter() - start),
+        "seconds": round(sum(entry["seconds"] for entry in history.values())),
         "python": platform.python_version(),
         "held_out_files": [path.relative_to(root).as_posix() for path in held_out_files],
     }

@@ -1,5 +1,8 @@
 """LLaMA-family models far past the context they were trained on: Resonance-YaRN for MLX."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from . import blas
 
 blas.load()  # before anything imports mlx.core
@@ -16,7 +19,36 @@ from .frequencies import (  # noqa: E402
     ntk_frequencies,
     yarn_frequencies,
 )
-from .loading import install, load  # noqa: E402
 from .rope import ResonanceRoPE  # noqa: E402
 
+if TYPE_CHECKING:
+    from .generation import generate, stream_generate
+    from .loading import install, load
+
 __version__ = "0.1.0"
+__all__ = [
+    "ResonanceRoPE",
+    "RopeConfig",
+    "RotaryFrequencies",
+    "default_frequencies",
+    "dynamic_ntk_frequencies",
+    "feature_gap",
+    "generate",
+    "install",
+    "linear_frequencies",
+    "llama3_frequencies",
+    "load",
+    "longrope_frequencies",
+    "ntk_frequencies",
+    "stream_generate",
+    "yarn_frequencies",
+]
+
+# These bring in mlx-lm and transformers, three seconds of imports that the rotary op and `--help` do without.
+_LATER = {"load": "loading", "install": "loading", "generate": "generation", "stream_generate": "generation"}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _LATER:
+        return getattr(import_module(f".{_LATER[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -120,17 +120,32 @@ class RopeConfig:
         return self.parameters.get("original_max_position_embeddings", self.max_position_embeddings)
 
     @property
+    def context_length(self) -> int | None:
+        """Tokens of context the checkpoint is meant for, scaling included, as far as config.json tells."""
+        original = self.parameters.get("original_max_position_embeddings")
+        if self.base_type == "dynamic":
+            original = self.max_position_embeddings
+        if original is None or self.max_position_embeddings is None:
+            return self.max_position_embeddings
+        # Most files state the scaled length; Qwen's yarn and every dynamic one the length before scaling.
+        return max(self.max_position_embeddings, int(original * self.parameters.get("factor", 1)))
+
+    @property
     def _maker(self) -> Callable[..., RotaryFrequencies]:
         return MAKERS[self.base_type]
 
     def frequencies(self, seq_len: int | None = None) -> RotaryFrequencies:
         """The rotary frequencies for a sequence of `seq_len` tokens (None: within the context before scaling)."""
+        frequencies = self.unrounded_frequencies(seq_len)
+        return frequencies.resonate() if self.is_resonant else frequencies
+
+    def unrounded_frequencies(self, seq_len: int | None = None) -> RotaryFrequencies:
+        """The base type's frequencies, before any rounding: what `inspect` compares with."""
         arguments = dict(self.parameters)
         available = {"seq_len": seq_len, "max_position_embeddings": self.max_position_embeddings}
         wanted = inspect.signature(self._maker).parameters
         arguments |= {key: value for key, value in available.items() if key in wanted}
-        frequencies = self._maker(self.dims, self.base, **arguments)
-        return frequencies.resonate() if self.is_resonant else frequencies
+        return self._maker(self.dims, self.base, **arguments)
 
     @classmethod
     def from_hf(cls, config: Mapping[str, Any]) -> RopeConfig:

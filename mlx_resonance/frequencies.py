@@ -72,6 +72,11 @@ class RotaryFrequencies:
             raise ValueError(f"[resonate] wavelength {self.wavelengths.min():g} would round to 0 tokens")
         return replace(self, wavelengths=rounded)
 
+    def angle_shift(self) -> Float64Array:
+        """By how much `resonate` changes each wavelength, as a part of it: |rounded - λ| / λ, shape (dims / 2,)."""
+        finite = np.where(np.isfinite(self.wavelengths), self.wavelengths, 1.0)
+        return np.abs(np.rint(finite) - finite) / finite
+
     def critical_pairs(self, length: int) -> int:
         """How many pairs make a full turn within `length` tokens (the paper's pre-critical dimensions)."""
         return int(np.sum(self.wavelengths <= length))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import logging
 import struct
 import sys
 from collections.abc import Mapping
@@ -81,6 +82,8 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerWrapper:
     """The tokenizer of a folder, in mlx-lm's wrapper. Raises FileNotFoundError where there is none."""
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")):
         raise FileNotFoundError(f"[load] {folder} has no tokenizer: expected tokenizer.json or tokenizer.model")
+    # It reads config.json too, and would warn of a rope type that it does not know but never uses.
+    logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     return mlx_lm.utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
 
 

@@ -1,0 +1,62 @@
+"""The README.md of a converted checkpoint."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from huggingface_hub import ModelCard, ModelCardData
+
+from mlx_resonance.config import RopeConfig
+
+TEXT = """
+# {name}
+
+{source} converted to MLX with mlx-resonance.
+
+| rope type | base | factor | context before scaling | context |
+| --- | --- | --- | --- | --- |
+| `{rope_type}` | {base:g} | {factor} | {trained} | {context} |
+
+```
+pip install mlx-resonance
+mlx-resonance generate --model {name} --prompt "…"
+```
+{resonance}"""
+
+RESONANCE = """
+The rotary wavelengths are whole numbers of tokens (arXiv 2403.00071). A runtime without the rope type
+`{rope_type}` refuses this checkpoint: with other angles it would write noise.
+"""
+
+
+def write_card(folder: Path, source: str | Path, source_card: Path, rope: RopeConfig) -> None:
+    """Write README.md, keeping the licence and language of the source's card.
+
+    Args:
+        folder: where to write; its name, less `.partial`, is the title.
+        source: folder or hub id that was converted.
+        source_card: the source's README.md, which may be missing.
+        rope: the settings that were written.
+    """
+    data = ModelCardData()
+    if source_card.is_file():
+        try:
+            data = ModelCard.load(source_card).data
+        except ValueError:  # front matter that the hub would refuse; only its metadata is lost
+            pass
+    data.library_name = "mlx"
+    data.pipeline_tag = "text-generation"
+    data.tags = sorted({*(data.tags or []), "mlx", *(["resonance-rope"] if rope.is_resonant else [])})
+    is_hub_id = not Path(source).exists()
+    data.base_model = str(source) if is_hub_id else None
+    text = TEXT.format(
+        name=folder.name.removesuffix(".partial"),
+        source=str(source) if is_hub_id else f"`{Path(source).resolve().name}`",
+        rope_type=rope.rope_type,
+        base=rope.base,
+        factor=rope.parameters.get("factor", 1),
+        trained=rope.trained_length,
+        context=rope.context_length,
+        resonance=RESONANCE.format(rope_type=rope.rope_type) if rope.is_resonant else "",
+    )
+    ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")

@@ -1,0 +1,246 @@
+"""convert(): read a checkpoint, cast or quantize its weights, write an MLX folder in one rename."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
+
+from mlx_resonance.config import RopeConfig
+from mlx_resonance.loading import (
+    INDEX,
+    TOKENIZER_PATTERNS,
+    check_safetensors,
+    load_model,
+    mlx_lm_config,
+    read_config,
+    resolve,
+    weight_files,
+)
+
+from .card import write_card
+from .rope import largest_shift, new_rope
+
+DTYPES = ("float32", "float16", "bfloat16")
+Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json"}
+
+logger = logging.getLogger("mlx_resonance")
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What `convert` made.
+
+    Args:
+        path: the MLX folder.
+        rope: its rope settings.
+        largest_shift: by how much rounding changed the wavelength that it changed most, as a part of that wavelength;
+            0 where the source was already resonant or nothing was rounded.
+        weights: bytes of the weight files.
+        files: number of the weight files.
+    """
+
+    path: Path
+    rope: RopeConfig
+    largest_shift: float
+    weights: int
+    files: int
+
+
+def convert(
+    src: str | Path,
+    mlx_path: str | Path,
+    *,
+    rope: str | None = None,
+    factor: float | None = None,
+    original_max_position_embeddings: int | None = None,
+    resonance: bool = True,
+    dtype: str | None = None,
+    quantize: bool = False,
+    q_bits: int | None = None,
+    q_group_size: int | None = None,
+    q_mode: str = "affine",
+    quant_predicate: str | None = None,
+    revision: str | None = None,
+    max_shard_size: str = "5GB",
+) -> Conversion:
+    """Convert a Hugging Face checkpoint to an MLX folder. The folder appears whole or not at all.
+
+    Args:
+        src: a folder with config.json and safetensors, or the id of a model on the Hugging Face hub.
+        mlx_path: the folder to write; it must not exist.
+        rope: a new scaling (`linear`, `ntk`, `dynamic`, `yarn`); None keeps that of the checkpoint.
+        factor: how many times the context grows; goes with `rope`.
+        original_max_position_embeddings: tokens of context before scaling; None for what config.json says.
+        resonance: round the wavelengths to whole numbers of tokens.
+        dtype: float32, float16 or bfloat16 for what is not quantized; None keeps every tensor's own.
+        quantize: quantize the weights with mlx-lm; the `q_…` arguments are its.
+        q_bits, q_group_size, q_mode: None for the mode's defaults.
+        quant_predicate: one of mlx-lm's mixed recipes, such as `mixed_4_6`.
+        revision: branch, tag or commit on the hub.
+        max_shard_size: a number of bytes with KB, MB or GB; no weight file is larger unless one tensor is.
+
+    Returns:
+        What was made.
+
+    Raises:
+        FileNotFoundError: no such source, or a file of it is missing.
+        FileExistsError: `mlx_path` exists.
+        ValueError: an argument or a file of the source is wrong.
+    """
+    target = Path(mlx_path).expanduser()
+    if target.exists():
+        raise FileExistsError(f"[convert] {target} exists: choose another --mlx-path, or delete it")
+    shard_bytes = _parse_size(max_shard_size)
+    _check_quantization(quantize, q_bits, q_group_size, q_mode, quant_predicate)
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+
+    folder = resolve(src, revision, [*TOKENIZER_PATTERNS, "model*.safetensors", "README.md"])
+    source_config = read_config(folder)
+    _check_source(folder, source_config, quantize)
+    before = RopeConfig.from_hf(source_config)
+    after = new_rope(before, rope, factor, original_max_position_embeddings, resonance)
+
+    rope_keys = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None, "original_max_position_embeddings": None}
+    config_changes = rope_keys | after.to_hf("4")
+    model, config = load_model(folder, lazy=True, config_changes=config_changes)
+    if dtype is not None:
+        _cast(model, getattr(mx, dtype))
+        config |= {"dtype": dtype, "torch_dtype": dtype}
+    if quantize:
+        model, config = _quantize(model, config, q_bits, q_group_size, q_mode, quant_predicate)
+
+    with _whole_or_nothing(target) as partial:
+        sizes = _write_weights(model, partial, shard_bytes)
+        config = {key: value for key, value in config.items() if value is not None}
+        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+        _copy_tokenizer(folder, partial)
+        write_card(partial, src, folder / "README.md", after)
+    shift = 0.0 if before.is_resonant else largest_shift(after)
+    return Conversion(target, after, shift, sum(sizes), len(sizes))
+
+
+def _check_source(folder: Path, config: dict[str, Any], quantize: bool) -> None:
+    """Everything that can be wrong with the source, before anything is written."""
+    method = (config.get("quantization_config") or {}).get("quant_method")
+    if method:
+        raise ValueError(f"[convert] {folder} is quantized with {method}: convert the original checkpoint")
+    if quantize and config.get("quantization"):
+        raise ValueError(f"[convert] {folder} is quantized already: convert the original checkpoint")
+    mlx_lm_config(config)
+    for file in weight_files(folder):
+        check_safetensors(file)
+
+
+def _check_quantization(
+    quantize: bool, bits: int | None, group_size: int | None, mode: str, predicate: str | None
+) -> None:
+    if not quantize:
+        if bits or group_size or predicate or mode != "affine":
+            raise ValueError("[convert] quantization settings need --quantize (-q)")
+        return
+    if mode not in Q_MODES:
+        raise ValueError(f"[convert] q_mode must be one of {', '.join(Q_MODES)}, got {mode!r}")
+    if mode != "affine":
+        if bits or group_size or predicate:
+            raise ValueError(f"[convert] q_mode {mode} has its own bits and group size: leave the others out")
+        return
+    for name, value, allowed in (("q_bits", bits, AFFINE_BITS), ("q_group_size", group_size, AFFINE_GROUPS)):
+        if value is not None and value not in allowed:
+            raise ValueError(f"[convert] {name} must be one of {', '.join(map(str, allowed))}, got {value}")
+    if predicate is not None and predicate not in QUANT_RECIPES:
+        recipes = ", ".join(QUANT_RECIPES)
+        raise ValueError(f"[convert] quant_predicate must be one of {recipes}, got {predicate!r}")
+
+
+def _parse_size(text: str) -> int:
+    """Bytes of `5GB`, `500MB` …, in powers of ten."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    number, unit = text[:-2].strip(), text[-2:].upper()
+    if unit not in units or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+        raise ValueError(f"[convert] max_shard_size must be a size such as 500MB or 5GB, got {text!r}")
+    return int(float(number) * units[unit])
+
+
+def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
+    model.update(
+        tree_map(lambda value: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value, model.parameters())
+    )
+
+
+def _quantize(
+    model: nn.Module, config: dict[str, Any], bits: int | None, group_size: int | None, mode: str, recipe: str | None
+) -> tuple[nn.Module, dict[str, Any]]:
+    predicate: Callable[..., Any] | None = None
+    if recipe is not None:
+        predicate = mixed_quant_predicate_builder(recipe, model, group_size or 64)
+    with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
+        quantized: tuple[nn.Module, dict[str, Any]] = mlx_lm.utils.quantize_model(
+            model, config, group_size, bits, mode=mode, quant_predicate=predicate
+        )
+    return quantized
+
+
+@contextlib.contextmanager
+def _whole_or_nothing(target: Path) -> Iterator[Path]:
+    """A folder beside the target that becomes the target at the end, and is gone after an error."""
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.rename(target)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_weights(model: nn.Module, folder: Path, shard_bytes: int) -> list[int]:
+    """Write the weights in files of at most `shard_bytes` and their index. Returns the files' sizes."""
+    weights = dict(tree_flatten(model.parameters()))
+    shards: list[dict[str, mx.array]] = []
+    room = 0
+    for name, value in weights.items():
+        if not shards or value.nbytes > room:
+            shards.append({})
+            room = shard_bytes
+        shards[-1][name] = value
+        room -= value.nbytes
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        mx.save_safetensors(str(folder / name), shard, metadata={"format": "mlx"})
+    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
+    total = sum(value.nbytes for value in weights.values())
+    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
+    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return [(folder / name).stat().st_size for name in names]
+
+
+def _copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy tokenizer, chat template and generation defaults as they are."""
+    files = {file for pattern in TOKENIZER_PATTERNS for file in source.glob(pattern)}
+    for file in sorted(files):
+        if file.is_file() and file.name not in NOT_COPIED:
+            shutil.copyfile(file, target / file.name)
+    templates = source / "additional_chat_templates"
+    if templates.is_dir():
+        shutil.copytree(templates, target / templates.name)
+    if not any((target / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+        logger.warning("%s has no tokenizer: the converted model takes token ids only", source)

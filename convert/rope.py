@@ -1,0 +1,68 @@
+"""The rope settings of a converted checkpoint: those of the source, or a new scaling, rounded or not."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from mlx_resonance.config import MAKERS, PREFIX, RopeConfig
+
+# With these three numbers alone; llama3 and longrope need parameters that belong to one trained checkpoint.
+SCALINGS = ("linear", "ntk", "dynamic", "yarn")
+
+
+def new_rope(
+    source: RopeConfig, rope: str | None, factor: float | None, original: int | None, resonance: bool
+) -> RopeConfig:
+    """The rope settings to write.
+
+    Args:
+        source: the checkpoint's own settings.
+        rope: the new scaling, one of `SCALINGS`; None keeps the source's.
+        factor: how many times the context grows.
+        original: tokens of context before scaling; None for what the source says.
+        resonance: round the wavelengths.
+
+    Raises:
+        ValueError: the arguments contradict each other or the source.
+    """
+    prefix = PREFIX if resonance else ""
+    if rope is None:
+        if factor is not None or original is not None:
+            raise ValueError("[convert] --factor and --original-max-position-embeddings need --rope")
+        return _with(source, prefix + source.base_type, dict(source.parameters), source.max_position_embeddings)
+    if rope not in SCALINGS:
+        more = " (give its keys in config.json instead)" if rope in MAKERS else ""
+        raise ValueError(f"[convert] rope must be one of {', '.join(SCALINGS)}, got {rope!r}{more}")
+    if factor is None:
+        raise ValueError(f"[convert] --rope {rope} needs --factor")
+    if not 1 <= factor < float("inf"):
+        raise ValueError(f"[convert] factor must be at least 1, got {factor}")
+    original = original if original is not None else source.trained_length
+    if original is None:
+        raise ValueError("[convert] config.json has no max_position_embeddings: give --original-max-position-embeddings")
+    if original < 1:
+        raise ValueError(f"[convert] original_max_position_embeddings must be positive, got {original}")
+    parameters: dict[str, float] = {"factor": factor}
+    if rope == "yarn":  # the betas of the paper's language models, written out: other runtimes have other defaults
+        parameters |= {"original_max_position_embeddings": original, "beta_fast": 32, "beta_slow": 1}
+    # The dynamic formula counts from max_position_embeddings, which therefore stays the length before scaling.
+    length = original if rope == "dynamic" else int(original * factor)
+    return _with(source, prefix + rope, parameters, length)
+
+
+def _with(source: RopeConfig, rope_type: str, parameters: dict[str, float], length: int | None) -> RopeConfig:
+    return RopeConfig(
+        dims=source.dims,
+        rope_type=rope_type,
+        base=source.base,
+        max_position_embeddings=length,
+        parameters=parameters,
+        partial_rotary_factor=source.partial_rotary_factor,
+    )
+
+
+def largest_shift(rope: RopeConfig) -> float:
+    """By how much rounding changes the wavelength that it changes most, as a part of it; 0 where nothing is rounded."""
+    if not rope.is_resonant:
+        return 0.0
+    return float(np.max(rope.unrounded_frequencies().angle_shift()))

@@ -1,0 +1,56 @@
+"""The command `mlx-resonance`: one module per subcommand, errors in one line."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from .. import __version__
+from . import convert, demo, generate, inspect
+
+app = typer.Typer(
+    name="mlx-resonance",
+    help="LLaMA-family models far past the context they were trained on: Resonance-YaRN for MLX.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.command("convert")(convert.command)
+app.command("inspect")(inspect.command)
+app.command("generate")(generate.command)
+app.command("demo")(demo.command)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print it.")) -> None:
+    pass
+
+
+def main() -> None:
+    """Entry point. Exit code 0: done; 1: the work failed; 2: the request was wrong; 130: interrupted."""
+    try:
+        code = app(standalone_mode=False)
+    except (KeyboardInterrupt, typer.Abort):
+        _fail("interrupted", 130)
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        _fail(error, 2)
+    except OSError as error:
+        _fail(error, 1)
+    except Exception as error:
+        if not hasattr(error, "format_message"):  # not a wrong command line but a fault of ours: show where
+            raise
+        _fail(error.format_message(), 2)
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+def _fail(error: object, code: int) -> None:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)

@@ -1,0 +1,68 @@
+"""`mlx-resonance demo`: the main job on the tiny checkpoint that comes with the package."""
+
+from __future__ import annotations
+
+import json as json_module
+import sysconfig
+import tempfile
+from importlib.resources import as_file, files
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from .output import print_json, stdout
+
+FACTOR, PROMPT_TOKENS, NEW_TOKENS = 8, 640, 256
+
+
+def command(
+    max_tokens: Annotated[int, Option(help="Tokens to generate.")] = NEW_TOKENS,
+    temp: Annotated[float, Option(help="Sampling temperature.")] = 0.5,
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
+) -> None:
+    """Convert a 3.7 M parameter LLaMA to eight times its context, inspect it, and write Python past 512 tokens."""
+    import mlx.core as mx
+
+    from ..config import RopeConfig
+    from ..convert import convert
+    from ..generation import prompt_tokens
+    from ..inspection import inspect_rope
+    from ..loading import load, read_config
+    from .convert import report
+    from .generate import run
+    from .inspect import print_schedule
+
+    # 16-bit matrix products are slow on a CPU.
+    dtype = "float32" if mx.default_device() == mx.cpu else None
+    with as_file(files("mlx_resonance") / "assets" / "stdlib-llama") as source, tempfile.TemporaryDirectory() as folder:
+        target = Path(folder) / "stdlib-llama-8x"
+        _say(f"mlx-resonance convert stdlib-llama --rope yarn --factor {FACTOR} --mlx-path {target.name}")
+        report(convert(source, target, rope="yarn", factor=FACTOR, dtype=dtype))
+
+        _say(f"mlx-resonance inspect {target.name}")
+        print_schedule(inspect_rope(RopeConfig.from_hf(read_config(target))), stdout)
+
+        _say(f"mlx-resonance generate --model {target.name} --temp {temp} --max-tokens {max_tokens} < a-module-it-never-saw.py")
+        model, tokenizer = load(target)
+        name, text = _unseen_module(source)
+        tokens = prompt_tokens(tokenizer, text)[:PROMPT_TOKENS]
+        stdout.print(f"[dim]… {name}, {len(tokens)} tokens of it; the checkpoint was trained on 512[/dim]")
+        stdout.print(tokenizer.decode(tokens[-60:]), style="dim", markup=False, end="")
+        result = run(model, tokenizer, tokens, show=True, max_tokens=max_tokens, temp=temp, seed=seed, prefill_step_size=128)
+    print_json(result)
+
+
+def _say(line: str) -> None:
+    stdout.print(f"\n[bold]$ {line}[/bold]", soft_wrap=True)
+
+
+def _unseen_module(checkpoint: Path) -> tuple[str, str]:
+    """A module of this machine's standard library that was held out from training."""
+    held_out = json_module.loads((checkpoint / "training.json").read_text())["held_out_files"]
+    root = Path(sysconfig.get_paths()["stdlib"])
+    for name in held_out:
+        path = root / name
+        if path.is_file() and path.stat().st_size > 8 * PROMPT_TOKENS:
+            return name, path.read_text(encoding="utf-8")
+    raise FileNotFoundError(f"[demo] none of the held-out modules is under {root}")

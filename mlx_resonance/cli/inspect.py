@@ -1,0 +1,71 @@
+"""`mlx-resonance inspect`: the rotary embedding of a checkpoint, pair by pair."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from rich.console import Console
+from rich.table import Table
+from typer import Argument, Option
+
+from .output import print_json, stderr, stdout
+
+if TYPE_CHECKING:
+    from ..inspection import Inspection
+
+
+def command(
+    model: Annotated[str, Argument(metavar="MODEL", help="Folder or Hugging Face hub id.")],
+    train_length: Annotated[int | None, Option(help="Tokens seen in training. Default: the context before scaling.")] = None,
+    test_length: Annotated[int | None, Option(help="Tokens of the longer text. Default: the checkpoint's context.")] = None,
+    plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw wavelengths and feature gap.")] = None,
+    json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Show wavelengths, what rounding changes, and which angles a longer text adds."""
+    from ..config import RopeConfig
+    from ..inspection import inspect_rope
+    from ..loading import read_config, resolve
+
+    folder = resolve(model, None, ["config.json"])
+    inspection = inspect_rope(RopeConfig.from_hf(read_config(folder)), train_length, test_length)
+    if plot is not None:
+        from ..plots import plot_inspection
+
+        plot_inspection(inspection, plot)
+        stderr.print(f"wrote {plot}")
+    if json:
+        print_json(inspection.to_dict())
+    else:
+        print_schedule(inspection, stdout)
+
+
+def print_schedule(inspection: Inspection, console: Console) -> None:
+    """The wavelength table, one row per feature pair."""
+    rope, in_use = inspection.rope, inspection.in_use
+    critical = in_use.critical_pairs(inspection.train_length)
+    console.print(
+        f"{rope.rope_type}: base {rope.base:g}, {rope.dims} dims, factor {rope.parameters.get('factor', 1):g}, "
+        f"attention scale {in_use.attention_scale:.4f}"
+    )
+    console.print(
+        f"{critical} of {rope.dims // 2} pairs turn fully within {inspection.train_length} tokens; "
+        f"feature gap up to {inspection.test_length} tokens"
+    )
+    table = Table(box=None, pad_edge=False)
+    for name in ("pair", "wavelength", "rounded", "shift", "pre-critical", "feature gap"):
+        table.add_column(name, justify="right")
+    shifts = inspection.unrounded.angle_shift()
+    rounded = inspection.unrounded.resonate().wavelengths
+    for pair, wavelength in enumerate(inspection.unrounded.wavelengths):
+        table.add_row(
+            str(pair),
+            f"{wavelength:,.3f}",
+            f"{rounded[pair]:,.0f}",
+            f"{100 * shifts[pair]:.3f} %",
+            "yes" if in_use.wavelengths[pair] <= inspection.train_length else "no",
+            f"{inspection.gap[pair]:.4f}",
+        )
+    console.print(table)
+    if not rope.is_resonant:
+        console.print("The model turns by the unrounded wavelengths; convert rounds them.")

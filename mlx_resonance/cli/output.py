@@ -1,0 +1,35 @@
+"""Where commands write: tables and progress on stderr, one JSON object on stdout."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Task as ProgressTask
+from rich.progress import ProgressColumn
+from rich.text import Text
+
+stdout = Console(highlight=False)
+stderr = Console(stderr=True, highlight=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One line, one object."""
+    print(json.dumps(value), flush=True)
+
+
+class TokensPerSecond(ProgressColumn):
+    """The speed of a task that counts tokens."""
+
+    def render(self, task: ProgressTask) -> Text:
+        """The column's text."""
+        speed = task.finished_speed or task.speed
+        return Text("" if speed is None else f"{speed:,.0f} tokens/s")
+
+
+def progress_bar() -> Progress:
+    """A bar on stderr: tokens, tokens/s, time left; gone when done, and not there where stderr is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TokensPerSecond(), TimeRemainingColumn())
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)

@@ -1,0 +1,70 @@
+"""What `inspect` shows of a checkpoint's rotary embedding: wavelengths, rounding, feature gap."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from .config import RopeConfig
+from .frequencies import Float64Array, RotaryFrequencies, feature_gap
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint's rotary embedding, measured between two lengths.
+
+    Args:
+        rope: the checkpoint's settings.
+        train_length: tokens seen in training.
+        test_length: tokens of the longer text.
+        unrounded: the frequencies of the base type.
+        in_use: the frequencies the model turns by at `test_length`.
+        gap: feature gap of every pair, as in use.
+    """
+
+    rope: RopeConfig
+    train_length: int
+    test_length: int
+    unrounded: RotaryFrequencies
+    in_use: RotaryFrequencies
+    gap: Float64Array
+
+    def to_dict(self) -> dict[str, Any]:
+        """What `inspect --json` prints."""
+        return {
+            "rope_type": self.rope.rope_type,
+            "base": self.rope.base,
+            "dims": self.rope.dims,
+            "factor": self.rope.parameters.get("factor", 1.0),
+            "attention_scale": self.in_use.attention_scale,
+            "original_max_position_embeddings": self.rope.trained_length,
+            "train_length": self.train_length,
+            "test_length": self.test_length,
+            "wavelengths": self.in_use.wavelengths.tolist(),
+            "angle_shift": self.unrounded.angle_shift().tolist(),
+            "critical_pairs": self.in_use.critical_pairs(self.train_length),
+            "feature_gap": self.gap.tolist(),
+        }
+
+
+def inspect_rope(rope: RopeConfig, train_length: int | None = None, test_length: int | None = None) -> Inspection:
+    """Measure a rotary embedding.
+
+    Args:
+        rope: the settings.
+        train_length: tokens seen in training; None for the context before scaling.
+        test_length: tokens of the longer text; None for the checkpoint's context, or four times the training length
+            where that is not longer.
+
+    Raises:
+        ValueError: a length is needed and config.json has none, or they are not 1 <= train_length <= test_length.
+    """
+    train_length = rope.trained_length if train_length is None else train_length
+    if train_length is None:
+        raise ValueError("[inspect] config.json has no max_position_embeddings: give --train-length")
+    if test_length is None:
+        test_length = max(rope.context_length or 0, train_length)
+        test_length = 4 * train_length if test_length == train_length else test_length
+    in_use = rope.frequencies(test_length)
+    gap = feature_gap(in_use, train_length, test_length)
+    return Inspection(rope, train_length, test_length, rope.unrounded_frequencies(test_length), in_use, gap)

@@ -1,0 +1,73 @@
+"""Every figure of the project, in one style."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import matplotlib
+
+matplotlib.use("Agg")
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from .frequencies import feature_gap
+from .inspection import Inspection
+
+# Okabe and Ito's colours: told apart without seeing red and green.
+BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+STYLE = {
+    "figure.dpi": 150,
+    "font.size": 9,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "grid.alpha": 0.25,
+    "legend.frameon": False,
+}
+
+
+def plot_inspection(inspection: Inspection, path: str | Path) -> None:
+    """Three panels over the pair index: wavelength, change by rounding, feature gap before and after rounding.
+
+    Args:
+        inspection: from `inspect_rope`.
+        path: the image to write; its suffix gives the format.
+
+    Raises:
+        ValueError: matplotlib does not write that format.
+    """
+    path = Path(path)
+    formats = sorted(plt.figure().canvas.get_supported_filetypes())
+    plt.close("all")
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise ValueError(f"[plot] {path}: the suffix must be one of {', '.join(formats)}")
+    pairs = np.arange(len(inspection.in_use.wavelengths))
+    unrounded = inspection.unrounded
+    lengths = inspection.train_length, inspection.test_length
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(3, 1, figsize=(7, 7), sharex=True, layout="constrained")
+        _wavelengths(axes[0], pairs, inspection)
+        axes[1].bar(pairs, 100 * unrounded.angle_shift(), color=GREY)
+        axes[1].set(yscale="log", ylabel="change of wavelength\nby rounding, %")
+        gaps = feature_gap(unrounded, *lengths), feature_gap(unrounded.resonate(), *lengths)
+        for gap, color, marker, label in zip(gaps, (ORANGE, BLUE), "o.", ("as computed", "rounded"), strict=True):
+            axes[2].plot(pairs, gap, marker, color=color, label=label, markersize=4, linewidth=0.8)
+        axes[2].set_yscale("symlog", linthresh=1e-3)  # a gap of exactly zero has its place
+        axes[2].set(ylabel="feature gap", xlabel="feature pair", ylim=(-2e-4, 3))
+        axes[2].legend(loc="lower right")
+        figure.suptitle(
+            f"{inspection.rope.rope_type}, base {inspection.rope.base:g}: "
+            f"trained on {lengths[0]} tokens, read at {lengths[1]}"
+        )
+        figure.savefig(path)
+    plt.close(figure)
+
+
+def _wavelengths(axis: Axes, pairs: np.ndarray, inspection: Inspection) -> None:
+    axis.plot(pairs, inspection.in_use.wavelengths, ".-", color=BLUE, markersize=4, linewidth=0.8)
+    for length, name in ((inspection.train_length, "training"), (inspection.test_length, "test")):
+        axis.axhline(length, color=GREY, linewidth=0.8, linestyle="--")
+        axis.text(0, length, f" {name} length {length}", va="bottom", color=GREY)
+    axis.set(yscale="log", ylabel="wavelength, tokens per turn")
