@@ -17,7 +17,7 @@ import sysconfig
 import time
 from pathlib import Path
 
-import mlx_resonance  # noqa: F401  (loads a fast BLAS on Linux, before MLX)
+from mlx_resonance.training import train, warmup_cosine
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -26,8 +26,6 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-
-from mlx_resonance.training import train, warmup_cosine
 
 SEED = 2403
 CONTEXT = 512
@@ -59,6 +57,39 @@ CONFIG = {
     "bos_token_id": 0,
     "eos_token_id": 1,
 }
+
+
+CARD = """---
+license: mit
+language: code
+library_name: mlx
+pipeline_tag: text-generation
+tags: [mlx, llama, python]
+---
+
+# stdlib-llama
+
+A LLaMA of {parameters:,} parameters and {context} tokens of context, trained on the Python standard library's sources.
+It is what `mlx-resonance demo` converts and what the tests of mlx-resonance use. It writes text that looks like Python;
+it knows nothing and is of no other use.
+
+| | |
+| --- | --- |
+| architecture | {num_hidden_layers} layers, hidden {hidden_size}, feed-forward {intermediate_size}, \
+{num_attention_heads} query and {num_key_value_heads} key heads of {head_dim}, tied embeddings |
+| rotary embedding | plain RoPE, base {rope_theta:g}; no scaling, no resonance |
+| tokenizer | byte-level BPE, {vocab_size} entries, trained on the training files |
+| data | `*.py` of Python {python}'s standard library, without {excluded}: {train_tokens:,} tokens |
+| held out | one file in 20, by the SHA-256 of its path: {held_out_tokens:,} tokens (`training.json` lists the files) |
+| training | {steps} steps of {tokens_per_step:,} tokens, Muon for matrices, AdamW for the rest, float32, seed {seed}, \
+{minutes:.0f} minutes on one CPU core |
+| loss, nats per token | {train_loss:.3f} (mean of the last 50 training steps), {held_out_loss:.3f} (held out) |
+| held out, bits per byte | {held_out_bits_per_byte:.3f} |
+| weights | float16 |
+
+Made by `{script}` of mlx-resonance; the held-out loss is that of the weights as they are stored. The training text is
+under the PSF licence, the weights are under MIT.
+"""
 
 
 def source_files() -> tuple[list[Path], list[Path]]:
@@ -116,7 +147,7 @@ def held_out_loss(model: nn.Module, tokens: np.ndarray) -> float:
 
 
 def save(model: nn.Module, tokenizer: Tokenizer, output: Path, record: dict) -> None:
-    """A Hugging Face folder: float16 weights, config, tokenizer, and the record of the training."""
+    """A Hugging Face folder: float16 weights, config, tokenizer, model card, and the record of the training."""
     output.mkdir(parents=True, exist_ok=True)
     weights = {name: value.astype(mx.float16) for name, value in tree_flatten(model.parameters())}
     mx.save_safetensors(str(output / "model.safetensors"), weights, metadata={"format": "pt"})
@@ -135,6 +166,9 @@ def save(model: nn.Module, tokenizer: Tokenizer, output: Path, record: dict) -> 
     }
     for name, content in documents.items():
         (output / name).write_text(json.dumps(content, indent=2) + "\n")
+    excluded = ", ".join(sorted(EXCLUDED - {"site-packages"}))
+    values = CONFIG | record | {"context": CONTEXT, "excluded": excluded, "minutes": record["seconds"] / 60}
+    (output / "README.md").write_text(CARD.format(**values))
 
 
 def main() -> None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from huggingface_hub import ModelCard, ModelCardData
-
 from mlx_resonance.config import RopeConfig
+
+from huggingface_hub import ModelCard, ModelCardData
 
 TEXT = """
 # {name}

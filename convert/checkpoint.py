@@ -12,12 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import mlx.nn as nn
-import mlx_lm.utils
-from mlx.utils import tree_flatten, tree_map
-from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
-
 from mlx_resonance.config import RopeConfig
 from mlx_resonance.loading import (
     INDEX,
@@ -30,12 +24,19 @@ from mlx_resonance.loading import (
     weight_files,
 )
 
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx.utils import tree_flatten, tree_map
+from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
+
 from .card import write_card
 from .rope import largest_shift, new_rope
 
 DTYPES = ("float32", "float16", "bfloat16")
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json"}
 
 logger = logging.getLogger("mlx_resonance")
@@ -116,8 +117,7 @@ def convert(
     before = RopeConfig.from_hf(source_config)
     after = new_rope(before, rope, factor, original_max_position_embeddings, resonance)
 
-    rope_keys = {"rope_theta": None, "rope_scaling": None, "rope_parameters": None, "original_max_position_embeddings": None}
-    config_changes = rope_keys | after.to_hf("4")
+    config_changes = dict.fromkeys(ROPE_KEYS) | after.to_hf("4")
     model, config = load_model(folder, lazy=True, config_changes=config_changes)
     if dtype is not None:
         _cast(model, getattr(mx, dtype))
@@ -178,9 +178,10 @@ def _parse_size(text: str) -> int:
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    model.update(
-        tree_map(lambda value: value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value, model.parameters())
-    )
+    def cast(value: mx.array) -> mx.array:
+        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
+
+    model.update(tree_map(cast, model.parameters()))
 
 
 def _quantize(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from mlx_resonance.config import MAKERS, PREFIX, RopeConfig
+
+import numpy as np
 
 # With these three numbers alone; llama3 and longrope need parameters that belong to one trained checkpoint.
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")
@@ -39,7 +39,7 @@ def new_rope(
         raise ValueError(f"[convert] factor must be at least 1, got {factor}")
     original = original if original is not None else source.trained_length
     if original is None:
-        raise ValueError("[convert] config.json has no max_position_embeddings: give --original-max-position-embeddings")
+        raise ValueError("[convert] config.json has no context length: give --original-max-position-embeddings")
     if original < 1:
         raise ValueError(f"[convert] original_max_position_embeddings must be positive, got {original}")
     parameters: dict[str, float] = {"factor": factor}

@@ -35,7 +35,8 @@ def load() -> str | None:
             continue
         return name
     logger.warning(
-        "no %s found: matrix products on the CPU are about 40 times slower (Debian, Ubuntu: libopenblas0-pthread; %s=off hides this)",
+        "no %s found: matrix products on the CPU are about 40 times slower"
+        " (Debian, Ubuntu: libopenblas0-pthread; %s=off hides this)",
         wanted or "OpenBLAS",
         VARIABLE,
     )

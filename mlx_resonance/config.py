@@ -87,11 +87,15 @@ class RopeConfig:
         if self.max_position_embeddings is not None:
             _check_kind("max_position_embeddings", self.max_position_embeddings, int)
             if self.max_position_embeddings < 1:
-                raise ValueError(f"[RopeConfig] max_position_embeddings must be positive, got {self.max_position_embeddings}")
+                raise ValueError(
+                    f"[RopeConfig] max_position_embeddings must be positive, got {self.max_position_embeddings}"
+                )
         original = self.parameters.get("original_max_position_embeddings")
         if "max_position_embeddings" in arguments and self.base_type != "longrope":
             if self.max_position_embeddings is None:
-                raise ValueError(f"[RopeConfig] rope_type {self.rope_type!r} needs max_position_embeddings, which is missing")
+                raise ValueError(
+                    f"[RopeConfig] rope_type {self.rope_type!r} needs max_position_embeddings, which is missing"
+                )
         if original and self.max_position_embeddings and original > self.max_position_embeddings:
             raise ValueError(
                 f"[RopeConfig] original_max_position_embeddings = {original} is longer than "

@@ -35,7 +35,9 @@ class RotaryFrequencies:
         if wavelengths.ndim != 1 or wavelengths.size == 0 or not np.all(wavelengths > 0):
             raise ValueError("[RotaryFrequencies] wavelengths must be positive numbers in one dimension")
         if not (math.isfinite(self.attention_scale) and self.attention_scale > 0):
-            raise ValueError(f"[RotaryFrequencies] attention_scale (attention_factor) must be positive, got {self.attention_scale}")
+            raise ValueError(
+                f"[RotaryFrequencies] attention_scale (attention_factor) must be positive, got {self.attention_scale}"
+            )
         wavelengths.flags.writeable = False
         object.__setattr__(self, "wavelengths", wavelengths)
 

@@ -28,7 +28,7 @@ class ModelArgs(llama.ModelArgs):
 
     def without_scaling(self) -> ModelArgs:
         """For mlx-lm's constructors, which make a rotary module of their own for every layer and know fewer types."""
-        return replace(self, rope_scaling=None)
+        return replace(self, rope_scaling=None)  # type: ignore[call-arg]  # a field of mlx-lm's class
 
 
 class Attention(llama.Attention):

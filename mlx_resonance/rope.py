@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from .frequencies import RotaryFrequencies
 from .kernels import ops
@@ -84,7 +85,7 @@ class ResonanceRoPE(nn.Module):
         elif not 0 <= offset <= MAX_POSITION - length:
             raise ValueError(f"[ResonanceRoPE] offset must lie in [0, 2**31 - {length}], got {offset}")
         if self._by_length is not None:
-            last = int(offset.max().item()) if isinstance(offset, mx.array) else offset
+            last = int(np.array(offset).max()) if isinstance(offset, mx.array) else offset
             frequencies = self._by_length(last + length)
             if frequencies != self._frequencies:
                 self._use(frequencies)

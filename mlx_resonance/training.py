@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
+import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
 
@@ -34,7 +35,9 @@ def warmup_cosine(peak: float, steps: int, warmup_steps: int, end: float = 0.0) 
     cosine = optim.cosine_decay(peak, steps - warmup_steps, end)
     if warmup_steps == 0:
         return cosine
-    return optim.join_schedules([optim.linear_schedule(peak / warmup_steps, peak, warmup_steps), cosine], [warmup_steps])
+    return optim.join_schedules(
+        [optim.linear_schedule(peak / warmup_steps, peak, warmup_steps), cosine], [warmup_steps]
+    )
 
 
 def save_checkpoint(path: Path, step: int, model: nn.Module, optimizer: optim.Optimizer) -> None:
@@ -62,8 +65,11 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) ->
     Raises:
         ValueError: the file belongs to another model or optimizer.
     """
-    arrays, metadata = mx.load(str(path), return_metadata=True)
-    expected = dict(tree_flatten({"model": model.trainable_parameters(), "optimizer": optimizer.state}))
+    loaded: Any = mx.load(str(path), return_metadata=True)
+    arrays, metadata = loaded
+    expected: dict[str, mx.array] = dict(
+        tree_flatten({"model": model.trainable_parameters(), "optimizer": optimizer.state})
+    )
     for name, value in expected.items():
         if name not in arrays or arrays[name].shape != value.shape:
             found = arrays[name].shape if name in arrays else "nothing"
@@ -130,5 +136,5 @@ def train(
         if checkpoint and (done % checkpoint_every == 0 or done == steps):
             save_checkpoint(checkpoint, done, model, optimizer)
         if on_step:
-            on_step(done, value.item())
+            on_step(done, float(np.array(value)))
     model.eval()

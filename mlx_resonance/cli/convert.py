@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def command(
     src: Annotated[str, Argument(metavar="SRC", help="Folder or Hugging Face hub id.")],
     mlx_path: Annotated[Path, Option("--mlx-path", help="Folder to write; must not exist.")],
-    rope: Annotated[str | None, Option(help="New scaling: linear, ntk, dynamic, yarn. Default: as in the source.")] = None,
+    rope: Annotated[str | None, Option(help="New scaling: linear, ntk, dynamic or yarn.")] = None,
     factor: Annotated[float | None, Option(help="How many times the context grows.")] = None,
     original_max_position_embeddings: Annotated[
         int | None, Option(help="Tokens of context before scaling. Default: as in the source.")
@@ -33,7 +33,7 @@ def command(
     max_shard_size: Annotated[str, Option(help="Largest weight file.")] = "5GB",
     json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Convert a checkpoint to MLX, with Resonance RoPE unless told otherwise."""
+    """Convert a checkpoint to MLX with Resonance RoPE."""
     from ..convert import convert
 
     if not src.strip() or not str(mlx_path).strip():
@@ -64,7 +64,8 @@ def report(done: Conversion) -> None:
     """Say what was made, and what rounding does to a checkpoint that was trained without it."""
     files = "1 file" if done.files == 1 else f"{done.files} files"
     context = f"{done.rope.context_length} tokens of context" if done.rope.context_length else "context unknown"
-    stderr.print(f"{done.path}: {done.rope.rope_type}, {context}, {done.weights / 1e6:.1f} MB in {files}", soft_wrap=True)
+    size = f"{done.weights / 1e6:.1f} MB in {files}"
+    stderr.print(f"{done.path}: {done.rope.rope_type}, {context}, {size}", soft_wrap=True)
     if done.largest_shift > 0:
         stderr.print(
             f"note: rounding moved the wavelengths by up to {100 * done.largest_shift:.1f} %; a checkpoint that was "

@@ -21,7 +21,7 @@ def command(
     temp: Annotated[float, Option(help="Sampling temperature.")] = 0.5,
     seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
 ) -> None:
-    """Convert a 3.7 M parameter LLaMA to eight times its context, inspect it, and write Python past 512 tokens."""
+    """Convert, inspect and run a tiny LLaMA past its context."""
     import mlx.core as mx
 
     from ..config import RopeConfig
@@ -43,13 +43,14 @@ def command(
         _say(f"mlx-resonance inspect {target.name}")
         print_schedule(inspect_rope(RopeConfig.from_hf(read_config(target))), stdout)
 
-        _say(f"mlx-resonance generate --model {target.name} --temp {temp} --max-tokens {max_tokens} < a-module-it-never-saw.py")
+        _say(f"mlx-resonance generate --model {target.name} --temp {temp} --max-tokens {max_tokens} < unseen.py")
         model, tokenizer = load(target)
         name, text = _unseen_module(source)
         tokens = prompt_tokens(tokenizer, text)[:PROMPT_TOKENS]
         stdout.print(f"[dim]… {name}, {len(tokens)} tokens of it; the checkpoint was trained on 512[/dim]")
         stdout.print(tokenizer.decode(tokens[-60:]), style="dim", markup=False, end="")
-        result = run(model, tokenizer, tokens, show=True, max_tokens=max_tokens, temp=temp, seed=seed, prefill_step_size=128)
+        options = {"max_tokens": max_tokens, "temp": temp, "seed": seed, "prefill_step_size": 128}
+        result = run(model, tokenizer, tokens, show=True, **options)
     print_json(result)
 
 

@@ -71,9 +71,11 @@ def run(model: nn.Module, tokenizer: TokenizerWrapper, tokens: list[int], show: 
     pieces = []
     with progress_bar() as bar:
         task = bar.add_task("prompt", total=len(tokens))
-        responses = stream_generate(
-            model, tokenizer, tokens, progress=lambda done, total: bar.update(task, completed=done, total=total), **options
-        )
+
+        def progress(done: int, total: int) -> None:
+            bar.update(task, completed=done, total=total)
+
+        responses = stream_generate(model, tokenizer, tokens, progress=progress, **options)
         for response in responses:
             bar.stop()  # the prompt is done: the text follows
             pieces.append(response.text)
@@ -85,6 +87,7 @@ def run(model: nn.Module, tokenizer: TokenizerWrapper, tokens: list[int], show: 
     stderr.print(
         f"prompt {result['prompt_tokens']} tokens, {result['prompt_tps']:,.0f} tokens/s; "
         f"generated {result['generation_tokens']} tokens, {result['generation_tps']:,.0f} tokens/s; "
-        f"peak memory {result['peak_memory'] / 1e6:,.0f} MB"
+        f"peak memory {result['peak_memory'] / 1e6:,.0f} MB",
+        soft_wrap=True,
     )
     return result

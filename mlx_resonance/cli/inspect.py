@@ -17,12 +17,12 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, Argument(metavar="MODEL", help="Folder or Hugging Face hub id.")],
-    train_length: Annotated[int | None, Option(help="Tokens seen in training. Default: the context before scaling.")] = None,
-    test_length: Annotated[int | None, Option(help="Tokens of the longer text. Default: the checkpoint's context.")] = None,
+    train_length: Annotated[int | None, Option(help="Default: the context before scaling.")] = None,
+    test_length: Annotated[int | None, Option(help="Default: the checkpoint's context.")] = None,
     plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw wavelengths and feature gap.")] = None,
     json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show wavelengths, what rounding changes, and which angles a longer text adds."""
+    """Show a checkpoint's wavelengths and feature gap."""
     from ..config import RopeConfig
     from ..inspection import inspect_rope
     from ..loading import read_config, resolve
@@ -46,11 +46,13 @@ def print_schedule(inspection: Inspection, console: Console) -> None:
     critical = in_use.critical_pairs(inspection.train_length)
     console.print(
         f"{rope.rope_type}: base {rope.base:g}, {rope.dims} dims, factor {rope.parameters.get('factor', 1):g}, "
-        f"attention scale {in_use.attention_scale:.4f}"
+        f"attention scale {in_use.attention_scale:.4f}",
+        soft_wrap=True,
     )
     console.print(
         f"{critical} of {rope.dims // 2} pairs turn fully within {inspection.train_length} tokens; "
-        f"feature gap up to {inspection.test_length} tokens"
+        f"feature gap up to {inspection.test_length} tokens",
+        soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
     for name in ("pair", "wavelength", "rounded", "shift", "pre-critical", "feature gap"):

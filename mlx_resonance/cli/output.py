@@ -6,9 +6,8 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
 from rich.progress import Task as ProgressTask
-from rich.progress import ProgressColumn
 from rich.text import Text
 
 stdout = Console(highlight=False)
@@ -31,5 +30,6 @@ class TokensPerSecond(ProgressColumn):
 
 def progress_bar() -> Progress:
     """A bar on stderr: tokens, tokens/s, time left; gone when done, and not there where stderr is no terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TokensPerSecond(), TimeRemainingColumn())
+    count = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    columns = (*count, TokensPerSecond(), TimeRemainingColumn())
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)

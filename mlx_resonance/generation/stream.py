@@ -79,8 +79,8 @@ def stream_generate(
     limit = context_length(model)
     if limit is not None and len(tokens) + max_tokens > limit:
         raise ValueError(
-            f"[generate] {len(tokens)} prompt tokens and {max_tokens} new ones exceed the checkpoint's context of {limit} "
-            "tokens: shorten them, or convert with a larger --factor"
+            f"[generate] {len(tokens)} prompt tokens and {max_tokens} new ones exceed the checkpoint's context of "
+            f"{limit} tokens: shorten them, or convert with a larger --factor"
         )
     if seed is not None:
         mx.random.seed(seed)

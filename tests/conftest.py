@@ -1,0 +1,64 @@
+"""Checkpoints that several tests share."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import mlx_resonance  # noqa: F401  (before anything imports mlx.core: it loads a fast BLAS on Linux)
+
+import pytest
+
+STDLIB_LLAMA = Path(str(files("mlx_resonance") / "assets" / "stdlib-llama"))
+
+
+@pytest.fixture(scope="session")
+def stdlib_llama() -> Path:
+    """The checkpoint that comes with the package."""
+    return STDLIB_LLAMA
+
+
+@pytest.fixture(scope="session")
+def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random 2-layer LLaMA of 128 tokens' context as transformers saves it: shards, tokenizer, chat template."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("source") / "random-llama"
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=2048,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        tie_word_embeddings=False,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500KB")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(STDLIB_LLAMA / name, folder / name)
+    (folder / "chat_template.jinja").write_text(
+        "{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}\n"
+    )
+    (folder / "README.md").write_text("---\nlicense: apache-2.0\nlanguage: en\n---\n# A random LLaMA\n")
+    return folder
+
+
+@pytest.fixture
+def copy_of(tmp_path: Path) -> Any:
+    """copy_of(folder, key=value, …): a copy with these keys of config.json changed; None deletes one."""
+
+    def copy(folder: Path, **changes: Any) -> Path:
+        target = tmp_path / "copy"
+        shutil.copytree(folder, target)
+        config = json.loads((target / "config.json").read_text()) | changes
+        config = {key: value for key, value in config.items() if value is not None}
+        (target / "config.json").write_text(json.dumps(config))
+        return target
+
+    return copy

@@ -1,0 +1,44 @@
+"""Loading OpenBLAS on Linux: one log line where there is none, and none where that was asked for."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="macOS has Accelerate")
+
+PRINT_WHETHER_LOADED = "import sys; print('libopenblas' in open('/proc/self/maps').read(), end='', file=sys.stderr)"
+
+
+def stderr_of(code: str, **environment: str) -> str:
+    import os
+
+    variables = {key: value for key, value in os.environ.items() if key != "MLX_RESONANCE_BLAS"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=variables | environment, capture_output=True, text=True, check=True
+    )
+    return done.stderr
+
+
+def test_a_missing_library_is_one_line() -> None:
+    lines = stderr_of("import mlx_resonance", MLX_RESONANCE_BLAS="libno-such-blas.so").splitlines()
+    assert len(lines) == 1 and "libno-such-blas.so" in lines[0]
+
+
+def test_it_can_be_told_not_to() -> None:
+    assert stderr_of(f"import mlx_resonance; {PRINT_WHETHER_LOADED}", MLX_RESONANCE_BLAS="off") == "False"
+
+
+def test_mlx_imported_first_is_said() -> None:
+    assert "before mlx_resonance" in stderr_of("import mlx.core, mlx_resonance")
+
+
+def test_a_system_openblas_is_used() -> None:
+    import ctypes.util
+
+    if ctypes.util.find_library("openblas") is None:
+        pytest.skip("this system has no OpenBLAS")
+    multiply = "mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))"
+    assert stderr_of(f"import mlx_resonance, mlx.core as mx; {multiply}; {PRINT_WHETHER_LOADED}") == "True"

@@ -1,0 +1,222 @@
+"""The commands as a user runs them: what they print, where, and with which exit code."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance import cli
+
+import pytest
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """run(argument, …) -> exit code, stdout, stderr."""
+
+    def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx-resonance", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out, err = capsys.readouterr()
+        return done.value.code, out, err
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def extended(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint converted with Resonance-YaRN × 8."""
+    from mlx_resonance.convert import convert
+
+    folder = tmp_path_factory.mktemp("converted") / "stdlib-llama-8x"
+    convert(stdlib_llama, folder, rope="yarn", factor=8, dtype="float32")
+    return folder
+
+
+GENERATION_KEYS = [
+    "text", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "peak_memory", "finish_reason",
+]  # fmt: skip
+
+
+def test_convert_says_what_rounding_costs(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    code, out, err = run(
+        "convert", stdlib_llama, "--mlx-path", tmp_path / "out", "--rope", "yarn", "--factor", 8, "--json"
+    )
+    assert code == 0
+    assert json.loads(out)["largest_shift"] == pytest.approx(0.0452, abs=1e-4)
+    notes = [line for line in err.splitlines() if line.startswith("note: rounding")]
+    assert len(notes) == 1 and "4.5 %" in notes[0]
+
+
+def test_convert_without_resonance_has_nothing_to_note(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    code, out, err = run("convert", stdlib_llama, "--mlx-path", tmp_path / "out", "--no-resonance")
+    assert (code, out) == (0, "")
+    assert "note:" not in err
+
+
+def test_inspect_json(run: Any, extended: Path) -> None:
+    code, out, _ = run("inspect", extended, "--json")
+    result = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert (result["rope_type"], result["base"], result["dims"], result["factor"]) == ("resonance_yarn", 10000, 64, 8)
+    assert result["original_max_position_embeddings"] == 512
+    assert result["attention_scale"] == pytest.approx(1.2079442)
+    assert result["wavelengths"][:4] == [6, 8, 11, 15]
+    assert result["angle_shift"][0] == pytest.approx(0.0451, abs=1e-4)
+    assert result["critical_pairs"] == 13
+    assert result["feature_gap"][:13] == [0] * 13 and min(result["feature_gap"][13:]) > 0.05
+
+
+def test_inspect_table_has_a_row_for_every_pair(run: Any, stdlib_llama: Path) -> None:
+    code, out, _ = run("inspect", stdlib_llama, "--test-length", 1024)
+    rows = [line.split() for line in out.splitlines() if line.lstrip()[:1].isdigit()]
+    assert code == 0
+    assert [int(row[0]) for row in rows if row[-2] in ("yes", "no")] == list(range(32))
+    assert "6.283" in out and "4.507 %" in out and "unrounded" in out
+
+
+def test_inspect_plot(run: Any, extended: Path, tmp_path: Path) -> None:
+    code, _, _ = run("inspect", extended, "--plot", tmp_path / "plot.png")
+    assert code == 0
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_generate_streams_the_text_that_json_holds(run: Any, extended: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt.txt").write_text("import os\n\n\ndef main")
+    options = ("generate", "--model", extended, "--max-tokens", 24, "--temp", 0.8, "--seed", 7)
+    code, text, err = run(*options, "--prompt-file", tmp_path / "prompt.txt")
+    assert code == 0 and "tokens/s" in err and "peak memory" in err
+    code, out, _ = run(*options, "--json", stdin="import os\n\n\ndef main")
+    result = json.loads(out)
+    assert code == 0 and out.count("\n") == 1
+    assert list(result) == GENERATION_KEYS
+    assert result["text"] + "\n" == text
+    assert 0 < result["generation_tokens"] <= 24 and result["peak_memory"] > 1e6
+    assert result["finish_reason"] in ("stop", "length")
+
+
+@pytest.mark.parametrize("option", [("--prefill-step-size", 5), ("--kv-bits", 8)])
+def test_generate_options_leave_the_text_as_it_is(run: Any, extended: Path, option: tuple[str, int]) -> None:
+    arguments = ("generate", "--model", extended, "--max-tokens", 8, "--json", "--prompt", "import os\nimport re\n" * 4)
+    plain, other = run(*arguments)[1], run(*arguments, *option)[1]
+    # 8-bit keys and values move the logits by far less than the likeliest token leads by here.
+    assert json.loads(plain)["text"] == json.loads(other)["text"] != ""
+
+
+def test_demo_generates_past_the_training_length(run: Any) -> None:
+    code, out, _ = run("demo")
+    result = json.loads(out.splitlines()[-1])
+    assert code == 0
+    assert list(result) == GENERATION_KEYS
+    assert result["prompt_tokens"] > 512 and result["generation_tokens"] >= 256
+    assert "resonance_yarn" in out and result["text"][:200] in out
+
+
+def damaged(kind: str, stdlib_llama: Path, tmp_path: Path) -> Path:
+    """A checkpoint with one thing wrong."""
+    import shutil
+
+    folder = tmp_path / "damaged"
+    if kind == "missing folder":
+        return folder
+    shutil.copytree(stdlib_llama, folder)
+    weights, config = folder / "model.safetensors", json.loads((folder / "config.json").read_text())
+    if kind == "no safetensors":
+        weights.unlink()
+    elif kind == "truncated safetensors":
+        weights.write_bytes(weights.read_bytes()[:-1000])
+    elif kind == "truncated header":
+        weights.write_bytes(weights.read_bytes()[:100])
+    elif kind == "no config":
+        (folder / "config.json").unlink()
+    elif kind == "config is not JSON":
+        (folder / "config.json").write_text("{")
+    elif kind == "no vocab_size":
+        del config["vocab_size"]
+    elif kind == "unknown rope type":
+        config["rope_scaling"] = {"rope_type": "spiral"}
+    if kind in ("no vocab_size", "unknown rope type"):
+        (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+DAMAGES = {
+    "missing folder": "no such folder",
+    "no safetensors": "no model*.safetensors",
+    "truncated safetensors": "header says",
+    "truncated header": "not a whole safetensors file",
+    "no config": "no config.json",
+    "config is not JSON": "not JSON",
+    "no vocab_size": "vocab_size",
+    "unknown rope type": "'spiral'",
+}
+READ_BY_INSPECT = ("missing folder", "no config", "config is not JSON", "unknown rope type")  # not the weights
+CASES = [(command, kind) for command in ("convert", "generate") for kind in DAMAGES]
+CASES += [("inspect", kind) for kind in READ_BY_INSPECT]
+
+
+@pytest.mark.parametrize(("command", "kind"), CASES)
+def test_a_damaged_checkpoint_is_one_line_and_exit_2(
+    run: Any, stdlib_llama: Path, tmp_path: Path, command: str, kind: str
+) -> None:
+    folder, out = damaged(kind, stdlib_llama, tmp_path), tmp_path / "out"
+    before = sorted(tmp_path.rglob("*"))
+    arguments = {
+        "convert": ("convert", folder, "--mlx-path", out),
+        "generate": ("generate", "--model", folder, "--prompt", "import"),
+        "inspect": ("inspect", folder, "--plot", tmp_path / "plot.png"),
+    }
+    code, stdout, stderr = run(*arguments[command])
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+    assert stderr.startswith("error: ") and DAMAGES[kind] in stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("convert", "{model}"), "--mlx-path"),
+        (("convert", "{model}", "--mlx-path", "{model}"), "exists"),
+        (("convert", "{model}", "--mlx-path", "{new}", "--factor", "many"), "--factor"),
+        (("inspect", "{model}", "--train-length", "0"), "train_length"),
+        (("inspect", "{model}", "--train-length", "900", "--test-length", "800"), "test_length"),
+        (("inspect", "{model}", "--plot", "{new}.xyz"), "suffix"),
+        (("generate",), "--model"),
+        (("generate", "--model", "{model}", "--prompt", ""), "prompt is empty"),
+        (("generate", "--model", "{model}", "--prompt-file", "{new}"), "prompt file"),
+        (("generate", "--model", "{model}", "--prompt", "a", "--prompt-file", "{model}"), "not both"),
+        (("generate", "--model", "{model}"), "prompt is empty"),
+        (("generate", "--model", "{model}", "--prompt", "pass\n" * 400), "context of 512"),
+        (("generate", "--model", "{model}", "--prompt", "a", "--max-tokens", "0"), "max_tokens"),
+        (("generate", "--model", "{model}", "--prompt", "a", "--temp", "-1"), "temp"),
+        (("generate", "--model", "{model}", "--prompt", "a", "--top-p", "2"), "top_p"),
+        (("generate", "--model", "{model}", "--prompt", "a", "--kv-bits", "3"), "kv_bits"),
+        (("demo", "--max-tokens", "100000"), "context of 4096"),
+        (("frobnicate",), "frobnicate"),
+    ],
+)
+def test_a_wrong_request_is_one_line_and_exit_2(
+    run: Any, stdlib_llama: Path, tmp_path: Path, arguments: tuple[str, ...], named: str
+) -> None:
+    filled = [argument.format(model=stdlib_llama, new=tmp_path / "new") for argument in arguments]
+    code, _, stderr = run(*filled)
+    assert code == 2
+    errors = [line for line in stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and stderr.splitlines()[-1] == errors[0] and named in errors[0]
+    assert "Traceback" not in stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_installed_command_prints_its_version_and_help() -> None:
+    command = Path(sys.executable).with_name("mlx-resonance")
+    version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
+    assert version.stdout.strip() == __import__("mlx_resonance").__version__
+    text = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
+    assert all(name in text for name in ("convert", "inspect", "generate", "demo"))
+    assert max(map(len, text.splitlines())) <= 80

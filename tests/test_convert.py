@@ -1,0 +1,210 @@
+"""The converter: what it writes, and that it writes all of it or nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx_resonance.convert.checkpoint as checkpoint
+from mlx_resonance import RopeConfig, load
+from mlx_resonance.convert import convert
+from mlx_resonance.loading import load_model
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from huggingface_hub import ModelCard
+from mlx.utils import tree_flatten
+
+TOKENS = mx.array([[0, 5, 77, 1024, 3, 9]])
+
+
+def config_of(folder: Path) -> dict[str, Any]:
+    return json.loads((folder / "config.json").read_text())
+
+
+def test_a_sharded_checkpoint_becomes_one_file_with_the_same_weights(random_llama: Path, tmp_path: Path) -> None:
+    assert len(list(random_llama.glob("model-*.safetensors"))) > 1
+    done = convert(random_llama, tmp_path / "out")
+    weights = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    source = {}
+    for file in random_llama.glob("model-*.safetensors"):
+        source |= mx.load(str(file))
+    assert weights.keys() == source.keys()
+    assert all(mx.array_equal(weights[name], source[name]) for name in source)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert index["weight_map"] == {name: "model.safetensors" for name in source}
+    assert (done.files, done.weights) == (1, (tmp_path / "out" / "model.safetensors").stat().st_size)
+
+
+def test_tokenizer_files_are_copied_byte_for_byte(random_llama: Path, tmp_path: Path) -> None:
+    convert(random_llama, tmp_path / "out")
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "generation_config.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (random_llama / name).read_bytes(), name
+    _, tokenizer = load(tmp_path / "out")
+    assert tokenizer.has_chat_template
+
+
+def test_shards_are_no_larger_than_asked_and_load_again(random_llama: Path, tmp_path: Path) -> None:
+    done = convert(random_llama, tmp_path / "out", max_shard_size="0.6MB")
+    files = list((tmp_path / "out").glob("model-*.safetensors"))
+    assert done.files == len(files) > 1
+    assert max(file.stat().st_size for file in files) < 0.6e6 + 10_000  # the header comes on top
+    whole, _ = load_model(random_llama)
+    sharded, _ = load_model(tmp_path / "out", config_changes={"rope_scaling": None})
+    assert mx.array_equal(whole(TOKENS), sharded(TOKENS))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_dtype(random_llama: Path, tmp_path: Path, dtype: str) -> None:
+    convert(random_llama, tmp_path / "out", dtype=dtype)
+    weights = mx.load(str(tmp_path / "out" / "model.safetensors"))
+    assert {value.dtype for value in weights.values()} == {getattr(mx, dtype)}
+    assert config_of(tmp_path / "out")["dtype"] == config_of(tmp_path / "out")["torch_dtype"] == dtype
+
+
+@pytest.mark.parametrize(
+    ("options", "quantization"),
+    [
+        ({}, {"group_size": 64, "bits": 4, "mode": "affine"}),
+        ({"q_bits": 8, "q_group_size": 32}, {"group_size": 32, "bits": 8, "mode": "affine"}),
+        ({"q_mode": "mxfp4"}, {"group_size": 32, "bits": 4, "mode": "mxfp4"}),
+        ({"q_mode": "nvfp4"}, {"group_size": 16, "bits": 4, "mode": "nvfp4"}),
+        ({"q_mode": "mxfp8"}, {"group_size": 32, "bits": 8, "mode": "mxfp8"}),
+        ({"quant_predicate": "mixed_4_6"}, {"group_size": 64, "bits": 4, "mode": "affine"}),
+    ],
+)
+def test_quantized_logits_stay_near_the_source(
+    random_llama: Path, tmp_path: Path, options: dict[str, Any], quantization: dict[str, Any]
+) -> None:
+    convert(random_llama, tmp_path / "out", quantize=True, resonance=False, **options)
+    stored = config_of(tmp_path / "out")["quantization"]
+    assert {key: stored[key] for key in quantization} == quantization
+    assert ("quant_predicate" in options) == any(isinstance(value, dict) for value in stored.values())
+    model, _ = load_model(tmp_path / "out")
+    assert any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
+    reference = np.array(load_model(random_llama)[0](TOKENS)).ravel()
+    logits = np.array(model(TOKENS).astype(mx.float32)).ravel()
+    # Random weights are the worst case for 4 bits; another model's logits would correlate at 0.
+    assert np.corrcoef(reference, logits)[0, 1] > 0.9
+
+
+def test_resonance_is_on_by_default_and_says_how_far_it_rounds(random_llama: Path, tmp_path: Path) -> None:
+    done = convert(random_llama, tmp_path / "out", rope="yarn", factor=8)
+    scaling = config_of(tmp_path / "out")["rope_scaling"]
+    assert scaling == {
+        "rope_type": "resonance_yarn",
+        "factor": 8,
+        "original_max_position_embeddings": 128,
+        "beta_fast": 32,
+        "beta_slow": 1,
+    }
+    assert config_of(tmp_path / "out")["max_position_embeddings"] == 1024 == done.rope.context_length
+    wavelengths = done.rope.unrounded_frequencies().wavelengths
+    assert done.largest_shift == pytest.approx(np.max(np.abs(np.rint(wavelengths) / wavelengths - 1)))
+    assert convert(tmp_path / "out", tmp_path / "again").largest_shift == 0
+
+
+def test_no_resonance_keeps_the_angles(random_llama: Path, tmp_path: Path) -> None:
+    done = convert(random_llama, tmp_path / "out", resonance=False)
+    assert RopeConfig.from_hf(config_of(tmp_path / "out")) == RopeConfig.from_hf(config_of(random_llama)) == done.rope
+    assert done.largest_shift == 0
+
+
+@pytest.mark.parametrize("rope", ["linear", "ntk", "dynamic", "yarn"])
+def test_every_new_scaling_loads_and_reaches_the_longer_context(random_llama: Path, tmp_path: Path, rope: str) -> None:
+    done = convert(random_llama, tmp_path / "out", rope=rope, factor=4)
+    assert done.rope.context_length == 512
+    model, _ = load(tmp_path / "out")
+    assert model.args.rope == done.rope
+    assert mx.all(mx.isfinite(model(mx.arange(500)[None]))).item()
+
+
+def test_a_config_of_transformers_5_loses_no_rope_key(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
+    parameters = {
+        "rope_type": "yarn",
+        "rope_theta": 500000.0,
+        "factor": 4.0,
+        "original_max_position_embeddings": 128,
+        "attention_factor": 0.9,
+        "truncate": False,
+    }
+    source = copy_of(random_llama, rope_parameters=parameters, max_position_embeddings=512)
+    convert(source, tmp_path / "out", resonance=False)
+    written = config_of(tmp_path / "out")
+    assert "rope_parameters" not in written
+    assert written["rope_scaling"] | {"rope_theta": written["rope_theta"]} == parameters
+
+
+def test_the_card_keeps_the_licence(random_llama: Path, tmp_path: Path) -> None:
+    convert(random_llama, tmp_path / "out", rope="yarn", factor=8)
+    card = ModelCard.load(tmp_path / "out" / "README.md")
+    assert card.data.license == "apache-2.0"
+    assert card.data.library_name == "mlx"
+    assert "resonance_yarn" in card.text and "random-llama" in card.text
+    assert str(random_llama.parent) not in card.content  # no path of the machine that converted
+
+
+def test_a_failure_leaves_nothing(random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full_disk(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint, "write_card", full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        convert(random_llama, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_run_left_is_not_in_the_way(random_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
+    convert(random_llama, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    load(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"rope": "yarm", "factor": 2}, "rope must be one of"),
+        ({"rope": "llama3", "factor": 2}, "rope must be one of"),
+        ({"rope": "yarn"}, "--factor"),
+        ({"rope": "yarn", "factor": 0.5}, "factor"),
+        ({"rope": "yarn", "factor": float("nan")}, "factor"),
+        ({"factor": 2.0}, "--rope"),
+        ({"rope": "yarn", "factor": 2, "original_max_position_embeddings": 0}, "original_max_position_embeddings"),
+        ({"dtype": "int8"}, "dtype"),
+        ({"q_bits": 4}, "--quantize"),
+        ({"quantize": True, "q_bits": 7}, "q_bits"),
+        ({"quantize": True, "q_group_size": 5}, "q_group_size"),
+        ({"quantize": True, "q_mode": "int4"}, "q_mode"),
+        ({"quantize": True, "q_mode": "mxfp4", "q_bits": 4}, "mxfp4"),
+        ({"quantize": True, "quant_predicate": "mixed_9_9"}, "quant_predicate"),
+        ({"max_shard_size": "5"}, "max_shard_size"),
+        ({"max_shard_size": "-1GB"}, "max_shard_size"),
+    ],
+)
+def test_wrong_arguments_are_named(random_llama: Path, tmp_path: Path, options: dict[str, Any], named: str) -> None:
+    with pytest.raises(ValueError, match=named):
+        convert(random_llama, tmp_path / "out", **options)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"model_type": "not-a-model"}, "not-a-model"),
+        ({"vocab_size": None}, "vocab_size"),
+        ({"num_hidden_layers": None}, "num_hidden_layers"),
+        ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
+        ({"rope_scaling": {"rope_type": "spiral"}, "rope_parameters": None}, "spiral"),
+        ({"hidden_size": 72}, "shape"),
+    ],
+)
+def test_wrong_configs_are_named(
+    random_llama: Path, tmp_path: Path, copy_of: Any, changes: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        convert(copy_of(random_llama, **changes), tmp_path / "out")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()

@@ -1,0 +1,161 @@
+"""Finding a checkpoint's files, on disk and on a hub, and refusing those that cannot be right."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import struct
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance import load
+from mlx_resonance.llama import Model
+from mlx_resonance.loading import INDEX, check_safetensors, load_model, mlx_lm_config, resolve, weight_files
+
+import mlx.core as mx
+import pytest
+
+from .hub import serve
+
+
+def test_load_gives_a_model_and_a_tokenizer(random_llama: Path) -> None:
+    model, tokenizer = load(random_llama)
+    assert isinstance(model, Model) and not model.training
+    assert model(mx.array([tokenizer.encode("import os")])).shape[-1] == 2048
+    assert tokenizer.decode(tokenizer.encode("import os", add_special_tokens=False)) == "import os"
+
+
+def test_a_missing_tokenizer_is_named(random_llama: Path, copy_of: Any) -> None:
+    folder = copy_of(random_llama)
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(FileNotFoundError, match="no tokenizer"):
+        load(folder)
+
+
+def test_tied_embeddings_default_to_what_transformers_means(random_llama: Path, copy_of: Any) -> None:
+    model, _ = load_model(copy_of(random_llama, tie_word_embeddings=None))
+    assert "lm_head" in model
+
+
+@pytest.mark.parametrize(
+    ("weight_map", "error", "named"),
+    [
+        ({"a": "../secret.safetensors"}, ValueError, "same folder"),
+        ({"a": "/etc/passwd"}, ValueError, "same folder"),
+        ({"a": "model-9.safetensors"}, FileNotFoundError, "model-9.safetensors is missing"),
+        (["a"], ValueError, "weight_map"),
+        (None, ValueError, "weight_map"),
+    ],
+)
+def test_a_damaged_index_is_refused(
+    random_llama: Path, copy_of: Any, weight_map: Any, error: type[Exception], named: str
+) -> None:
+    folder = copy_of(random_llama)
+    (folder / INDEX).write_text(json.dumps({} if weight_map is None else {"weight_map": weight_map}))
+    with pytest.raises(error, match=named):
+        weight_files(folder)
+
+
+def test_every_truncation_is_noticed(stdlib_llama: Path, tmp_path: Path) -> None:
+    whole = (stdlib_llama / "model.safetensors").read_bytes()
+    header = 8 + struct.unpack("<Q", whole[:8])[0]
+    lengths = [0, 1, 7, 8, 9, header - 1, header, header + 1, len(whole) - 1]
+    lengths += random.Random(0).sample(range(len(whole)), 40)
+    damaged = tmp_path / "model.safetensors"
+    for length in lengths:
+        damaged.write_bytes(whole[:length])
+        with pytest.raises(ValueError, match=r"model\.safetensors"):
+            check_safetensors(damaged)
+    damaged.write_bytes(whole)
+    check_safetensors(damaged)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        struct.pack("<Q", 2**63) + b"{}",
+        struct.pack("<Q", 4) + b"[[]]",
+        struct.pack("<Q", 8) + b'{"a": 1}',
+        struct.pack("<Q", 7) + b'{"a":{}}'[:7],
+        struct.pack("<Q", 26) + b'{"a":{"data_offsets":[0]}}',
+        struct.pack("<Q", 4) + b"\xff\xff\xff\xff",
+    ],
+)
+def test_a_damaged_header_is_refused(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "model.safetensors").write_bytes(content)
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        check_safetensors(tmp_path / "model.safetensors")
+
+
+def test_what_mlx_lm_would_ignore_is_refused_for_its_own_models() -> None:
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": 64,
+        "num_hidden_layers": 1,
+        "intermediate_size": 64,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "rms_norm_eps": 1e-6,
+        "vocab_size": 16,
+        "max_position_embeddings": 512,
+        "rope_parameters": {
+            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+            "original_max_position_embeddings": 128, "attention_factor": 0.9,
+        },
+    }  # fmt: skip
+    with pytest.raises(ValueError, match="mlx-lm ignores attention_factor"):
+        mlx_lm_config(config)
+    del config["rope_parameters"]["attention_factor"]
+    assert mlx_lm_config(config)["rope_scaling"]["factor"] == 4.0
+
+
+def on_hub(address: str, cache: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a process whose hub is the stand-in: the address is read when huggingface_hub is imported."""
+    environment = {
+        "HF_ENDPOINT": address,
+        "HF_HOME": str(cache),
+        "HF_HUB_DISABLE_XET": "1",
+        "MLX_RESONANCE_BLAS": "off",
+    }
+    variables = {key: value for key, value in os.environ.items() if not key.lower().endswith("_proxy")} | environment
+    return subprocess.run([sys.executable, "-c", code], env=variables, capture_output=True, text=True, check=False)
+
+
+def test_a_hub_model_is_downloaded_once_and_only_what_is_needed(
+    random_llama: Path, tmp_path: Path, copy_of: Any
+) -> None:
+    folder = copy_of(random_llama)
+    (folder / "pytorch_model.bin").write_bytes(b"not needed")
+    code = (
+        "from mlx_resonance.convert import convert; import sys;"
+        f"print(convert('someone/random-llama', {str(tmp_path)!r} + '/' + sys.argv[-1]).files)"
+    )
+    with serve("someone/random-llama", folder) as (address, downloaded):
+        first = on_hub(address, tmp_path / "cache", code.replace("sys.argv[-1]", "'one'"))
+        assert first.returncode == 0, first.stderr
+        assert "model-00001-of-00003.safetensors" in downloaded and "pytorch_model.bin" not in downloaded
+        once = len(downloaded)
+        second = on_hub(address, tmp_path / "cache", code.replace("sys.argv[-1]", "'two'"))
+        assert second.returncode == 0, second.stderr
+        assert len(downloaded) == once
+    assert "base_model: someone/random-llama" in (tmp_path / "one" / "README.md").read_text()
+    assert (tmp_path / "one" / "model.safetensors").read_bytes() == (
+        tmp_path / "two" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_model_the_hub_does_not_have_is_one_line(random_llama: Path, tmp_path: Path) -> None:
+    code = "import sys; sys.argv[1:] = ['inspect', 'someone/else']; from mlx_resonance.cli import main; main()"
+    with serve("someone/random-llama", random_llama) as (address, _):
+        done = on_hub(address, tmp_path / "cache", code)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert "someone/else" in done.stderr
+
+
+@pytest.mark.parametrize("name", ["./nothing", "/nothing/here", "nothing", "a/b/c"])
+def test_neither_folder_nor_hub_id(name: str) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder"):
+        resolve(name, None, ["*"])

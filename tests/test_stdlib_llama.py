@@ -1,0 +1,65 @@
+"""The tiny checkpoint that comes with the package: stock runtimes load it, it knows Python, its record is true."""
+
+from __future__ import annotations
+
+import json
+import math
+import sysconfig
+from pathlib import Path
+
+from mlx_resonance import load
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+CONTEXT = 512
+
+
+def held_out_tokens(folder: Path, windows: int) -> np.ndarray:
+    """Windows of 513 tokens from modules of this machine's standard library that were held out."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    root = Path(sysconfig.get_paths()["stdlib"])
+    names = json.loads((folder / "training.json").read_text())["held_out_files"]
+    ids: list[int] = []
+    for name in names:
+        if (root / name).is_file() and len(ids) < windows * (CONTEXT + 1):
+            ids += tokenizer.encode((root / name).read_text(errors="replace"))
+    if len(ids) < windows * (CONTEXT + 1):
+        pytest.skip("this Python has none of the held-out modules")
+    return np.array(ids[: windows * (CONTEXT + 1)]).reshape(windows, CONTEXT + 1)
+
+
+def test_size(stdlib_llama: Path) -> None:
+    assert sum(file.stat().st_size for file in stdlib_llama.iterdir()) <= 8e6
+
+
+def test_stock_mlx_lm_and_transformers_read_it_alike(stdlib_llama: Path) -> None:
+    tokens = held_out_tokens(stdlib_llama, 1)[:, :CONTEXT]
+    ours, tokenizer = load(stdlib_llama)
+    stock, _ = mlx_lm.load(str(stdlib_llama))
+    for model in (ours, stock):
+        model.set_dtype(mx.float32)
+    reference = AutoModelForCausalLM.from_pretrained(stdlib_llama, dtype=torch.float32).eval()
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+    for model in (ours, stock):
+        # float32 sums in another order; the angles are small here
+        assert np.abs(np.array(model(mx.array(tokens))) - expected).max() <= 1e-4 * np.abs(expected).max()
+    text = "def main(argv):\n    return 0\n"
+    assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
+
+
+def test_held_out_loss_is_the_recorded_one(stdlib_llama: Path) -> None:
+    record = json.loads((stdlib_llama / "training.json").read_text())
+    tokens = mx.array(held_out_tokens(stdlib_llama, 12))
+    model, _ = load(stdlib_llama)
+    model.set_dtype(mx.float32)
+    loss = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean").item()
+    # Twelve windows of other files than the average one, perhaps of another Python version.
+    assert loss == pytest.approx(record["held_out_loss"], abs=0.6)
+    assert loss < 0.6 * math.log(2048)
