@@ -68,7 +68,7 @@ class RopeConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
-        if self.base_type not in MAKERS:
+        if not isinstance(self.rope_type, str) or self.base_type not in MAKERS:
             known = ", ".join(MAKERS)
             raise ValueError(f"[RopeConfig] unknown rope_type {self.rope_type!r}; known: {known}, each also {PREFIX}…")
         arguments = inspect.signature(self._maker).parameters
@@ -170,6 +170,8 @@ class RopeConfig:
         )
         part = 1.0 if part is None else part
         _check_kind("partial_rotary_factor", part)
+        if not 0 < part <= 1:
+            raise ValueError(f"[RopeConfig] partial_rotary_factor must lie in (0, 1], got {part}")
         original = "original_max_position_embeddings"
         if config.get(original) is not None:  # Phi-3 keeps it beside the dict
             scaling[original] = _agreed(original, config[original], scaling.get(original))

@@ -32,15 +32,13 @@ class ModelArgs(llama.ModelArgs):
 
 
 class Attention(llama.Attention):
-    """Grouped-query attention; the rotary module is the model's, passed with the step's angles."""
+    """Grouped-query attention; the rotary module is one for the whole model, the angles are the step's."""
 
-    def __init__(self, args: ModelArgs) -> None:
+    def __init__(self, args: ModelArgs, rope: ResonanceRoPE) -> None:
         super().__init__(args.without_scaling())
-        del self.rope
+        self.rope = rope
 
-    def __call__(
-        self, x: mx.array, rope: ResonanceRoPE, angles: Angles, mask: mx.array | str | None = None, cache: Any = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, angles: Angles, mask: mx.array | str | None = None, cache: Any = None) -> mx.array:
         """Attend; x (B, L, hidden), result the same shape."""
         B, L, _ = x.shape
 
@@ -49,7 +47,7 @@ class Attention(llama.Attention):
 
         queries = heads(self.q_proj(x), self.n_heads)
         keys, values = heads(self.k_proj(x), self.n_kv_heads), heads(self.v_proj(x), self.n_kv_heads)
-        queries, keys = rope.rotate(queries, keys, angles=angles)
+        queries, keys = self.rope.rotate(queries, keys, angles=angles)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         output = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
@@ -59,15 +57,13 @@ class Attention(llama.Attention):
 class TransformerBlock(llama.TransformerBlock):
     """mlx-lm's block around our attention."""
 
-    def __init__(self, args: ModelArgs, use_sliding: bool = False) -> None:
+    def __init__(self, args: ModelArgs, rope: ResonanceRoPE, use_sliding: bool = False) -> None:
         super().__init__(args.without_scaling(), use_sliding)
-        self.self_attn = Attention(args)
+        self.self_attn = Attention(args, rope)
 
-    def __call__(
-        self, x: mx.array, rope: ResonanceRoPE, angles: Angles, mask: mx.array | str | None = None, cache: Any = None
-    ) -> mx.array:
+    def __call__(self, x: mx.array, angles: Angles, mask: mx.array | str | None = None, cache: Any = None) -> mx.array:
         """One layer; x (B, L, hidden), result the same shape."""
-        h = x + self.self_attn(self.input_layernorm(x), rope, angles, mask, cache)
+        h = x + self.self_attn(self.input_layernorm(x), angles, mask, cache)
         return h + self.mlp(self.post_attention_layernorm(h))
 
 
@@ -76,9 +72,9 @@ class LlamaModel(llama.LlamaModel):
 
     def __init__(self, args: ModelArgs) -> None:
         super().__init__(args.without_scaling())
-        self.layers = [TransformerBlock(args, kind == "sliding_attention") for kind in args.layer_types]
         by_length = args.rope.frequencies if args.rope.depends_on_length else args.rope.frequencies()
         self.rope = ResonanceRoPE(by_length, traditional=args.rope_traditional)
+        self.layers = [TransformerBlock(args, self.rope, kind == "sliding_attention") for kind in args.layer_types]
 
     def __call__(self, inputs: mx.array, cache: Any = None, input_embeddings: mx.array | None = None) -> mx.array:
         """Token ids (B, L), or embeddings, to hidden states (B, L, hidden)."""
@@ -90,7 +86,7 @@ class LlamaModel(llama.LlamaModel):
             masks[True] = create_attention_mask(h, cache[self.swa_idx], window_size=self.sliding_window)
         angles = self.rope.angles(h.shape[1], 0 if full_cache is None else full_cache.offset)
         for layer, layer_cache in zip(self.layers, cache, strict=True):
-            h = layer(h, self.rope, angles, masks[layer.use_sliding], layer_cache)
+            h = layer(h, angles, masks[layer.use_sliding], layer_cache)
         return self.norm(h)
 
 

@@ -82,16 +82,17 @@ class ResonanceRoPE(nn.Module):
                     "[ResonanceRoPE] offset must be an integer or an integer array of shape () or (B,), "
                     f"got {offset.dtype} of shape {offset.shape}"
                 )
-        elif not 0 <= offset <= MAX_POSITION - length:
-            raise ValueError(f"[ResonanceRoPE] offset must lie in [0, 2**31 - {length}], got {offset}")
+        elif not (isinstance(offset, (int, np.integer)) and 0 <= offset <= MAX_POSITION - length):
+            raise ValueError(f"[ResonanceRoPE] offset must be an integer in [0, 2**31 - {length}], got {offset}")
         if self._by_length is not None:
             last = int(np.array(offset).max()) if isinstance(offset, mx.array) else offset
             frequencies = self._by_length(last + length)
             if frequencies != self._frequencies:
                 self._use(frequencies)
-        start = offset.astype(mx.int64).reshape(-1, 1, 1) if isinstance(offset, mx.array) else offset
-        positions = (mx.arange(length, dtype=mx.int64) + start).reshape(-1, 1, length)
-        return Angles(*ops.cos_sin(positions, *self._constants))
+        start = mx.array(offset, dtype=mx.int64).reshape(-1, 1, 1)
+        positions = mx.arange(length, dtype=mx.int64) + start
+        cos, sin = ops.cos_sin(positions, *self._constants)
+        return Angles(mx.stop_gradient(cos), mx.stop_gradient(sin))
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """Rotate one array, as `mlx.nn.RoPE` does.
@@ -108,9 +109,11 @@ class ResonanceRoPE(nn.Module):
         """
         self._check(x)
         batch = x.shape[0] if x.ndim > 2 else 1
-        flat = x.reshape(batch, -1, *x.shape[-2:]) if x.size else x
-        angles = self.angles(x.shape[-2], offset)
-        return ops.rotate_one(flat, *angles, self.traditional).reshape(x.shape) if x.size else x
+        cos, sin = self.angles(x.shape[-2], offset)
+        if x.size == 0:
+            return x
+        flat = x.reshape(batch, -1, *x.shape[-2:])
+        return ops.rotate_one(flat, cos, sin, self.traditional).reshape(x.shape)
 
     def rotate(
         self, q: mx.array, k: mx.array, offset: int | mx.array = 0, angles: Angles | None = None
@@ -137,7 +140,10 @@ class ResonanceRoPE(nn.Module):
             )
         if angles is None:
             angles = self.angles(q.shape[2], offset)
-        return ops.rotate(q, k, *angles, self.traditional)
+        cos, sin = angles
+        if cos.shape[2] != q.shape[2]:
+            raise ValueError(f"[ResonanceRoPE] angles are for {cos.shape[2]} tokens, q and k have {q.shape[2]}")
+        return ops.rotate(q, k, cos, sin, self.traditional)
 
     def _check(self, x: mx.array) -> None:
         if x.ndim < 2 or x.shape[-1] < self.dims:

@@ -17,6 +17,8 @@ import pytest
 from huggingface_hub import ModelCard
 from mlx.utils import tree_flatten
 
+from . import oracle
+
 TOKENS = mx.array([[0, 5, 77, 1024, 3, 9]])
 
 
@@ -104,6 +106,20 @@ def test_resonance_is_on_by_default_and_says_how_far_it_rounds(random_llama: Pat
     wavelengths = done.rope.unrounded_frequencies().wavelengths
     assert done.largest_shift == pytest.approx(np.max(np.abs(np.rint(wavelengths) / wavelengths - 1)))
     assert convert(tmp_path / "out", tmp_path / "again").largest_shift == 0
+
+
+def test_converted_logits_are_those_of_the_papers(random_llama: Path, tmp_path: Path) -> None:
+    convert(random_llama, tmp_path / "out", rope="yarn", factor=8)
+    weights: dict[str, mx.array] = {}
+    for file in random_llama.glob("model-*.safetensors"):
+        weights |= mx.load(str(file))
+    tokens = np.random.default_rng(0).integers(0, 2048, 300)  # the context was 128
+    wavelengths = oracle.resonate(oracle.yarn_wavelengths(16, 10000, 8, 128))
+    arrays = {name: np.array(value) for name, value in weights.items()}
+    scale = oracle.yarn_attention_scale(8)
+    expected = oracle.llama_logits(tokens, arrays, config_of(random_llama), wavelengths, scale)
+    logits = np.array(load(tmp_path / "out")[0](mx.array(tokens)[None])[0])
+    assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()  # float32 sums
 
 
 def test_no_resonance_keeps_the_angles(random_llama: Path, tmp_path: Path) -> None:

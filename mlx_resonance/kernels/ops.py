@@ -12,8 +12,6 @@ import mlx.core as mx
 import numpy as np
 from numpy.typing import NDArray
 
-NO_MODULUS = 2**62  # longer than any position: m mod it is m
-
 
 def phase_constants(wavelengths: NDArray[np.float64]) -> tuple[mx.array, mx.array]:
     """What the phase of a position is computed from, for every pair.
@@ -22,13 +20,13 @@ def phase_constants(wavelengths: NDArray[np.float64]) -> tuple[mx.array, mx.arra
         wavelengths: tokens per turn, float64, shape (P,).
 
     Returns:
-        modulus: int64, shape (P,): the wavelength where it is a whole number, else `NO_MODULUS`.
+        modulus: int64, shape (P,): the wavelength where it is a whole number, else 0.
         turns: uint64, shape (P,): turns per token in units of 2⁻⁶⁴, rounded from the exact quotient.
     """
     modulus, turns = [], []
     for wavelength in wavelengths.tolist():
         finite = math.isfinite(wavelength)
-        modulus.append(int(wavelength) if finite and wavelength.is_integer() else NO_MODULUS)
+        modulus.append(int(wavelength) if finite and wavelength.is_integer() else 0)
         turns.append(round(2**64 / Fraction(wavelength)) % 2**64 if finite else 0)
     return mx.array(np.array(modulus, dtype=np.int64)), mx.array(np.array(turns, dtype=np.uint64))
 
@@ -50,7 +48,8 @@ def cos_sin(
     Returns:
         cos, sin: float32, shape (..., L, P), within 2.5e-7 × attention_scale of the exact values.
     """
-    reduced = mx.remainder(positions[..., None].astype(mx.int64), modulus)
+    positions = positions[..., None].astype(mx.int64)
+    reduced = mx.where(modulus > 0, mx.remainder(positions, mx.maximum(modulus, 1)), positions)
     phase64 = reduced.astype(mx.uint64) * turns
     half = mx.array(1 << 31, dtype=mx.uint64)
     phase = mx.right_shift(phase64 + half, mx.array(32, dtype=mx.uint64)).astype(mx.uint32)

@@ -1,0 +1,58 @@
+# Everything works from a fresh clone: `make demo`, `make test`. `make` alone lists the targets.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+
+VENV := .venv
+BIN := $(VENV)/bin
+BENCHMARKS := benchmarks/parity.py benchmarks/rotary.py
+NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test setup lint format notebooks bench
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+
+demo: $(VENV)/.installed ## convert the tiny checkpoint, inspect it, generate past its training length
+	$(BIN)/mlx-resonance demo
+
+test: $(VENV)/.installed-test ## run the tests; more for pytest: make test PYTEST_ARGS="-n 2 -k rope"
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+setup: $(VENV)/.installed-dev ## install the package as it lies here, with all that tests and checks need
+
+lint: $(VENV)/.installed-dev ## check style and types, changing nothing
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+format: $(VENV)/.installed-dev ## put the sources into the form that lint wants
+	$(BIN)/ruff check --fix
+	$(BIN)/ruff format
+
+ifeq ($(NOTEBOOKS),)
+notebooks: ## run every notebook from start to end
+	@echo "There are no notebooks yet."
+else
+notebooks: $(VENV)/.installed-notebooks
+	for notebook in $(NOTEBOOKS); do $(BIN)/jupyter execute "$$notebook" || exit 1; done
+endif
+
+bench: $(VENV)/.installed-test ## measure the numbers that need no arguments; each script ends in one JSON line
+	for script in $(BENCHMARKS); do $(BIN)/python "$$script" || exit 1; done
+
+# One stamp per set of dependencies: pip runs again only after a change of these two files.
+$(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.created
+	$(BIN)/python -m pip install -e .
+	@touch $@
+
+$(VENV)/.installed-%: pyproject.toml setup.py | $(VENV)/.created
+	$(BIN)/python -m pip install -e '.[$*]'
+	@touch $@
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+		{ echo "Python 3.10 or later is needed, for example: make PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@

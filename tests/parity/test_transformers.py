@@ -1,0 +1,60 @@
+"""Converted checkpoints give the logits of transformers: every rope type, both styles of config.json."""
+
+import shutil
+
+from mlx_resonance.convert import convert
+from mlx_resonance.loading import load_model
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+from .cases import CASES, LENGTH, STYLES, compare, save_with_transformers, tokens, transformers_logits, use_style
+
+LARGEST_ERROR = 5e-3  # of the largest logit: transformers' own float32 angles drift by about that in 8 k positions
+AGREEMENT = 0.999
+
+
+def our_logits(folder, **config_changes):
+    model, _ = load_model(folder, config_changes=config_changes)
+    return np.array(model(mx.array(tokens())[None])[0])
+
+
+@pytest.fixture(scope="module", params=CASES, ids=lambda case: case.name)
+def saved(request, tmp_path_factory):
+    """A case's checkpoint as transformers saves it, and its logits there."""
+    folder = tmp_path_factory.mktemp("parity") / "saved"
+    save_with_transformers(request.param, folder)
+    return folder, transformers_logits(folder)
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_logits_equal_those_of_transformers(saved, style, tmp_path):
+    folder, reference = saved
+    source = tmp_path / "source"
+    shutil.copytree(folder, source)
+    use_style(source, style)
+    convert(source, mlx_path=tmp_path / "converted", resonance=False)
+
+    error, agreement = compare(our_logits(tmp_path / "converted"), reference)
+
+    assert reference.shape[0] == LENGTH
+    assert error <= LARGEST_ERROR
+    assert agreement >= AGREEMENT
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"),
+    [
+        ("default, base 500000", {"rope_theta": 10000.0}),
+        ("yarn", {"rope_type": "resonance_yarn"}),
+        ("yarn, attention_factor", {"attention_factor": None}),
+    ],
+)
+def test_a_wrong_rope_would_be_noticed(name, wrong, tmp_path):
+    case = next(case for case in CASES if case.name == name)
+    save_with_transformers(case, tmp_path / "saved")
+    reference = transformers_logits(tmp_path / "saved")
+    error, agreement = compare(our_logits(tmp_path / "saved", rope_parameters=case.rope | wrong), reference)
+    assert error > LARGEST_ERROR
+    assert agreement < AGREEMENT
