@@ -35,6 +35,8 @@ MAKERS: Mapping[str, Callable[..., RotaryFrequencies]] = MappingProxyType(
     }
 )
 NOT_IN_ROPE_DICT = {"dims", "base", "seq_len", "max_position_embeddings"}  # these stand elsewhere in config.json
+LONGEST = 2**31  # tokens
+LARGEST = 1e15  # of any number in config.json; JSON has NaN, infinities and 10**400
 NO_EFFECT = {"finetuned"}  # written by the YaRN authors' code; changes no angle
 LISTS, INTEGERS, BOOLEANS = (
     {"short_factor", "long_factor"},
@@ -101,7 +103,8 @@ class RopeConfig:
                 f"[RopeConfig] original_max_position_embeddings = {original} is longer than "
                 f"max_position_embeddings = {self.max_position_embeddings}; it is the context before scaling"
             )
-        self.frequencies()  # the maker checks the ranges
+        for length in (None, LONGEST) if self.depends_on_length else (None,):
+            self.frequencies(length)  # the maker checks the ranges
 
     @property
     def base_type(self) -> str:
@@ -218,7 +221,7 @@ class RopeConfig:
 
 def _rope_dict(config: Mapping[str, Any]) -> dict[str, Any]:
     """`rope_scaling` or `rope_parameters`, flat; a copy."""
-    found = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key)}
+    found = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None}
     for key, value in found.items():
         if not isinstance(value, Mapping):
             raise ValueError(f"[RopeConfig] {key} must be an object, got {value!r}")
@@ -257,7 +260,11 @@ def _check_kind(key: str, value: Any, kind: type | tuple[type, ...] | None = Non
         kind = list if key in LISTS else bool if key in BOOLEANS else int if key in INTEGERS else (int, float)
     wanted = {list: "a list of numbers", bool: "true or false", int: "an integer"}.get(kind, "a number")  # type: ignore[arg-type]
     right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    if right and kind is list:
-        right = all(isinstance(entry, (int, float)) and not isinstance(entry, bool) for entry in value)
+    numbers = value if kind is list else [value]
+    if right and kind is not bool:
+        right = all(
+            isinstance(number, (int, float)) and not isinstance(number, bool) and -LARGEST < number < LARGEST
+            for number in numbers
+        )
     if not right:
         raise ValueError(f"[RopeConfig] {key} must be {wanted}, got {value!r}")

@@ -273,8 +273,9 @@ def longrope_frequencies(
             raise ValueError(f"[longrope] {key} must have positive numbers only, got {min(values)}")
     if factor is None:
         factor = (max_position_embeddings or original_max_position_embeddings) / original_max_position_embeddings
+    _check_factor(factor)
     if attention_factor is None:
-        growth = math.log(max(factor, 1)) / math.log(original_max_position_embeddings)
+        growth = math.log(factor) / math.log(original_max_position_embeddings)
         attention_factor = math.sqrt(1 + growth)
     factors = long_factor if (seq_len or 0) > original_max_position_embeddings else short_factor
     wavelengths = default_frequencies(dims, base).wavelengths * np.asarray(factors, dtype=np.float64)

@@ -109,7 +109,7 @@ class ResonanceRoPE(nn.Module):
         """
         self._check(x)
         batch = x.shape[0] if x.ndim > 2 else 1
-        cos, sin = self.angles(x.shape[-2], offset)
+        cos, sin = self._fitting(self.angles(x.shape[-2], offset), batch, x.shape[-2])
         if x.size == 0:
             return x
         flat = x.reshape(batch, -1, *x.shape[-2:])
@@ -140,10 +140,16 @@ class ResonanceRoPE(nn.Module):
             )
         if angles is None:
             angles = self.angles(q.shape[2], offset)
-        cos, sin = angles
-        if cos.shape[2] != q.shape[2]:
-            raise ValueError(f"[ResonanceRoPE] angles are for {cos.shape[2]} tokens, q and k have {q.shape[2]}")
+        cos, sin = self._fitting(angles, q.shape[0], q.shape[2])
         return ops.rotate(q, k, cos, sin, self.traditional)
+
+    def _fitting(self, angles: Angles, batch: int, length: int) -> Angles:
+        rows, _, tokens, _ = angles[0].shape
+        if rows not in (1, batch) or tokens != length:
+            raise ValueError(
+                f"[ResonanceRoPE] angles (offsets) for {rows} rows of {tokens} tokens do not fit {batch} of {length}"
+            )
+        return angles
 
     def _check(self, x: mx.array) -> None:
         if x.ndim < 2 or x.shape[-1] < self.dims:

@@ -93,6 +93,12 @@ TRANSFORMERS_CASES = {
     "yarn-mscale-alone": ("yarn", yarn_frequencies, YARN | {"mscale": 0.5}, None),
     "yarn-truncate-false": ("yarn", yarn_frequencies, YARN | {"truncate": False}, None),
     "yarn-betas": ("yarn", yarn_frequencies, YARN | {"beta_fast": 2, "beta_slow": 0.5}, None),
+    "yarn-ramp-past-the-last-pair": (
+        "yarn",
+        yarn_frequencies,
+        YARN | {"original_max_position_embeddings": 131072},
+        None,
+    ),
     "yarn-factor-1": ("yarn", yarn_frequencies, YARN | {"factor": 1.0}, None),
     "llama3": ("llama3", llama3_frequencies, LLAMA3, None),
     "longrope-short": ("longrope", longrope_frequencies, LONGROPE | {"factor": 8.0}, None),
