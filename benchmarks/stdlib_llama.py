@@ -87,8 +87,8 @@ it knows nothing and is of no other use.
 | held out, bits per byte | {held_out_bits_per_byte:.3f} |
 | weights | float16 |
 
-Made by `{script}` of mlx-resonance; the held-out loss is that of the weights as they are stored. The training text is
-under the PSF licence, the weights are under MIT.
+Made by `{script}` of mlx-resonance; the held-out loss is that of the weights as they are stored. The
+training text is under the PSF licence, the weights are under MIT.
 """
 
 

@@ -259,7 +259,8 @@ BAD_SCALINGS = {
     **{f"{key} {name}": (key, {"rope_type": "longrope", **LONGROPE, key: value})
        for key in ("short_factor", "long_factor")
        for name, value in {"too short": [1.0] * 31, "too long": [1.0] * 33, "empty": [], "a number": 4.0,
-                           "negative": [-1.0] * 32, "NaN": [NAN] * 32, "infinite": [math.inf] * 32, "of strings": ["1"] * 32}.items()},
+                           "negative": [-1.0] * 32, "NaN": [NAN] * 32, "infinite": [math.inf] * 32,
+                           "of strings": ["1"] * 32}.items()},
 }  # fmt: skip
 
 
@@ -296,7 +297,8 @@ BAD_CONFIGS = {
     "rope_parameters by layer type": ("rope_parameters", SIZES | {"rope_parameters": LAYERED}),
     "rope_scaling by layer type": ("rope_scaling", SIZES | {"rope_scaling": LAYERED}),
     **{f"{key} is {value!r}": (key, SIZES | {key: value})
-       for key in ("rope_scaling", "rope_parameters") for value in ("yarn", 4.0, ["yarn", 4.0], True, False, 0, "", [])},
+       for key in ("rope_scaling", "rope_parameters")
+       for value in ("yarn", 4.0, ["yarn", 4.0], True, False, 0, "", [])},
     "no hidden_size": ("hidden_size", without(SIZES, "hidden_size")),
     "no num_attention_heads": ("num_attention_heads", without(SIZES, "num_attention_heads")),
     "hidden_size a string": ("hidden_size", SIZES | {"hidden_size": "256"}),

@@ -18,7 +18,7 @@ FACTOR, PROMPT_TOKENS, NEW_TOKENS = 8, 640, 256
 
 def command(
     max_tokens: Annotated[int, Option(help="Tokens to generate.")] = NEW_TOKENS,
-    temp: Annotated[float, Option(help="Sampling temperature.")] = 0.5,
+    temp: Annotated[float, Option(help="Sampling temperature.")] = 0.6,
     seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
 ) -> None:
     """Convert, inspect and run a tiny LLaMA past its context."""
