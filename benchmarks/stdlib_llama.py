@@ -226,7 +226,7 @@ def main() -> None:
         "tokens_per_step": BATCH * CONTEXT,
         "parameters": sum(value.size for _, value in tree_flatten(model.parameters())),
         "train_tokens": len(train_tokens),
-        "train_loss": round(float(np.mean([history[args.steps - i]["loss"] for i in range(50)])), 4),
+        "train_loss": round(float(np.mean([history[args.steps - i]["loss"] for i in range(min(50, args.steps))])), 4),
         "held_out_tokens": len(held_out),
         "held_out_loss": round(loss, 4),
         "held_out_bits_per_byte": round(loss * len(held_out) / held_out_bytes / np.log(2), 4),

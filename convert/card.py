@@ -7,6 +7,7 @@ from pathlib import Path
 from mlx_resonance.config import RopeConfig
 
 from huggingface_hub import ModelCard, ModelCardData
+from yaml import YAMLError  # type: ignore[import-untyped]
 
 TEXT = """
 # {name}
@@ -42,11 +43,11 @@ def write_card(folder: Path, source: str | Path, source_card: Path, rope: RopeCo
     if source_card.is_file():
         try:
             data = ModelCard.load(source_card).data
-        except ValueError:  # front matter that the hub would refuse; only its metadata is lost
+        except (ValueError, YAMLError):  # front matter that the hub would refuse; only its metadata is lost
             pass
     data.library_name = "mlx"
     data.pipeline_tag = "text-generation"
-    data.tags = sorted({*(data.tags or []), "mlx", *(["resonance-rope"] if rope.is_resonant else [])})
+    data.tags = sorted({*map(str, data.tags or []), "mlx", *(["resonance-rope"] if rope.is_resonant else [])})
     is_hub_id = not Path(source).exists()
     data.base_model = str(source) if is_hub_id else None
     text = TEXT.format(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
+import re
 import shutil
 import sys
 from collections.abc import Callable, Iterator
@@ -16,12 +18,11 @@ from mlx_resonance.config import RopeConfig
 from mlx_resonance.loading import (
     INDEX,
     TOKENIZER_PATTERNS,
-    check_safetensors,
+    check_checkpoint,
+    has_tokenizer,
     load_model,
-    mlx_lm_config,
     read_config,
     resolve,
-    weight_files,
 )
 
 import mlx.core as mx
@@ -36,7 +37,7 @@ from .rope import largest_shift, new_rope
 DTYPES = ("float32", "float16", "bfloat16")
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+MARK = ".mlx-resonance-unfinished"  # in a folder that a killed run left, and that the next one may delete
 NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json"}
 
 logger = logging.getLogger("mlx_resonance")
@@ -100,11 +101,11 @@ def convert(
 
     Raises:
         FileNotFoundError: no such source, or a file of it is missing.
-        FileExistsError: `mlx_path` exists.
+        FileExistsError: `mlx_path` exists, or something else than a killed run's work is at `mlx_path`.partial.
         ValueError: an argument or a file of the source is wrong.
     """
     target = Path(mlx_path).expanduser()
-    if target.exists():
+    if os.path.lexists(target):
         raise FileExistsError(f"[convert] {target} exists: choose another --mlx-path, or delete it")
     shard_bytes = _parse_size(max_shard_size)
     _check_quantization(quantize, q_bits, q_group_size, q_mode, quant_predicate)
@@ -112,13 +113,10 @@ def convert(
         raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
     folder = resolve(src, revision, [*TOKENIZER_PATTERNS, "model*.safetensors", "README.md"])
-    source_config = read_config(folder)
-    _check_source(folder, source_config, quantize)
-    before = RopeConfig.from_hf(source_config)
+    _check_not_quantized(folder, quantize)
+    before = RopeConfig.from_hf(check_checkpoint(folder))
     after = new_rope(before, rope, factor, original_max_position_embeddings, resonance)
-
-    config_changes = dict.fromkeys(ROPE_KEYS) | after.to_hf("4")
-    model, config = load_model(folder, lazy=True, config_changes=config_changes)
+    model, config = load_model(folder, lazy=True, rope=after)
     if dtype is not None:
         _cast(model, getattr(mx, dtype))
         config |= {"dtype": dtype, "torch_dtype": dtype}
@@ -127,7 +125,6 @@ def convert(
 
     with _whole_or_nothing(target) as partial:
         sizes = _write_weights(model, partial, shard_bytes)
-        config = {key: value for key, value in config.items() if value is not None}
         (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
         _copy_tokenizer(folder, partial)
         write_card(partial, src, folder / "README.md", after)
@@ -135,23 +132,21 @@ def convert(
     return Conversion(target, after, shift, sum(sizes), len(sizes))
 
 
-def _check_source(folder: Path, config: dict[str, Any], quantize: bool) -> None:
-    """Everything that can be wrong with the source, before anything is written."""
-    method = (config.get("quantization_config") or {}).get("quant_method")
-    if method:
+def _check_not_quantized(folder: Path, quantize: bool) -> None:
+    config = read_config(folder)
+    foreign, own = config.get("quantization_config"), config.get("quantization")
+    if foreign and foreign != own:
+        method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
         raise ValueError(f"[convert] {folder} is quantized with {method}: convert the original checkpoint")
-    if quantize and config.get("quantization"):
+    if quantize and own:
         raise ValueError(f"[convert] {folder} is quantized already: convert the original checkpoint")
-    mlx_lm_config(config)
-    for file in weight_files(folder):
-        check_safetensors(file)
 
 
 def _check_quantization(
     quantize: bool, bits: int | None, group_size: int | None, mode: str, predicate: str | None
 ) -> None:
     if not quantize:
-        if bits or group_size or predicate or mode != "affine":
+        if bits is not None or group_size is not None or predicate is not None or mode != "affine":
             raise ValueError("[convert] quantization settings need --quantize (-q)")
         return
     if mode not in Q_MODES:
@@ -171,10 +166,10 @@ def _check_quantization(
 def _parse_size(text: str) -> int:
     """Bytes of `5GB`, `500MB` …, in powers of ten."""
     units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    number, unit = text[:-2].strip(), text[-2:].upper()
-    if unit not in units or not number.replace(".", "", 1).isdigit() or float(number) <= 0:
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(KB|MB|GB)", text.strip().upper())
+    if found is None or float(found[1]) == 0:
         raise ValueError(f"[convert] max_shard_size must be a size such as 500MB or 5GB, got {text!r}")
-    return int(float(number) * units[unit])
+    return int(float(found[1]) * units[found[2]])
 
 
 def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
@@ -194,6 +189,10 @@ def _quantize(
         quantized: tuple[nn.Module, dict[str, Any]] = mlx_lm.utils.quantize_model(
             model, config, group_size, bits, mode=mode, quant_predicate=predicate
         )
+    if not any(name.endswith(".scales") for name in dict(tree_flatten(quantized[0].parameters()))):
+        raise ValueError(
+            f"[convert] no layer is as wide as a multiple of q_group_size {group_size}: nothing to quantize"
+        )
     return quantized
 
 
@@ -201,11 +200,16 @@ def _quantize(
 def _whole_or_nothing(target: Path) -> Iterator[Path]:
     """A folder beside the target that becomes the target at the end, and is gone after an error."""
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
+    if (partial / MARK).is_file():  # of a run that was killed
+        shutil.rmtree(partial)
+    if os.path.lexists(partial):
+        raise FileExistsError(f"[convert] {partial} is in the way: this is where the work is done")
     partial.mkdir(parents=True)
+    (partial / MARK).touch()
     try:
         yield partial
         partial.rename(target)
+        (target / MARK).unlink()
     except BaseException:
         shutil.rmtree(partial, ignore_errors=True)
         raise
@@ -243,5 +247,5 @@ def _copy_tokenizer(source: Path, target: Path) -> None:
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)
-    if not any((target / name).exists() for name in ("tokenizer.json", "tokenizer.model")):
+    if not has_tokenizer(target):
         logger.warning("%s has no tokenizer: the converted model takes token ids only", source)

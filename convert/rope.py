@@ -33,6 +33,11 @@ def new_rope(
     if rope not in SCALINGS:
         more = " (give its keys in config.json instead)" if rope in MAKERS else ""
         raise ValueError(f"[convert] rope must be one of {', '.join(SCALINGS)}, got {rope!r}{more}")
+    if source.base_type != "default" and not (source.base_type == rope and rope in ("yarn", "dynamic")):
+        raise ValueError(
+            f"[convert] the checkpoint was trained with rope type {source.base_type}: --rope {rope} would replace it; "
+            "leave --rope out to round its wavelengths"
+        )
     if factor is None:
         raise ValueError(f"[convert] --rope {rope} needs --factor")
     if not 1 <= factor < float("inf"):

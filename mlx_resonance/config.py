@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
@@ -106,6 +106,11 @@ class RopeConfig:
         for length in (None, LONGEST) if self.depends_on_length else (None,):
             self.frequencies(length)  # the maker checks the ranges
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """For copy and pickle, which do not know mappingproxy."""
+        values = [getattr(self, entry.name) for entry in fields(self)]
+        return RopeConfig, tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
+
     @property
     def base_type(self) -> str:
         """The rope type without `resonance_`."""
@@ -129,13 +134,11 @@ class RopeConfig:
     @property
     def context_length(self) -> int | None:
         """Tokens of context the checkpoint is meant for, scaling included, as far as config.json tells."""
-        original = self.parameters.get("original_max_position_embeddings")
-        if self.base_type == "dynamic":
-            original = self.max_position_embeddings
-        if original is None or self.max_position_embeddings is None:
-            return self.max_position_embeddings
+        lengths = [self.max_position_embeddings]
         # Most files state the scaled length; Qwen's yarn and every dynamic one the length before scaling.
-        return max(self.max_position_embeddings, int(original * self.parameters.get("factor", 1)))
+        if self.base_type in ("yarn", "dynamic") and self.trained_length is not None:
+            lengths.append(int(self.trained_length * self.parameters["factor"]))
+        return max((length for length in lengths if length is not None), default=None)
 
     @property
     def _maker(self) -> Callable[..., RotaryFrequencies]:
@@ -176,7 +179,7 @@ class RopeConfig:
         if not 0 < part <= 1:
             raise ValueError(f"[RopeConfig] partial_rotary_factor must lie in (0, 1], got {part}")
         original = "original_max_position_embeddings"
-        if config.get(original) is not None:  # Phi-3 keeps it beside the dict
+        if config.get(original) is not None and rope_type != "default":  # Phi-3 keeps it beside the dict
             scaling[original] = _agreed(original, config[original], scaling.get(original))
         return cls(
             dims=int(_head_dim(config) * part),

@@ -197,6 +197,8 @@ def yarn_frequencies(
     unscaled_part = (1 - np.clip((np.arange(dims // 2) - low) / width, 0, 1)) * extrapolation_factor
     inv_freq = unscaled / factor * (1 - unscaled_part) + unscaled * unscaled_part
 
+    if min(mscale or 0, mscale_all_dim or 0) < 0:
+        raise ValueError(f"[yarn] mscale and mscale_all_dim must not be negative, got {mscale} and {mscale_all_dim}")
     if attention_factor is None:
         if mscale and mscale_all_dim:
             attention_factor = yarn_attention_scale(factor, mscale) / yarn_attention_scale(factor, mscale_all_dim)
@@ -303,6 +305,8 @@ def feature_gap(frequencies: RotaryFrequencies, train_length: int, test_length: 
     """
     if not 1 <= train_length <= test_length:
         raise ValueError(f"[feature_gap] need 1 <= train_length <= test_length, got {train_length} and {test_length}")
+    if test_length > 2**24:
+        raise ValueError(f"[feature_gap] test_length must be at most {2**24}, got {test_length}")
     if train_length == test_length:
         return np.zeros(len(frequencies.wavelengths))
     seen_positions, new_positions = np.arange(train_length), np.arange(train_length, test_length)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import logging
+import math
 import struct
 import sys
 from collections.abc import Mapping
@@ -14,7 +15,6 @@ from typing import Any
 
 import mlx.nn as nn
 import mlx_lm.utils
-from mlx_lm.models import llama as mlx_lm_llama
 from mlx_lm.models import rope_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -23,8 +23,18 @@ from .config import PREFIX, RopeConfig
 from .rope import ResonanceRoPE
 
 INDEX = "model.safetensors.index.json"
+SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+COUNTS = {
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "head_dim",
+}  # fmt: skip
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
-MLX_LM_IGNORES = {"attention_factor", "truncate", "extrapolation_factor"}  # by its YarnRoPE
+BYTES = {
+    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1,
+    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
+}  # fmt: skip
 MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
@@ -55,36 +65,56 @@ def load(
     return model, load_tokenizer(folder, config)
 
 
-def load_model(
-    folder: Path, *, lazy: bool = False, config_changes: Mapping[str, Any] | None = None
-) -> tuple[nn.Module, dict[str, Any]]:
-    """Load the weights of a folder into a model.
+def load_model(folder: Path, *, lazy: bool = False, rope: RopeConfig | None = None) -> tuple[nn.Module, dict[str, Any]]:
+    """Load the weights of a folder into a model that rotates as config.json says.
 
     Args:
         folder: with config.json and model*.safetensors.
         lazy: leave the weights on disk until they are used.
-        config_changes: keys that replace those of config.json.
+        rope: other rope settings than those of config.json.
 
     Returns:
-        model, config: config.json as mlx-lm needs it, with the changes.
+        model, config: config.json with the rope keys of transformers 4, nothing left for mlx-lm to misread.
 
     Raises: as `load`.
     """
-    config = read_config(folder) | dict(config_changes or {})
-    config = mlx_lm_config(config)
-    for file in weight_files(folder):
-        check_safetensors(file)
-    install()
-    return mlx_lm.utils.load_model(folder, lazy=lazy, model_config=config, get_model_classes=model_classes)
+    config = check_checkpoint(folder)
+    rope = rope or RopeConfig.from_hf(config)
+    config = {key: value for key, value in config.items() if key not in ROPE_KEYS} | rope.to_hf("4")
+    # mlx-lm's own classes get no scaling to interpret: the module they make is replaced below.
+    for_mlx_lm = config if is_ours(config) else config | {"rope_scaling": None}
+    cleared = dict.fromkeys(ROPE_KEYS)  # mlx-lm reads the file again: these must not come back
+    try:
+        model, _ = mlx_lm.utils.load_model(
+            folder, lazy=lazy, model_config=cleared | for_mlx_lm, get_model_classes=model_classes
+        )
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"[load] {folder} cannot be loaded: {type(error).__name__}: {error}") from None
+    if not is_ours(config):
+        module = ResonanceRoPE(rope.frequencies if rope.depends_on_length else rope.frequencies())
+        for layer in model.layers:
+            layer.self_attn.rope = module
+    model.args.rope = rope
+    return model, config
 
 
 def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerWrapper:
     """The tokenizer of a folder, in mlx-lm's wrapper. Raises FileNotFoundError where there is none."""
-    if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")):
-        raise FileNotFoundError(f"[load] {folder} has no tokenizer: expected tokenizer.json or tokenizer.model")
+    if not has_tokenizer(folder):
+        raise FileNotFoundError(f"[load] {folder} has no tokenizer: expected one of {', '.join(TOKENIZERS)}")
     # It reads config.json too, and would warn of a rope type that it does not know but never uses.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
-    return mlx_lm.utils.load_tokenizer(folder, eos_token_ids=config.get("eos_token_id"))
+    generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
+    eos = generation.get("eos_token_id") or config.get("eos_token_id")
+    try:
+        return mlx_lm.utils.load_tokenizer(folder, eos_token_ids=eos)
+    except Exception as error:  # the tokenizers library raises bare Exception
+        raise ValueError(f"[load] the tokenizer of {folder} cannot be loaded: {error}") from None
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder holds a tokenizer."""
+    return any((folder / name).is_file() for name in TOKENIZERS)
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None, patterns: list[str]) -> Path:
@@ -115,55 +145,82 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None, patterns: list[st
         raise FileNotFoundError(f"[load] {name}: no such folder, and the hub says: {_first_line(error)}") from None
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json, with the checks every command needs.
+def check_checkpoint(folder: Path) -> dict[str, Any]:
+    """Everything about a checkpoint that can be checked without reading its weights.
+
+    Returns:
+        config.json, with `tie_word_embeddings` as the weights have it where the file does not say.
 
     Raises:
-        FileNotFoundError: it is missing.
-        ValueError: it is not a JSON object, or has no `model_type`.
+        FileNotFoundError: config.json or a weight file is missing.
+        ValueError: one of them cannot be right.
     """
+    config = read_config(folder)
+    if config["model_type"] not in SUPPORTED:
+        raise ValueError(f"[load] model_type {config['model_type']!r}: supported are {', '.join(SUPPORTED)}")
+    _, args_class = model_classes(config)
+    for entry in fields(args_class):
+        required = entry.default is MISSING and entry.default_factory is MISSING
+        if required and entry.name not in ("rope", "rope_theta") and config.get(entry.name) is None:
+            raise ValueError(f"[load] config.json has no {entry.name}, which a {config['model_type']} model needs")
+    for key in COUNTS & set(config):
+        value = config[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+            raise ValueError(f"[load] {key} must be a positive integer, got {value!r}")
+    rope = RopeConfig.from_hf(config)
+    _check_window(config, rope)
+    names = {name for file in weight_files(folder) for name in check_safetensors(file)}
+    return {"tie_word_embeddings": "lm_head.weight" not in names} | config
+
+
+def _check_window(config: Mapping[str, Any], rope: RopeConfig) -> None:
+    """Refuse attention windows that the model would not keep to."""
+    window, kinds = config.get("sliding_window"), set(config.get("layer_types") or ())
+    if config["model_type"].startswith("qwen") and not config.get("use_sliding_window"):
+        window, kinds = None, set()
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        raise ValueError(f"[load] layer_types {', '.join(sorted(map(str, kinds)))}: only full and sliding attention")
+    windows_kept = is_ours(config) and kinds == {"full_attention", "sliding_attention"}
+    if window and not windows_kept and window < (rope.context_length or 0):
+        raise ValueError(
+            f"[load] sliding_window = {window} is shorter than the context of {rope.context_length} tokens: "
+            f"a {config['model_type']} model here attends to all of it"
+        )
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """config.json. Raises FileNotFoundError where it is missing, ValueError where it has no `model_type`."""
     path = folder / "config.json"
     if not path.is_file():
         raise FileNotFoundError(f"[load] {folder} has no config.json")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"[load] {path} is not JSON: {error}") from None
-    if not isinstance(config, dict) or not isinstance(config.get("model_type"), str):
+    config = read_json(path)
+    if not isinstance(config.get("model_type"), str):
         raise ValueError(f"[load] {path} has no model_type")
     return config
 
 
-def mlx_lm_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config.json in the keys that mlx-lm's model classes read, with nothing left for it to misread.
-
-    Raises:
-        ValueError: a key that the architecture needs is missing, or its rope part is wrong.
-    """
-    config = dict(config)
-    # transformers' default for every architecture here; mlx-lm's LLaMA has the opposite one.
-    config.setdefault("tie_word_embeddings", False)
-    rope = RopeConfig.from_hf(config)
-    config |= rope.to_hf("4") | {"rope_parameters": None}
-    model_class, args_class = model_classes(config)
-    for entry in fields(args_class):
-        required = entry.default is MISSING and entry.default_factory is MISSING and entry.name != "rope"
-        if required and config.get(entry.name) is None:
-            raise ValueError(f"[load] config.json has no {entry.name}, which a {config['model_type']} model needs")
-    ignored = MLX_LM_IGNORES & set(rope.parameters)
-    if ignored and not rope.is_resonant and model_class is not llama.Model:
-        raise ValueError(f"[load] mlx-lm ignores {', '.join(sorted(ignored))} for {config['model_type']} models")
-    return config
-
-
-def model_classes(config: dict[str, Any]) -> tuple[type[nn.Module], type]:
-    """Model and arguments class by `model_type`: ours where mlx-lm would use its LLaMA. ValueError where unknown."""
-    name = mlx_lm.utils.MODEL_REMAPPING.get(config["model_type"], config["model_type"])
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where the file holds something else."""
     try:
-        module = importlib.import_module(f"mlx_lm.models.{name}")
-    except ImportError:
-        raise ValueError(f"[load] model_type {config['model_type']!r} is not supported by mlx-lm") from None
-    return (llama.Model, llama.ModelArgs) if module is mlx_lm_llama else (module.Model, module.ModelArgs)
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"[load] {path} is not JSON: {error}") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"[load] {path} is not a JSON object")
+    return value
+
+
+def is_ours(config: Mapping[str, Any]) -> bool:
+    """Whether the architecture is that of `mlx_resonance.llama`."""
+    return config["model_type"] in ("llama", "mistral")
+
+
+def model_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], type]:
+    """Model and arguments class of a supported `model_type`: ours, or mlx-lm's."""
+    if is_ours(config):
+        return llama.Model, llama.ModelArgs
+    module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
+    return module.Model, module.ModelArgs
 
 
 def weight_files(folder: Path) -> list[Path]:
@@ -188,14 +245,20 @@ def weight_files(folder: Path) -> list[Path]:
             raise ValueError(f"[load] {index} names {name!r}: expected a file of the same folder")
         if not (folder / name).is_file():
             raise FileNotFoundError(f"[load] {folder / name} is missing: {INDEX} names it")
-    return [folder / name for name in names]
+    files = [folder / name for name in names]
+    for stray in sorted(set(folder.glob("model*.safetensors")) - set(files)):  # mlx-lm would load it too
+        raise ValueError(f"[load] {stray} is not named by {INDEX}: remove one of the two")
+    return files
 
 
-def check_safetensors(path: Path) -> None:
+def check_safetensors(path: Path) -> list[str]:
     """Compare a safetensors file's header with its size, so that a truncated download is found before it is used.
 
+    Returns:
+        The names of its tensors.
+
     Raises:
-        ValueError: the header is damaged, or the data is shorter or longer than it says.
+        ValueError: the header is damaged, or the tensors do not fill the file from end to end.
     """
     size = path.stat().st_size
     with path.open("rb") as file:
@@ -206,11 +269,18 @@ def check_safetensors(path: Path) -> None:
         raw = file.read(length)
     try:
         entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        end = 8 + length + max((int(entry["data_offsets"][1]) for entry in entries.values()), default=0)
-    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        spans = sorted(
+            (*entry["data_offsets"], BYTES[entry["dtype"]] * math.prod(entry["shape"])) for entry in entries.values()
+        )
+        whole = all(end - start == nbytes for start, end, nbytes in spans)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"[load] {path} has a damaged header: {error!r}") from None
-    if end != size:
-        raise ValueError(f"[load] {path} has {size} bytes where its header says {end}: download it again")
+    ends = [0, *(end for _, end, _ in spans)]
+    if not whole or any(start != end for (start, _, _), end in zip(spans, ends, strict=False)):
+        raise ValueError(f"[load] {path} has a damaged header: its tensors do not follow each other")
+    if 8 + length + ends[-1] != size:
+        raise ValueError(f"[load] {path} is truncated: {size} bytes where its header says {8 + length + ends[-1]}")
+    return list(entries)
 
 
 def install() -> None:

@@ -6,12 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib
-
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from .frequencies import feature_gap
 from .inspection import Inspection
@@ -40,15 +37,15 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
         ValueError: matplotlib does not write that format.
     """
     path = Path(path)
-    formats = sorted(plt.figure().canvas.get_supported_filetypes())
-    plt.close("all")
+    formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in formats:
         raise ValueError(f"[plot] {path}: the suffix must be one of {', '.join(formats)}")
     pairs = np.arange(len(inspection.in_use.wavelengths))
     unrounded = inspection.unrounded
     lengths = inspection.train_length, inspection.test_length
-    with plt.rc_context(STYLE):
-        figure, axes = plt.subplots(3, 1, figsize=(7, 7), sharex=True, layout="constrained")
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 7), layout="constrained")  # not pyplot's: a notebook's figures stay as they are
+        axes = figure.subplots(3, 1, sharex=True)
         _wavelengths(axes[0], pairs, inspection)
         axes[1].bar(pairs, 100 * unrounded.angle_shift(), color=GREY)
         axes[1].set(yscale="log", ylabel="change of wavelength\nby rounding, %")
@@ -63,7 +60,6 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
             f"trained on {lengths[0]} tokens, read at {lengths[1]}"
         )
         figure.savefig(path)
-    plt.close(figure)
 
 
 def _wavelengths(axis: Axes, pairs: np.ndarray, inspection: Inspection) -> None:

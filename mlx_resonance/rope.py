@@ -41,6 +41,7 @@ class ResonanceRoPE(nn.Module):
         if not (isinstance(frequencies, RotaryFrequencies) or callable(frequencies)):
             raise TypeError(f"[ResonanceRoPE] frequencies must be RotaryFrequencies, got {type(frequencies).__name__}")
         self.traditional = traditional
+        self._expected_length = 0
         self._by_length = None if isinstance(frequencies, RotaryFrequencies) else frequencies
         self._use(frequencies if isinstance(frequencies, RotaryFrequencies) else frequencies(0))
 
@@ -62,6 +63,13 @@ class ResonanceRoPE(nn.Module):
     def _extra_repr(self) -> str:
         scale = f"{self.frequencies.attention_scale:.6g}"
         return f"{self.dims}, traditional={self.traditional}, resonant={self.frequencies.is_resonant}, scale={scale}"
+
+    def expect(self, length: int) -> None:
+        """Choose frequencies that change with the length for at least `length` tokens from now on.
+
+        For a prompt that is read in chunks: all its keys then turn alike, as if it were read in one pass.
+        """
+        self._expected_length = length
 
     def angles(self, length: int, offset: int | mx.array = 0) -> Angles:
         """The angles of one step, to be shared by all layers: see `rotate`.
@@ -86,7 +94,7 @@ class ResonanceRoPE(nn.Module):
             raise ValueError(f"[ResonanceRoPE] offset must be an integer in [0, 2**31 - {length}], got {offset}")
         if self._by_length is not None:
             last = int(np.array(offset).max()) if isinstance(offset, mx.array) else offset
-            frequencies = self._by_length(last + length)
+            frequencies = self._by_length(max(last + length, self._expected_length))
             if frequencies != self._frequencies:
                 self._use(frequencies)
         start = mx.array(offset, dtype=mx.int64).reshape(-1, 1, 1)

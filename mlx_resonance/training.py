@@ -22,7 +22,7 @@ def warmup_cosine(peak: float, steps: int, warmup_steps: int, end: float = 0.0) 
         peak: the highest learning rate.
         steps: number of steps in all.
         warmup_steps: number of steps of the rise, fewer than `steps`.
-        end: the learning rate at the last step.
+        end: the learning rate that the fall ends at, after the last step.
 
     Returns:
         A schedule for any `mlx.optimizers` optimizer: step number to learning rate.

@@ -20,7 +20,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
     def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["mlx-resonance", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
         with pytest.raises(SystemExit) as done:
             cli.main()
         out, err = capsys.readouterr()
@@ -149,19 +149,17 @@ def damaged(kind: str, stdlib_llama: Path, tmp_path: Path) -> Path:
 DAMAGES = {
     "missing folder": "no such folder",
     "no safetensors": "no model*.safetensors",
-    "truncated safetensors": "header says",
+    "truncated safetensors": "truncated",
     "truncated header": "not a whole safetensors file",
     "no config": "no config.json",
     "config is not JSON": "not JSON",
     "no vocab_size": "vocab_size",
     "unknown rope type": "'spiral'",
 }
-READ_BY_INSPECT = ("missing folder", "no config", "config is not JSON", "unknown rope type")  # not the weights
-CASES = [(command, kind) for command in ("convert", "generate") for kind in DAMAGES]
-CASES += [("inspect", kind) for kind in READ_BY_INSPECT]
 
 
-@pytest.mark.parametrize(("command", "kind"), CASES)
+@pytest.mark.parametrize("kind", DAMAGES)
+@pytest.mark.parametrize("command", ["convert", "generate", "inspect"])
 def test_a_damaged_checkpoint_is_one_line_and_exit_2(
     run: Any, stdlib_llama: Path, tmp_path: Path, command: str, kind: str
 ) -> None:

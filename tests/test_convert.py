@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,7 @@ def test_shards_are_no_larger_than_asked_and_load_again(random_llama: Path, tmp_
     assert done.files == len(files) > 1
     assert max(file.stat().st_size for file in files) < 0.6e6 + 10_000  # the header comes on top
     whole, _ = load_model(random_llama)
-    sharded, _ = load_model(tmp_path / "out", config_changes={"rope_scaling": None})
+    sharded, _ = load_model(tmp_path / "out", rope=RopeConfig.from_hf(config_of(random_llama)))
     assert mx.array_equal(whole(TOKENS), sharded(TOKENS))
 
 
@@ -122,6 +125,16 @@ def test_converted_logits_are_those_of_the_papers(random_llama: Path, tmp_path: 
     assert np.abs(logits - expected).max() <= 1e-5 * np.abs(expected).max()  # float32 sums
 
 
+@pytest.mark.parametrize("rope", ["linear", "ntk", "dynamic", "yarn"])
+def test_a_scaling_the_weights_were_trained_with_is_not_replaced(
+    random_llama: Path, tmp_path: Path, copy_of: Any, rope: str
+) -> None:
+    source = copy_of(random_llama, rope_parameters={"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0})
+    with pytest.raises(ValueError, match="trained with rope type linear"):
+        convert(source, tmp_path / "out", rope=rope, factor=8)
+    assert convert(source, tmp_path / "out").rope.rope_type == "resonance_linear"
+
+
 def test_no_resonance_keeps_the_angles(random_llama: Path, tmp_path: Path) -> None:
     done = convert(random_llama, tmp_path / "out", resonance=False)
     assert RopeConfig.from_hf(config_of(tmp_path / "out")) == RopeConfig.from_hf(config_of(random_llama)) == done.rope
@@ -153,6 +166,68 @@ def test_a_config_of_transformers_5_loses_no_rope_key(random_llama: Path, tmp_pa
     assert written["rope_scaling"] | {"rope_theta": written["rope_theta"]} == parameters
 
 
+def test_null_keys_stay_null(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
+    source = copy_of(random_llama)
+    config = config_of(source) | {"sliding_window": None}
+    (source / "config.json").write_text(json.dumps(config))
+    convert(source, tmp_path / "out", resonance=False)
+    written = config_of(tmp_path / "out")
+    assert written["sliding_window"] is None and "sliding_window" in written
+    assert written.keys() - config.keys() <= {"rope_theta", "rope_scaling"}
+
+
+def test_a_partial_rotary_factor_is_kept(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
+    convert(copy_of(random_llama, partial_rotary_factor=0.5), tmp_path / "out", rope="yarn", factor=2)
+    assert load(tmp_path / "out")[0].args.rope.dims == 8
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+def test_models_of_mlx_lm_rotate_as_the_config_says(tmp_path: Path, model_type: str) -> None:
+    """`attention_factor` is a key that mlx-lm's own rotary module ignores."""
+    import torch
+    import transformers
+
+    torch.manual_seed(0)
+    kind = {"qwen2": "Qwen2", "qwen3": "Qwen3"}[model_type]
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=512,
+        initializer_range=0.2,
+        rope_parameters={
+            "rope_type": "yarn",
+            "rope_theta": 10000.0,
+            "factor": 4.0,
+            "original_max_position_embeddings": 128,
+            "attention_factor": 0.7,
+        },
+    )
+    reference = getattr(transformers, f"{kind}ForCausalLM")(config).eval()
+    reference.save_pretrained(tmp_path / "source")
+    tokens = np.random.default_rng(0).integers(0, 100, (1, 400))
+    with torch.no_grad():
+        expected = reference(torch.tensor(tokens)).logits.numpy()
+    convert(tmp_path / "source", tmp_path / "out", resonance=False)
+    logits = np.array(load_model(tmp_path / "out")[0](mx.array(tokens)))
+    assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
+    convert(tmp_path / "source", tmp_path / "resonant")
+    model, _ = load_model(tmp_path / "resonant")
+    assert model.layers[1].self_attn.rope.frequencies.is_resonant
+    assert np.abs(np.array(model(mx.array(tokens))) - expected).max() > 0.01 * np.abs(expected).max()
+
+
+def test_a_broken_card_does_not_stop_a_conversion(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
+    source = copy_of(random_llama)
+    (source / "README.md").write_text("---\nlicense: [\n---\n")
+    convert(source, tmp_path / "out")
+    assert "library_name: mlx" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_card_keeps_the_licence(random_llama: Path, tmp_path: Path) -> None:
     convert(random_llama, tmp_path / "out", rope="yarn", factor=8)
     card = ModelCard.load(tmp_path / "out" / "README.md")
@@ -175,9 +250,33 @@ def test_a_failure_leaves_nothing(random_llama: Path, tmp_path: Path, monkeypatc
 def test_what_a_killed_run_left_is_not_in_the_way(random_llama: Path, tmp_path: Path) -> None:
     (tmp_path / "out.partial").mkdir()
     (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
+    (tmp_path / "out.partial" / checkpoint.MARK).touch()
     convert(random_llama, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert not (tmp_path / "out" / checkpoint.MARK).exists()
     load(tmp_path / "out")
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(random_llama: Path, tmp_path: Path) -> None:
+    source = tmp_path / "out.partial"
+    shutil.copytree(random_llama, source)
+    before = sorted(source.iterdir())
+    with pytest.raises(FileExistsError, match="in the way"):
+        convert(source, tmp_path / "out")
+    assert sorted(source.iterdir()) == before
+
+
+def test_killed_for_good_it_leaves_no_result_and_the_next_run_makes_it(random_llama: Path, tmp_path: Path) -> None:
+    code = (
+        "import os, signal, mlx_resonance.convert.checkpoint as c;"
+        "c.write_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        f"c.convert({str(random_llama)!r}, {str(tmp_path / 'out')!r})"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
+    assert killed.returncode == -9
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    convert(random_llama, tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(
@@ -192,7 +291,9 @@ def test_what_a_killed_run_left_is_not_in_the_way(random_llama: Path, tmp_path: 
         ({"rope": "yarn", "factor": 2, "original_max_position_embeddings": 0}, "original_max_position_embeddings"),
         ({"dtype": "int8"}, "dtype"),
         ({"q_bits": 4}, "--quantize"),
+        ({"q_bits": 0}, "--quantize"),
         ({"quantize": True, "q_bits": 7}, "q_bits"),
+        ({"max_shard_size": "9" * 400 + "GB"}, "max_shard_size"),
         ({"quantize": True, "q_group_size": 5}, "q_group_size"),
         ({"quantize": True, "q_mode": "int4"}, "q_mode"),
         ({"quantize": True, "q_mode": "mxfp4", "q_bits": 4}, "mxfp4"),
@@ -216,6 +317,16 @@ def test_wrong_arguments_are_named(random_llama: Path, tmp_path: Path, options: 
         ({"quantization_config": {"quant_method": "gptq"}}, "gptq"),
         ({"rope_scaling": {"rope_type": "spiral"}, "rope_parameters": None}, "spiral"),
         ({"hidden_size": 72}, "shape"),
+        ({"vocab_size": 0}, "vocab_size"),
+        ({"vocab_size": "many"}, "vocab_size"),
+        ({"hidden_size": 64.0}, "hidden_size"),
+        ({"num_hidden_layers": -1}, "num_hidden_layers"),
+        ({"rms_norm_eps": "1e-5"}, "cannot be loaded"),
+        ({"quantization": "4bit"}, "cannot be loaded"),
+        ({"quantization_config": [1]}, "quantized"),
+        ({"model_type": "mixtral"}, "llama, mistral, qwen2, qwen3"),
+        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window"),
+        ({"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
     ],
 )
 def test_wrong_configs_are_named(

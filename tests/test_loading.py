@@ -13,7 +13,7 @@ from typing import Any
 
 from mlx_resonance import load
 from mlx_resonance.llama import Model
-from mlx_resonance.loading import INDEX, check_safetensors, load_model, mlx_lm_config, resolve, weight_files
+from mlx_resonance.loading import INDEX, check_safetensors, load_model, resolve, weight_files
 
 import mlx.core as mx
 import pytest
@@ -88,28 +88,6 @@ def test_a_damaged_header_is_refused(tmp_path: Path, content: bytes) -> None:
     (tmp_path / "model.safetensors").write_bytes(content)
     with pytest.raises(ValueError, match=r"model\.safetensors"):
         check_safetensors(tmp_path / "model.safetensors")
-
-
-def test_what_mlx_lm_would_ignore_is_refused_for_its_own_models() -> None:
-    config = {
-        "model_type": "qwen2",
-        "hidden_size": 64,
-        "num_hidden_layers": 1,
-        "intermediate_size": 64,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 2,
-        "rms_norm_eps": 1e-6,
-        "vocab_size": 16,
-        "max_position_embeddings": 512,
-        "rope_parameters": {
-            "rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
-            "original_max_position_embeddings": 128, "attention_factor": 0.9,
-        },
-    }  # fmt: skip
-    with pytest.raises(ValueError, match="mlx-lm ignores attention_factor"):
-        mlx_lm_config(config)
-    del config["rope_parameters"]["attention_factor"]
-    assert mlx_lm_config(config)["rope_scaling"]["factor"] == 4.0
 
 
 def on_hub(address: str, cache: Path, code: str) -> subprocess.CompletedProcess[str]:

@@ -12,7 +12,6 @@ from . import convert, demo, generate, inspect
 app = typer.Typer(
     name="mlx-resonance",
     help="LLaMA-family models far past the context they were trained on: Resonance-YaRN for MLX.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -40,11 +39,12 @@ def _options(
 
 def main() -> None:
     """Entry point. Exit code 0: done; 1: the work failed; 2: the request was wrong; 130: interrupted."""
+    arguments = sys.argv[1:] or ["--help"]
     try:
-        code = app(standalone_mode=False)
+        code = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
-        _fail("interrupted", 130)
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+        code = 130
+    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, NotImplementedError) as error:
         _fail(error, 2)
     except OSError as error:
         _fail(error, 1)
@@ -52,6 +52,8 @@ def main() -> None:
         if not hasattr(error, "format_message"):  # not a wrong command line but a fault of ours: show where
             raise
         _fail(error.format_message(), 2)
+    if code == 130:
+        _fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -13,7 +13,7 @@ from typer import Option
 
 from .output import print_json, stdout
 
-FACTOR, PROMPT_TOKENS, NEW_TOKENS = 8, 640, 256
+FACTOR, PROMPT_TOKENS, NEW_TOKENS, PREFILL = 8, 640, 256, 128
 
 
 def command(
@@ -37,19 +37,21 @@ def command(
     dtype = "float32" if mx.default_device() == mx.cpu else None
     with as_file(files("mlx_resonance") / "assets" / "stdlib-llama") as source, tempfile.TemporaryDirectory() as folder:
         target = Path(folder) / "stdlib-llama-8x"
-        _say(f"mlx-resonance convert stdlib-llama --rope yarn --factor {FACTOR} --mlx-path {target.name}")
+        cast = f" --dtype {dtype}" if dtype else ""
+        _say(f"mlx-resonance convert stdlib-llama --rope yarn --factor {FACTOR}{cast} --mlx-path {target.name}")
         report(convert(source, target, rope="yarn", factor=FACTOR, dtype=dtype))
 
         _say(f"mlx-resonance inspect {target.name}")
         print_schedule(inspect_rope(RopeConfig.from_hf(read_config(target))), stdout)
 
-        _say(f"mlx-resonance generate --model {target.name} --temp {temp} --max-tokens {max_tokens} < unseen.py")
+        settings = f"--temp {temp} --seed {seed} --max-tokens {max_tokens} --prefill-step-size {PREFILL}"
+        _say(f"mlx-resonance generate --model {target.name} {settings} < unseen.py")
         model, tokenizer = load(target)
         name, text = _unseen_module(source)
         tokens = prompt_tokens(tokenizer, text)[:PROMPT_TOKENS]
         stdout.print(f"[dim]… {name}, {len(tokens)} tokens of it; the checkpoint was trained on 512[/dim]")
         stdout.print(tokenizer.decode(tokens[-60:]), style="dim", markup=False, end="")
-        options = {"max_tokens": max_tokens, "temp": temp, "seed": seed, "prefill_step_size": 128}
+        options = {"max_tokens": max_tokens, "temp": temp, "seed": seed, "prefill_step_size": PREFILL}
         result = run(model, tokenizer, tokens, show=True, **options)
     print_json(result)
 

@@ -51,12 +51,15 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """
     if prompt is not None and prompt_file is not None:
         raise ValueError("[generate] give --prompt or --prompt-file, not both")
-    if prompt is None and prompt_file is None and sys.stdin.isatty():
+    if prompt is None and prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise ValueError("[generate] give --prompt, --prompt-file, or a prompt on standard input")
-    if prompt_file is not None and not prompt_file.is_file():
+    if prompt_file is not None and (prompt_file.is_dir() or not prompt_file.exists()):
         raise FileNotFoundError(f"[generate] no prompt file {prompt_file}")
     try:
-        text = prompt if prompt is not None else prompt_file.read_text("utf-8") if prompt_file else sys.stdin.read()
+        if prompt is not None:
+            text = prompt
+        else:  # the bytes: the locale's encoding may be another
+            text = (prompt_file.read_bytes() if prompt_file else sys.stdin.buffer.read()).decode("utf-8")
     except UnicodeDecodeError as error:
         raise ValueError(f"[generate] the prompt is not UTF-8 text: {error}") from None
     if not text.strip():

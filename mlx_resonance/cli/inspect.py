@@ -25,10 +25,12 @@ def command(
     """Show a checkpoint's wavelengths and feature gap."""
     from ..config import RopeConfig
     from ..inspection import inspect_rope
-    from ..loading import read_config, resolve
+    from ..loading import check_checkpoint, read_config, resolve
 
     folder = resolve(model, None, ["config.json"])
-    inspection = inspect_rope(RopeConfig.from_hf(read_config(folder)), train_length, test_length)
+    # Of a model on the hub, config.json is all that is fetched.
+    config = check_checkpoint(folder) if Path(model).is_dir() else read_config(folder)
+    inspection = inspect_rope(RopeConfig.from_hf(config), train_length, test_length)
     if plot is not None:
         from ..plots import plot_inspection
 

@@ -12,12 +12,14 @@ from mlx_lm.generate import GenerationResponse
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..config import RopeConfig
+from ..rope import ResonanceRoPE
+
 
 def context_length(model: nn.Module) -> int | None:
     """Tokens of context a loaded model is meant for; None where its config does not say."""
-    rope = getattr(model.args, "rope", None)
-    length = getattr(model.args, "max_position_embeddings", None) if rope is None else rope.context_length
-    return None if length is None else int(length)
+    rope: RopeConfig = model.args.rope
+    return rope.context_length
 
 
 def prompt_tokens(tokenizer: TokenizerWrapper, prompt: str | list[int], chat: bool = False) -> list[int]:
@@ -35,6 +37,8 @@ def prompt_tokens(tokenizer: TokenizerWrapper, prompt: str | list[int], chat: bo
         raise ValueError("[generate] the prompt is empty")
     if not isinstance(prompt, str):
         return list(prompt)
+    if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
+        raise ValueError("[generate] the prompt is not UTF-8 text")
     if chat and tokenizer.has_chat_template:
         messages = [{"role": "user", "content": prompt}]
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
@@ -74,7 +78,7 @@ def stream_generate(
     Raises:
         ValueError: an argument is out of range, the prompt is empty, or the context too short.
     """
-    _check_options(max_tokens, temp, top_p, kv_bits, prefill_step_size)
+    _check_options(max_tokens, temp, top_p, seed, kv_bits, prefill_step_size)
     tokens = prompt_tokens(tokenizer, prompt)
     limit = context_length(model)
     if limit is not None and len(tokens) + max_tokens > limit:
@@ -82,6 +86,9 @@ def stream_generate(
             f"[generate] {len(tokens)} prompt tokens and {max_tokens} new ones exceed the checkpoint's context of "
             f"{limit} tokens: shorten them, or convert with a larger --factor"
         )
+    for module in model.modules():
+        if isinstance(module, ResonanceRoPE):
+            module.expect(len(tokens))
     if seed is not None:
         mx.random.seed(seed)
     options: dict[str, Any] = {"kv_bits": kv_bits, "quantized_kv_start": 0} if kv_bits else {}
@@ -121,13 +128,17 @@ def figures(text: str, last: GenerationResponse) -> dict[str, Any]:
     }
 
 
-def _check_options(max_tokens: int, temp: float, top_p: float, kv_bits: int | None, prefill_step_size: int) -> None:
+def _check_options(
+    max_tokens: int, temp: float, top_p: float, seed: int | None, kv_bits: int | None, prefill_step_size: int
+) -> None:
     if max_tokens < 1:
         raise ValueError(f"[generate] max_tokens must be at least 1, got {max_tokens}")
     if not 0 <= temp < float("inf"):
         raise ValueError(f"[generate] temp must be 0 or more, got {temp}")
     if not 0 < top_p <= 1:
         raise ValueError(f"[generate] top_p must lie in (0, 1], got {top_p}")
+    if seed is not None and not 0 <= seed < 2**64:
+        raise ValueError(f"[generate] seed must lie in [0, 2**64), got {seed}")
     if kv_bits not in (None, 4, 8):
         raise ValueError(f"[generate] kv_bits must be 4 or 8, got {kv_bits}")
     if prefill_step_size < 1:

@@ -20,13 +20,13 @@ def phase_constants(wavelengths: NDArray[np.float64]) -> tuple[mx.array, mx.arra
         wavelengths: tokens per turn, float64, shape (P,).
 
     Returns:
-        modulus: int64, shape (P,): the wavelength where it is a whole number, else 0.
+        modulus: int64, shape (P,): the wavelength where it is a whole number (below 2⁶²), else 0.
         turns: uint64, shape (P,): turns per token in units of 2⁻⁶⁴, rounded from the exact quotient.
     """
     modulus, turns = [], []
     for wavelength in wavelengths.tolist():
         finite = math.isfinite(wavelength)
-        modulus.append(int(wavelength) if finite and wavelength.is_integer() else 0)
+        modulus.append(int(wavelength) if wavelength < 2**62 and wavelength.is_integer() else 0)
         turns.append(round(2**64 / Fraction(wavelength)) % 2**64 if finite else 0)
     return mx.array(np.array(modulus, dtype=np.int64)), mx.array(np.array(turns, dtype=np.uint64))
 

@@ -1,7 +1,9 @@
 """Converted checkpoints give the logits of transformers: every rope type, both styles of config.json."""
 
+import json
 import shutil
 
+from mlx_resonance import RopeConfig
 from mlx_resonance.convert import convert
 from mlx_resonance.loading import load_model
 
@@ -15,8 +17,8 @@ LARGEST_ERROR = 5e-3  # of the largest logit: transformers' own float32 angles d
 AGREEMENT = 0.999
 
 
-def our_logits(folder, **config_changes):
-    model, _ = load_model(folder, config_changes=config_changes)
+def our_logits(folder, rope=None):
+    model, _ = load_model(folder, rope=rope)
     return np.array(model(mx.array(tokens())[None])[0])
 
 
@@ -55,6 +57,8 @@ def test_a_wrong_rope_would_be_noticed(name, wrong, tmp_path):
     case = next(case for case in CASES if case.name == name)
     save_with_transformers(case, tmp_path / "saved")
     reference = transformers_logits(tmp_path / "saved")
-    error, agreement = compare(our_logits(tmp_path / "saved", rope_parameters=case.rope | wrong), reference)
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    rope = RopeConfig.from_hf(config | {"rope_parameters": case.rope | wrong})
+    error, agreement = compare(our_logits(tmp_path / "saved", rope), reference)
     assert error > LARGEST_ERROR
     assert agreement < AGREEMENT
