@@ -77,8 +77,12 @@ def test_inspect_table_has_a_row_for_every_pair(run: Any, stdlib_llama: Path) ->
     code, out, _ = run("inspect", stdlib_llama, "--test-length", 1024)
     rows = [line.split() for line in out.splitlines() if line.lstrip()[:1].isdigit()]
     assert code == 0
-    assert [int(row[0]) for row in rows if row[-2] in ("yes", "no")] == list(range(32))
-    assert "6.283" in out and "4.507 %" in out and "unrounded" in out
+    rows = [row for row in rows if row[-2] in ("yes", "no")]
+    assert [int(row[0]) for row in rows] == list(range(32))
+    assert rows[0][:5] == ["0", "6.283", "6", "4.507", "%"] and "unrounded" in out
+    assert [row[-2] for row in rows] == ["yes" if float(row[1].replace(",", "")) <= 512 else "no" for row in rows]
+    _, longer, _ = run("inspect", stdlib_llama, "--test-length", 2048)
+    assert longer.split("\n")[2:] != out.split("\n")[2:]  # the feature gap depends on it
 
 
 def test_inspect_plot(run: Any, extended: Path, tmp_path: Path) -> None:
@@ -195,6 +199,8 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_2(
         (("generate", "--model", "{model}", "--prompt", "a", "--temp", "-1"), "temp"),
         (("generate", "--model", "{model}", "--prompt", "a", "--top-p", "2"), "top_p"),
         (("generate", "--model", "{model}", "--prompt", "a", "--kv-bits", "3"), "kv_bits"),
+        (("generate", "--model", "{model}", "--prompt", "a", "--seed", "-1"), "seed"),
+        (("inspect", "{model}", "--test-length", "1000000000000"), "test_length"),
         (("demo", "--max-tokens", "100000"), "context of 4096"),
         (("frobnicate",), "frobnicate"),
     ],
@@ -209,6 +215,37 @@ def test_a_wrong_request_is_one_line_and_exit_2(
     assert len(errors) == 1 and stderr.splitlines()[-1] == errors[0] and named in errors[0]
     assert "Traceback" not in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupted_is_130(run: Any, stdlib_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("mlx_resonance.loading.resolve", interrupt)
+    assert run("inspect", stdlib_llama) == (130, "", "error: interrupted\n")
+
+
+def test_a_full_disk_is_1(run: Any, stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("mlx_resonance.convert.checkpoint.write_card", full)
+    code, _, err = run("convert", stdlib_llama, "--mlx-path", tmp_path / "out")
+    assert (code, err) == (1, "error: [Errno 28] No space left on device\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_prompt_that_is_not_utf8_is_named(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompt").write_bytes(b"caf\xe9")
+    code, _, err = run("generate", "--model", stdlib_llama, "--prompt-file", tmp_path / "prompt")
+    assert code == 2 and "not UTF-8" in err
+    code, _, err = run("generate", "--model", stdlib_llama, "--prompt", "caf\udce9")
+    assert code == 2 and "not UTF-8" in err
+
+
+def test_no_arguments_show_the_help(run: Any) -> None:
+    code, out, err = run()
+    assert (code, err) == (0, "") and "convert" in out and "Usage" in out
 
 
 def test_the_installed_command_prints_its_version_and_help() -> None:

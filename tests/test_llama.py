@@ -137,6 +137,16 @@ def test_angles_are_computed_once_for_all_layers(monkeypatch, cached):
     assert calls == [(6, 0), (4, 6 if cached else 0)]
 
 
+def test_traditional_pairs_are_neighbours():
+    """mlx-lm's `rope_traditional`: the same model once the rows of q and k are put in the other order."""
+    model, traditional = random_llama(), random_llama(rope_traditional=True)
+    order = np.arange(12).reshape(2, 6).T.ravel()
+    for layer in traditional.layers:
+        for projection, heads in ((layer.self_attn.q_proj, 4), (layer.self_attn.k_proj, 2)):
+            projection.weight = projection.weight.reshape(heads, 12, -1)[:, order].reshape(heads * 12, -1)
+    assert relative_error(traditional(mx.array(TOKENS)), model(mx.array(TOKENS))) <= TOLERANCE / 10
+
+
 def test_parameters_have_their_hugging_face_names():
     names = {name for name, _ in tree_flatten(random_llama(num_hidden_layers=1).parameters())}
     layer = "model.layers.0"

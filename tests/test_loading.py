@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import random
@@ -17,6 +18,7 @@ from mlx_resonance.loading import INDEX, check_safetensors, load_model, resolve,
 
 import mlx.core as mx
 import pytest
+from mlx.utils import tree_flatten
 
 from .hub import serve
 
@@ -35,9 +37,15 @@ def test_a_missing_tokenizer_is_named(random_llama: Path, copy_of: Any) -> None:
         load(folder)
 
 
-def test_tied_embeddings_default_to_what_transformers_means(random_llama: Path, copy_of: Any) -> None:
-    model, _ = load_model(copy_of(random_llama, tie_word_embeddings=None))
-    assert "lm_head" in model
+def test_tied_embeddings_are_seen_in_the_weights(random_llama: Path, copy_of: Any) -> None:
+    folder = copy_of(random_llama, tie_word_embeddings=None)
+    assert "lm_head" in load_model(folder)[0]
+    for name in (INDEX, *(file.name for file in folder.glob("model-*.safetensors"))):
+        (folder / name).unlink()
+    untied = dict(tree_flatten(load_model(random_llama)[0].parameters()))
+    del untied["lm_head.weight"]
+    mx.save_safetensors(str(folder / "model.safetensors"), untied)
+    assert "lm_head" not in load_model(folder)[0]
 
 
 @pytest.mark.parametrize(
@@ -57,6 +65,66 @@ def test_a_damaged_index_is_refused(
     (folder / INDEX).write_text(json.dumps({} if weight_map is None else {"weight_map": weight_map}))
     with pytest.raises(error, match=named):
         weight_files(folder)
+
+
+def test_a_weight_file_that_the_index_does_not_name_is_refused(random_llama: Path, copy_of: Any) -> None:
+    folder = copy_of(random_llama)
+    mx.save_safetensors(str(folder / "model-backup.safetensors"), {"model.norm.weight": mx.zeros(64)})
+    with pytest.raises(ValueError, match=r"model-backup\.safetensors is not named"):
+        load(folder)
+
+
+@pytest.mark.parametrize(
+    ("entries", "size"),
+    [
+        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [0, 8])}, 8),
+        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [4, 12])}, 12),
+        ({"a": ("F32", [2], [4, 12])}, 12),
+        ({"a": ("F32", [3], [0, 8])}, 8),
+        ({"a": ("F32", [-2], [0, -8])}, 0),
+        ({"a": ("F99", [2], [0, 8])}, 8),
+    ],
+    ids=["same place", "overlap", "gap", "shape", "negative", "dtype"],
+)
+def test_tensors_that_do_not_fill_the_file_are_refused(tmp_path: Path, entries: dict[str, Any], size: int) -> None:
+    keys = ("dtype", "shape", "data_offsets")
+    header = json.dumps({name: dict(zip(keys, entry, strict=True)) for name, entry in entries.items()}).encode()
+    (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * size)
+    with pytest.raises(ValueError, match="damaged header"):
+        check_safetensors(tmp_path / "model.safetensors")
+
+
+def test_the_adapter_and_the_revision_are_used(random_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+    import mlx_lm.utils
+
+    asked: list[object] = []
+
+    def download(name: str, revision: str | None, allow_patterns: list[str]) -> str:
+        asked.extend([name, revision, "config.json" in allow_patterns or "*.json" in allow_patterns])
+        return str(random_llama)
+
+    def adapt(model: Any, path: str) -> Any:
+        asked.append(path)
+        return model
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    monkeypatch.setattr(mlx_lm.utils, "load_adapters", adapt)
+    load("someone/random-llama", revision="v2", adapter_path="adapters")
+    assert asked == ["someone/random-llama", "v2", True, "adapters"]
+
+
+def test_a_broken_tokenizer_is_one_error(random_llama: Path, copy_of: Any) -> None:
+    folder = copy_of(random_llama)
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="tokenizer of .* cannot be loaded"):
+        load(folder)
+
+
+def test_a_model_can_be_copied(random_llama: Path) -> None:
+    model, _ = load_model(random_llama)
+    tokens = mx.array([[1, 2, 3]])
+    assert mx.array_equal(copy.deepcopy(model)(tokens), model(tokens))
 
 
 def test_every_truncation_is_noticed(stdlib_llama: Path, tmp_path: Path) -> None:
