@@ -3,9 +3,10 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import blas
+from . import linux
 
-blas.load()  # before anything imports mlx.core
+linux.load_blas()  # before anything imports mlx.core
+linux.keep_freed_memory()
 
 from .config import RopeConfig  # noqa: E402
 from .frequencies import (  # noqa: E402

@@ -36,7 +36,7 @@ def test_options_reach_mlx_lm(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> N
         "prompt_progress_callback": progress,
         "sampler": {"temp": 0.5, "top_p": 0.25},
     }
-    list(stream_generate(*loaded, TEXT))
+    list(stream_generate(*loaded, TEXT, max_tokens=9))
     assert calls["sampler"] == {"temp": 0.0, "top_p": 0.0}  # mlx-lm's value for "all tokens"
 
 
@@ -85,7 +85,7 @@ def test_an_empty_prompt_is_refused(loaded: Any, prompt: Any) -> None:
 def test_the_context_is_kept_to_the_token(loaded: Any) -> None:
     tokens = [5] * 120
     list(stream_generate(*loaded, tokens, max_tokens=8))
-    with pytest.raises(ValueError, match="120 prompt tokens and 9 new ones exceed .* 128"):
+    with pytest.raises(ValueError, match=r"120 prompt tokens and 9 new ones exceed .* 128"):
         list(stream_generate(*loaded, tokens, max_tokens=9))
 
 

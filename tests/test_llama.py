@@ -143,7 +143,7 @@ def test_traditional_pairs_are_neighbours():
     order = np.arange(12).reshape(2, 6).T.ravel()
     for layer in traditional.layers:
         for projection, heads in ((layer.self_attn.q_proj, 4), (layer.self_attn.k_proj, 2)):
-            projection.weight = projection.weight.reshape(heads, 12, -1)[:, order].reshape(heads * 12, -1)
+            projection.weight = projection.weight.reshape(heads, 12, -1)[:, mx.array(order)].reshape(heads * 12, -1)
     assert relative_error(traditional(mx.array(TOKENS)), model(mx.array(TOKENS))) <= TOLERANCE / 10
 
 

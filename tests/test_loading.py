@@ -90,7 +90,7 @@ def test_tensors_that_do_not_fill_the_file_are_refused(tmp_path: Path, entries: 
     keys = ("dtype", "shape", "data_offsets")
     header = json.dumps({name: dict(zip(keys, entry, strict=True)) for name, entry in entries.items()}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * size)
-    with pytest.raises(ValueError, match="damaged header"):
+    with pytest.raises(ValueError, match=r"model\.safetensors (has a damaged header|is truncated)"):
         check_safetensors(tmp_path / "model.safetensors")
 
 
@@ -117,7 +117,7 @@ def test_the_adapter_and_the_revision_are_used(random_llama: Path, monkeypatch: 
 def test_a_broken_tokenizer_is_one_error(random_llama: Path, copy_of: Any) -> None:
     folder = copy_of(random_llama)
     (folder / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="tokenizer of .* cannot be loaded"):
+    with pytest.raises(ValueError, match=r"tokenizer of .* cannot be loaded"):
         load(folder)
 
 

@@ -1,4 +1,4 @@
-"""Loading OpenBLAS on Linux: one log line where there is none, and none where that was asked for."""
+"""What the package does on Linux: load OpenBLAS, or say in one line that there is none; have malloc keep memory."""
 
 from __future__ import annotations
 
@@ -42,3 +42,18 @@ def test_a_system_openblas_is_used() -> None:
         pytest.skip("this system has no OpenBLAS")
     multiply = "mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))"
     assert stderr_of(f"import mlx_resonance, mlx.core as mx; {multiply}; {PRINT_WHETHER_LOADED}") == "True"
+
+
+@pytest.mark.parametrize(("environment", "few"), [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)], ids=["kept", "set"])
+def test_freed_arrays_are_used_again(environment: dict[str, str], few: bool) -> None:
+    """Page faults of ten arrays of 40 MB, one after another: those of one, or of all ten."""
+    import platform
+
+    if platform.libc_ver()[0] != "glibc":
+        pytest.skip("malloc settings are for glibc")
+    code = (
+        "import mlx_resonance, mlx.core as mx, resource, sys; x = mx.zeros((10, 2**20)); mx.eval(x + 1);"
+        "faults = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_minflt; before = faults();"
+        "[mx.eval(x + i) for i in range(10)]; print(faults() - before, end='', file=sys.stderr)"
+    )
+    assert (int(stderr_of(code, **environment)) < 20_000) == few  # one array has 10 240 pages
