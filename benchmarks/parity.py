@@ -3,8 +3,8 @@
     python benchmarks/parity.py
 
 The checkpoints are those of tests/parity/cases.py, loaded as they are; needs torch. Per runtime: the largest error as
-a part of the largest logit, and the part of positions with the same arg max; or what it raises. Last line: one JSON
-object.
+a part of the largest logit, and the part of positions with the same arg max; or what it raises. For one case also
+the errors of all three against a float64 forward pass written from the papers. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -28,8 +28,12 @@ import transformers
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "parity"))
+TESTS = Path(__file__).resolve().parents[1] / "tests"
+sys.path[:0] = [str(TESTS), str(TESTS / "parity")]
 import cases
+import oracle
+
+EXACT_CASE = "yarn"
 
 Load = Callable[[Path], tuple[nn.Module, dict[str, Any]]]
 RUNTIMES: dict[str, Load] = {"ours": load_model, "mlx_lm": mlx_lm.utils.load_model}
@@ -43,6 +47,20 @@ def measure(load: Load, folder: Path, reference: np.ndarray) -> dict[str, Any]:
         return {"raises": f"{type(error).__name__}: {error}"}
     error, agreement = cases.compare(logits, reference)
     return {"error": float(f"{error:.3g}"), "agreement": round(agreement, 5)}
+
+
+def exact_errors(folder: Path, reference: np.ndarray) -> dict[str, float]:
+    """Largest errors against float64 logits, as parts of the largest logit; config.json in style 4, which all read."""
+    config = json.loads((folder / "config.json").read_text())
+    weights = {name: np.array(value) for name, value in mx.load(str(folder / "model.safetensors")).items()}
+    scaling = config["rope_scaling"]
+    factor, original = scaling["factor"], scaling["original_max_position_embeddings"]
+    wavelengths = oracle.yarn_wavelengths(config["head_dim"], config["rope_theta"], factor, original)
+    scale = oracle.yarn_attention_scale(factor)
+    exact = oracle.llama_logits(cases.tokens(), weights, config, wavelengths, scale)
+    logits = {name: np.array(load(folder)[0](mx.array(cases.tokens())[None])[0]) for name, load in RUNTIMES.items()}
+    logits["transformers"] = reference
+    return {name: float(f"{cases.compare(value, exact)[0]:.3g}") for name, value in logits.items()}
 
 
 def as_text(result: dict[str, Any]) -> list[str]:
@@ -66,9 +84,12 @@ def main() -> None:
                 rows.append({"case": case.name, "style": style, **results})
                 table.add_row(case.name, style, *as_text(results["ours"]), *as_text(results["mlx_lm"]))
                 print(f"{case.name}, style {style}", file=sys.stderr)
+            if case.name == EXACT_CASE:
+                exact = exact_errors(folder, reference)
     Console().print(table)
+    print(f"{EXACT_CASE}, against float64:", ", ".join(f"{name} {error:.1e}" for name, error in exact.items()))
     versions = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "transformers": transformers.__version__}
-    print(json.dumps({"positions": cases.LENGTH, "versions": versions, "rows": rows}))
+    print(json.dumps({"positions": cases.LENGTH, "versions": versions, "rows": rows, "against_float64": exact}))
 
 
 if __name__ == "__main__":

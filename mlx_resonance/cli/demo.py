@@ -5,6 +5,7 @@ from __future__ import annotations
 import json as json_module
 import sysconfig
 import tempfile
+from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
 from typing import Annotated
@@ -19,7 +20,7 @@ FACTOR, PROMPT_TOKENS, NEW_TOKENS, PREFILL = 8, 640, 256, 128
 def command(
     max_tokens: Annotated[int, Option(help="Tokens to generate.")] = NEW_TOKENS,
     temp: Annotated[float, Option(help="Sampling temperature.")] = 0.6,
-    seed: Annotated[int, Option(help="Seed of the sampling.")] = 0,
+    seed: Annotated[int, Option(help="Seed of the sampling.")] = 1,
 ) -> None:
     """Convert, inspect and run a tiny LLaMA past its context."""
     import mlx.core as mx
@@ -39,7 +40,7 @@ def command(
         target = Path(folder) / "stdlib-llama-8x"
         cast = f" --dtype {dtype}" if dtype else ""
         _say(f"mlx-resonance convert stdlib-llama --rope yarn --factor {FACTOR}{cast} --mlx-path {target.name}")
-        report(convert(source, target, rope="yarn", factor=FACTOR, dtype=dtype))
+        report(replace(convert(source, target, rope="yarn", factor=FACTOR, dtype=dtype), path=Path(target.name)))
 
         _say(f"mlx-resonance inspect {target.name}")
         print_schedule(inspect_rope(RopeConfig.from_hf(read_config(target))), stdout)
