@@ -2,7 +2,8 @@
 
     python benchmarks/rotary.py [--repeats 25]
 
-All contenders take turns in one run; the figures are medians in milliseconds. Last line: one JSON object.
+All contenders take turns in one run; the figures are medians in milliseconds. Also the largest errors of cosine and
+sine at far positions, ours and those of mx.fast.rope. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -14,13 +15,15 @@ import statistics
 import time
 from collections.abc import Callable
 
-from mlx_resonance import ResonanceRoPE, yarn_frequencies
+from mlx_resonance import ResonanceRoPE, RotaryFrequencies, yarn_frequencies
 
 import mlx.core as mx
+import numpy as np
 from mlx_lm.models.rope_utils import YarnRoPE
 
 Q_HEADS, KV_HEADS, LENGTH, DIMS = 32, 8, 2048, 128
 FACTOR, ORIGINAL = 8, 4096
+FAR = (131071, 1000003, 10000019)
 
 
 def heads(count: int, dtype: mx.Dtype) -> mx.array:
@@ -49,6 +52,21 @@ def contenders() -> dict[str, Callable[[mx.array, mx.array], tuple[mx.array, mx.
     }
 
 
+def angle_errors() -> dict[str, dict[str, float]]:
+    """Largest error of cosine and sine by position, over all pairs, without the attention scale."""
+    frequencies = RotaryFrequencies(yarn_frequencies(DIMS, 10000.0, FACTOR, ORIGINAL).resonate().wavelengths)
+    ours, freqs = ResonanceRoPE(frequencies), mx.array(1 / frequencies.inv_freq, dtype=mx.float32)
+    unit = mx.concatenate([mx.ones((1, 1, 1, DIMS // 2)), mx.zeros((1, 1, 1, DIMS // 2))], axis=-1)
+    errors: dict[str, dict[str, float]] = {"ours": {}, "mx_fast_rope": {}}
+    for position in FAR:
+        theta = 2 * np.pi * (position % frequencies.wavelengths) / frequencies.wavelengths  # whole numbers: exact
+        exact = np.concatenate([np.cos(theta), np.sin(theta)])
+        fast = mx.fast.rope(unit, DIMS, traditional=False, base=None, scale=1.0, offset=position, freqs=freqs)
+        for name, rotated in (("ours", ours(unit, position)), ("mx_fast_rope", fast)):
+            errors[name][str(position)] = float(f"{np.abs(np.array(rotated).ravel() - exact).max():.2g}")
+    return errors
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=25)
@@ -68,6 +86,8 @@ def main() -> None:
         name = str(dtype).removeprefix("mlx.core.")
         report[name] = medians | {"ours_to_mlx_lm_yarn": round(medians["ours"] / medians["mlx_lm_yarn"], 3)}
         print(name, medians)
+    report["angle_errors"] = angle_errors()
+    print("largest error of cos and sin:", report["angle_errors"])
     print(json.dumps(report))
 
 

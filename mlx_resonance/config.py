@@ -93,18 +93,18 @@ class RopeConfig:
                     f"[RopeConfig] max_position_embeddings must be positive, got {self.max_position_embeddings}"
                 )
         original = self.parameters.get("original_max_position_embeddings")
-        if "max_position_embeddings" in arguments and self.base_type != "longrope":
-            if self.max_position_embeddings is None:
-                raise ValueError(
-                    f"[RopeConfig] rope_type {self.rope_type!r} needs max_position_embeddings, which is missing"
-                )
+        length = arguments.get("max_position_embeddings")
+        if length and length.default is inspect.Parameter.empty and self.max_position_embeddings is None:
+            raise ValueError(
+                f"[RopeConfig] rope_type {self.rope_type!r} needs max_position_embeddings, which is missing"
+            )
         if original and self.max_position_embeddings and original > self.max_position_embeddings:
             raise ValueError(
                 f"[RopeConfig] original_max_position_embeddings = {original} is longer than "
                 f"max_position_embeddings = {self.max_position_embeddings}; it is the context before scaling"
             )
-        for length in (None, LONGEST) if self.depends_on_length else (None,):
-            self.frequencies(length)  # the maker checks the ranges
+        for seq_len in (None, LONGEST) if self.depends_on_length else (None,):
+            self.frequencies(seq_len)  # the maker checks the ranges
 
     def __reduce__(self) -> tuple[Any, ...]:
         """For copy and pickle, which do not know mappingproxy."""

@@ -91,7 +91,8 @@ def load_model(folder: Path, *, lazy: bool = False, rope: RopeConfig | None = No
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"[load] {folder} cannot be loaded: {type(error).__name__}: {error}") from None
     if not is_ours(config):
-        module = ResonanceRoPE(rope.frequencies if rope.depends_on_length else rope.frequencies())
+        frequencies = rope.frequencies if rope.depends_on_length else rope.frequencies()
+        module = ResonanceRoPE(frequencies, bool(config.get("rope_traditional", False)))
         for layer in model.layers:
             layer.self_attn.rope = module
     model.args.rope = rope

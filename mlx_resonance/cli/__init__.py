@@ -44,6 +44,7 @@ def main() -> None:
         code = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
+    # NotImplementedError: mlx-lm cannot quantize the keys of layers with a sliding window.
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, NotImplementedError) as error:
         _fail(error, 2)
     except OSError as error:
