@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
+from . import kernels
 from .frequencies import RotaryFrequencies
-from .kernels import ops
+from .kernels import Angles
 
 MAX_POSITION = 2**31
-
-
-class Angles(NamedTuple):
-    """Cosine and sine of one step's angles, attention scale in, float32, shape (B or 1, 1, L, dims / 2)."""
-
-    cos: mx.array
-    sin: mx.array
 
 
 class ResonanceRoPE(nn.Module):
@@ -47,8 +40,7 @@ class ResonanceRoPE(nn.Module):
 
     def _use(self, frequencies: RotaryFrequencies) -> None:
         self._frequencies = frequencies
-        modulus, turns = ops.phase_constants(frequencies.wavelengths)
-        self._constants = (modulus, turns, mx.array(frequencies.attention_scale, dtype=mx.float32))
+        self._constants = kernels.phase_constants(frequencies)
 
     @property
     def frequencies(self) -> RotaryFrequencies:
@@ -79,7 +71,7 @@ class ResonanceRoPE(nn.Module):
             offset: position of the first token, an int in [0, 2³¹ - L] or an integer array of shape () or (B,).
 
         Returns:
-            cos and sin, float32, shape (1, 1, L, dims / 2), or (B, 1, L, dims / 2) for one offset per row.
+            What `rotate` takes: the offset, the constants, and on a CPU a table of cosines and sines.
 
         Raises:
             ValueError: an offset out of range, not of an integer type, or of another shape.
@@ -97,10 +89,8 @@ class ResonanceRoPE(nn.Module):
             frequencies = self._by_length(max(last + length, self._expected_length))
             if frequencies != self._frequencies:
                 self._use(frequencies)
-        start = mx.array(offset, dtype=mx.int64).reshape(-1, 1, 1)
-        positions = mx.arange(length, dtype=mx.int64) + start
-        cos, sin = ops.cos_sin(positions, *self._constants)
-        return Angles(mx.stop_gradient(cos), mx.stop_gradient(sin))
+        start = offset.reshape(-1) if isinstance(offset, mx.array) else mx.array([offset], dtype=mx.int32)
+        return kernels.angles(start, length, self._constants)
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """Rotate one array, as `mlx.nn.RoPE` does.
@@ -117,11 +107,11 @@ class ResonanceRoPE(nn.Module):
         """
         self._check(x)
         batch = x.shape[0] if x.ndim > 2 else 1
-        cos, sin = self._fitting(self.angles(x.shape[-2], offset), batch, x.shape[-2])
+        angles = self._fitting(self.angles(x.shape[-2], offset), batch, x.shape[-2])
         if x.size == 0:
             return x
         flat = x.reshape(batch, -1, *x.shape[-2:])
-        return ops.rotate_one(flat, cos, sin, self.traditional).reshape(x.shape)
+        return kernels.rotate([flat], angles, self.traditional)[0].reshape(x.shape)
 
     def rotate(
         self, q: mx.array, k: mx.array, offset: int | mx.array = 0, angles: Angles | None = None
@@ -148,14 +138,15 @@ class ResonanceRoPE(nn.Module):
             )
         if angles is None:
             angles = self.angles(q.shape[2], offset)
-        cos, sin = self._fitting(angles, q.shape[0], q.shape[2])
-        return ops.rotate(q, k, cos, sin, self.traditional)
+        angles = self._fitting(angles, q.shape[0], q.shape[2])
+        rotated_q, rotated_k = kernels.rotate([q, k], angles, self.traditional)
+        return rotated_q, rotated_k
 
     def _fitting(self, angles: Angles, batch: int, length: int) -> Angles:
-        rows, _, tokens, _ = angles[0].shape
-        if rows not in (1, batch) or tokens != length:
+        rows = angles.offset.size
+        if rows not in (1, batch) or angles.length != length:
             raise ValueError(
-                f"[ResonanceRoPE] angles (offsets) for {rows} rows of {tokens} tokens do not fit {batch} of {length}"
+                f"[ResonanceRoPE] angles (offsets) for {rows} rows of {angles.length} tokens do not fit {batch} of {length}"
             )
         return angles
 

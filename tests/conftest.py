@@ -10,9 +10,18 @@ from typing import Any
 
 import mlx_resonance  # noqa: F401  (before anything imports mlx.core: it loads a fast BLAS on Linux)
 
+import mlx.core as mx
 import pytest
 
 STDLIB_LLAMA = Path(str(files("mlx_resonance") / "assets" / "stdlib-llama"))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip what needs a GPU that is not here."""
+    if item.get_closest_marker("metal") and not mx.metal.is_available():
+        pytest.skip("no Metal on this machine")
+    if item.get_closest_marker("gpu") and not mx.cuda.is_available():
+        pytest.skip("no CUDA on this machine")
 
 
 @pytest.fixture(scope="session")

@@ -10,6 +10,7 @@ from mlx_resonance import (
     longrope_frequencies,
     yarn_frequencies,
 )
+from mlx_resonance.kernels import ops
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -200,13 +201,13 @@ def test_rotate_with_angles_computed_before(offset):
         assert mx.array_equal(one, other)
 
 
-def test_angles_are_float32_with_one_row_per_offset():
+def test_angles_have_one_row_per_offset():
     rope = ResonanceRoPE(YARN)
     for offset, rows in ((3, 1), (mx.array(3), 1), (mx.array([3, 4]), 2)):
         angles = rope.angles(5, offset)
-        assert angles.cos.shape == angles.sin.shape == (rows, 1, 5, 64)
-        assert angles.cos.dtype == angles.sin.dtype == mx.float32
-    assert mx.array_equal(rope.angles(5, 3).cos, rope.angles(5, mx.array(3)).cos)
+        assert (angles.offset.shape, angles.length) == ((rows,), 5)
+        for values in ops.cos_sin(angles.offset, 5, angles.constants):
+            assert (values.shape, values.dtype) == ((rows, 1, 5, 64), mx.float32)
 
 
 # --- types, empty arrays, views

@@ -1,1 +1,52 @@
-"""The rotary op: `ops.py` holds it in plain mlx.core."""
+"""The rotary op: `rotate` picks the GPU kernel (gpu.py) or its twin in plain mlx.core (ops.py)."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import mlx.core as mx
+
+from . import gpu, ops
+from .ops import PhaseConstants, phase_constants
+
+__all__ = ["Angles", "PhaseConstants", "angles", "phase_constants", "rotate"]
+
+
+class Angles(NamedTuple):
+    """The angles of one step, to be shared by all layers.
+
+    Attributes:
+        offset: position of the first token, an integer array of shape (1,) or (B,).
+        length: number of tokens, L.
+        constants: of the frequencies.
+        table: their cosines and sines from `ops.cos_sin`; None where the kernel computes them as it goes.
+    """
+
+    offset: mx.array
+    length: int
+    constants: PhaseConstants
+    table: tuple[mx.array, mx.array] | None
+
+
+def angles(offset: mx.array, length: int, constants: PhaseConstants) -> Angles:
+    """The angles of one step: see `Angles`."""
+    table = None if gpu.backend() else ops.cos_sin(offset, length, constants)
+    return Angles(offset, length, constants, table)
+
+
+def rotate(xs: list[mx.array], angles: Angles, traditional: bool) -> list[mx.array]:
+    """Rotate one array or two, by the same angles.
+
+    Args:
+        xs: shape (B, H, L, D) each, H their own.
+        angles: of 2·P <= D features; those from 2·P on are copied.
+        traditional: pairs are neighbours (2i, 2i + 1) instead of (i, i + P).
+
+    Returns:
+        The arrays rotated, shapes and types as they came.
+    """
+    backend = gpu.backend()
+    if backend and gpu.can_rotate(backend, xs, traditional):
+        return gpu.rotate(backend, xs, angles.offset, angles.constants, traditional)
+    cos, sin = angles.table or ops.cos_sin(angles.offset, angles.length, angles.constants)
+    return ops.rotate(xs, cos, sin, traditional)

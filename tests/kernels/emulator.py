@@ -1,0 +1,234 @@
+"""Runs the Metal kernel without a Mac: the source that MLX generates, compiled as C++ and run thread by thread.
+
+While `mx.export_function` traces, MLX builds the whole source of a Metal kernel, and prints it if asked. That text, with
+shim.h before it, is compiled with address and undefined-behaviour sanitizers; harness.h calls it for the whole grid.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shutil
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance.kernels import gpu, ops
+
+import mlx.core as mx
+import numpy as np
+
+HERE = Path(__file__).parent
+COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
+FLAGS = [
+    "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra",
+    "-Werror", "-Wno-attributes", "-Wno-unknown-attributes", "-Wno-unused-parameter",
+]  # fmt: skip
+PARAMETER = re.compile(r"^  (const )?(?:device|constant) (\w+)([*&]) (\w+) \[\[buffer\(\d+\)\]\]", re.MULTILINE)
+INSTANCE = re.compile(r"decltype\((\w+<[^>]*>)\)")
+ELEMENTS = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
+
+
+@dataclass(frozen=True)
+class Strided:
+    """An array of any layout: flat memory, and which of it is the array (shape, strides and start in elements)."""
+
+    memory: np.ndarray
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    start: int
+    dtype: mx.Dtype
+
+    @classmethod
+    def of(cls, view: np.ndarray, dtype: mx.Dtype | None = None) -> Strided:
+        """A view of a float32 array in row-major order, rounded to `dtype`."""
+        root = view
+        while isinstance(root.base, np.ndarray):
+            root = root.base
+        assert root.flags.c_contiguous and root.dtype == view.dtype == np.float32
+        start = (view.__array_interface__["data"][0] - root.__array_interface__["data"][0]) // 4
+        dtype = dtype or mx.float32
+        rounded = mx.array(root.ravel()).astype(dtype)
+        memory = np.array(rounded.view(mx.uint16)) if dtype == mx.bfloat16 else np.array(rounded)
+        return cls(memory, view.shape, tuple(stride // 4 for stride in view.strides), start, dtype)
+
+    def mlx(self) -> mx.array:
+        """The same array in MLX, of the same layout."""
+        memory = mx.array(self.memory)
+        memory = memory.view(mx.bfloat16) if self.dtype == mx.bfloat16 else memory
+        # as_strided takes no negative strides: slices do.
+        flipped = [stride < 0 for stride in self.strides]
+        spans = zip(self.shape, self.strides, strict=True)
+        start = self.start + sum((size - 1) * stride for size, stride in spans if stride < 0)
+        x = mx.as_strided(memory, self.shape, tuple(map(abs, self.strides)), start)
+        return x[tuple(slice(None, None, -1 if flip else 1) for flip in flipped)]
+
+    def values(self) -> np.ndarray:
+        """The values, float64."""
+        return np.array(self.mlx().astype(mx.float32), dtype=np.float64)
+
+
+@contextmanager
+def captured_stdout() -> Iterator[list[str]]:
+    """What C++ prints to standard output meanwhile, as the one item of the list afterwards."""
+    sys.stdout.flush()
+    text: list[str] = []
+    with tempfile.TemporaryFile() as file:
+        kept = os.dup(1)
+        os.dup2(file.fileno(), 1)
+        try:
+            yield text
+        finally:
+            os.dup2(kept, 1)
+            os.close(kept)
+            file.seek(0)
+            text.append(file.read().decode())
+
+
+def metal_source(xs: list[Strided], offset: np.ndarray, constants: ops.PhaseConstants, *flags: bool) -> tuple[str, Any]:
+    """The source that MLX would compile for this call, and the arguments of the launch.
+
+    Args:
+        xs, offset, constants: of the call.
+        flags: traditional, backward.
+    """
+    launched: dict[str, Any] = {}
+    kernel = gpu._kernel("metal")
+
+    def record(**call: Any) -> Any:
+        launched.update(call)
+        return kernel(**call)
+
+    def trace(offset: mx.array, *arrays: mx.array) -> list[mx.array]:
+        return gpu.launch("metal", list(arrays), offset, constants, *flags, verbose=True)
+
+    arrays = [mx.broadcast_to(mx.zeros((), dtype=x.dtype), x.shape) for x in xs]
+    original, gpu._kernel = gpu._kernel, lambda backend: record
+    try:
+        with captured_stdout() as printed, tempfile.TemporaryDirectory() as folder:
+            mx.export_function(f"{folder}/kernel.mlxfn", trace, mx.array(offset), *arrays)
+    finally:
+        gpu._kernel = original
+    return printed[0].split("```\n")[1], launched
+
+
+@cache
+def build(source: str) -> Path:
+    """The program that runs this source, compiled once."""
+    assert COMPILER is not None
+    parameters = PARAMETER.findall(source)
+    arguments = ", ".join(
+        f"{'*' if reference == '&' else ''}reinterpret_cast<{const}{kind}*>(buffers[{i}])"
+        for i, (const, kind, reference, _) in enumerate(parameters)
+    )
+    inputs = sum(bool(const) for const, *_ in parameters)
+    program = "\n".join(
+        [
+            '#include "shim.h"',
+            source,
+            f"enum {{ INPUTS = {inputs}, OUTPUTS = {len(parameters) - inputs} }};",
+            f"void run(char** buffers, uint3 at) {{ {INSTANCE.findall(source)[0]}({arguments}, at); }}",
+            '#include "harness.h"',
+        ]
+    )
+    folder = Path(tempfile.gettempdir()) / f"mlx-resonance-emulator-{os.getuid()}"
+    folder.mkdir(exist_ok=True)
+    key = "".join([program, (HERE / "shim.h").read_text(), (HERE / "harness.h").read_text(), COMPILER, *FLAGS])
+    path = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    if not path.exists():
+        with tempfile.TemporaryDirectory() as temporary:
+            (Path(temporary) / "main.cpp").write_text(program)
+            machine = [] if os.uname().machine in ("arm64", "aarch64") else ["-mf16c"]
+            command = [COMPILER, *FLAGS, *machine, "-I", str(HERE), "main.cpp", "-o", "program"]
+            done = subprocess.run(command, cwd=temporary, capture_output=True, text=True)
+            assert done.returncode == 0, done.stderr
+            shutil.move(Path(temporary) / "program", f"{path}.{os.getpid()}")
+        os.replace(f"{path}.{os.getpid()}", path)
+    return path
+
+
+def run(
+    xs: list[Strided], offset: np.ndarray, constants: ops.PhaseConstants, traditional: bool, backward: bool
+) -> list[np.ndarray]:
+    """Launch the kernel in the emulator: `gpu.launch`, with results in float64."""
+    source, launched = metal_source(xs, offset, constants, traditional, backward)
+    raw = Request(source, launched, xs, offset, constants).run()
+    outputs = []
+    for x in xs:
+        count = int(np.prod(x.shape)) * ELEMENTS[x.dtype]().itemsize
+        memory, raw = np.frombuffer(raw[:count], ELEMENTS[x.dtype]), raw[count:]
+        outputs.append(Strided(memory, x.shape, row_major(x.shape), 0, x.dtype).values())
+    return outputs
+
+
+def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides, in elements, of an array without gaps."""
+    return tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
+
+
+@dataclass
+class Request:
+    """One run of the emulator: what harness.h reads."""
+
+    source: str
+    launched: dict[str, Any]
+    xs: list[Strided]
+    offset: np.ndarray
+    constants: ops.PhaseConstants
+    x_from: int = 0  # first thread of the grid along x and along y
+    y_from: int = 0
+    window: tuple[int, int] | None = None  # bytes of the first output to return: from, number; None for all
+    stretch: tuple[int, ...] | None = None  # other strides of the first array, whose memory then grows to match
+
+    def run(self) -> bytes:
+        """The outputs' bytes. Raises AssertionError with the sanitizer's report where it stops the program."""
+        x_to, y_to, _ = self.launched["grid"]
+        parts = [struct.pack("<4q", self.x_from, x_to, self.y_from, y_to)]
+        parts += [self._input(name) for const, _, _, name in PARAMETER.findall(self.source) if const]
+        outputs = zip(self.launched["output_shapes"], self.launched["output_dtypes"], strict=True)
+        for i, (shape, dtype) in enumerate(outputs):
+            size = int(np.prod(shape)) * dtype.size
+            used = size if i < len(self.xs) else 0
+            parts.append(struct.pack("<3q", size, *(self.window if self.window and i == 0 else (0, used))))
+        environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
+        done = subprocess.run([build(self.source)], input=b"".join(parts), capture_output=True, env=environment)
+        assert done.returncode == 0, done.stderr.decode()
+        return done.stdout
+
+    def _input(self, name: str) -> bytes:
+        name, _, field = name.partition("_") if name.endswith(("_shape", "_strides")) else (name, "", "memory")
+        if name in self.constants._fields:
+            values = np.array(getattr(self.constants, name))
+            x = Strided(values, values.shape, (1,), 0, mx.float32)
+        elif name == "offset":
+            # One offset for all rows has, as MLX broadcasts it, a stride of 0.
+            values = np.ascontiguousarray(self.offset, dtype=np.int32)
+            x = Strided(values, (self.xs[0].shape[0],), (0 if values.size == 1 else 1,), 0, mx.float32)
+        else:
+            x = self.xs[0] if name == "q" else self.xs[-1]
+        stretched = self.stretch if name in ("q", "k") else None
+        if field == "memory":
+            return self._stretched(x) if stretched else buffer(x.memory.nbytes, x.start * x.memory.itemsize, {0: x.memory})
+        values = np.array(x.shape, np.int32) if field == "shape" else np.array(stretched or x.strides, np.int64)
+        return buffer(values.nbytes, 0, {0: values})
+
+    def _stretched(self, x: Strided) -> bytes:
+        assert self.stretch is not None
+        places = {int(np.dot(index, self.stretch)): np.dot(index, x.strides) for index in np.ndindex(*x.shape)}
+        size = x.memory.itemsize
+        pieces = {size * place: x.memory[x.start + element] for place, element in places.items()}
+        return buffer(max(pieces) + size, 0, pieces)
+
+
+def buffer(size: int, start: int, pieces: dict[int, np.ndarray]) -> bytes:
+    """An input as harness.h reads it; all places in bytes."""
+    data = [struct.pack("<2q", at, piece.nbytes) + piece.tobytes() for at, piece in pieces.items()]
+    return struct.pack("<3q", size, start, len(data)) + b"".join(data)

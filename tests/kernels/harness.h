@@ -1,0 +1,51 @@
+// Runs every thread of a kernel over buffers read from standard input, and writes the outputs to standard output.
+// Before it: the kernel, `void run(char** buffers, uint3 at)` that calls it, and the number of its INPUTS and OUTPUTS.
+// Input: x and y ranges of the grid; for every input its bytes in all, where its first element is, and the number of
+// pieces of it that follow, each with its place and its bytes (the rest is zero); for every output its bytes in all, and
+// which of them to return.
+
+static int64_t number() {
+  int64_t value;
+  if (std::fread(&value, sizeof(value), 1, stdin) != 1) {
+    std::abort();
+  }
+  return value;
+}
+
+int main() {
+  const int64_t x_from = number(), x_to = number(), y_from = number(), y_to = number();
+  char* memory[INPUTS + OUTPUTS];
+  char* buffers[INPUTS + OUTPUTS];
+  int64_t from[OUTPUTS], bytes[OUTPUTS];
+  for (int i = 0; i < INPUTS; ++i) {
+    const int64_t size = number(), start = number();
+    // Exactly as large as the array's memory, so that the sanitizer sees every access beside it.
+    memory[i] = static_cast<char*>(std::calloc(size, 1));
+    buffers[i] = memory[i] + start;
+    for (int64_t pieces = number(); pieces > 0; --pieces) {
+      const int64_t at = number(), given = number();
+      if (int64_t(std::fread(memory[i] + at, 1, given, stdin)) != given) {
+        std::abort();
+      }
+    }
+  }
+  for (int i = 0; i < OUTPUTS; ++i) {
+    const int64_t size = number();
+    from[i] = number();
+    bytes[i] = number();
+    buffers[INPUTS + i] = memory[INPUTS + i] = static_cast<char*>(std::malloc(size));
+    std::memset(memory[INPUTS + i] + from[i], 0xff, bytes[i]);  // not a number in any of the types
+  }
+  for (int64_t y = y_from; y < y_to; ++y) {
+    for (int64_t x = x_from; x < x_to; ++x) {
+      run(buffers, uint3{uint32_t(x), uint32_t(y), 0});
+    }
+  }
+  for (int i = 0; i < OUTPUTS; ++i) {
+    std::fwrite(memory[INPUTS + i] + from[i], 1, bytes[i], stdout);
+  }
+  for (char* block : memory) {
+    std::free(block);
+  }
+  return 0;
+}

@@ -1,0 +1,357 @@
+"""The rotary kernel's own text against the float64 oracle: in the emulator anywhere, on a GPU where there is one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from mlx_resonance import RotaryFrequencies, default_frequencies, yarn_frequencies
+from mlx_resonance.kernels import gpu, ops
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from .. import oracle
+from . import emulator
+from .emulator import Strided
+
+MAX_POSITION = 2**31 - 1
+YARN = yarn_frequencies(128, 10000, 8, 4096)
+TABLES = {"yarn": YARN, "resonance": YARN.resonate()}
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+# Of the pair's length: a rounding each of cos, sin, the two products and the sum, as for ops.py in test_rope.py.
+ROTATION = 4e-7
+# Half the distance of two neighbours, as a part of the smaller one: the rounding at the end.
+ROUNDING = {mx.float32: 0.0, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
+SUBNORMAL = {mx.float32: 0.0, mx.float16: 2.0**-25, mx.bfloat16: 0.0}
+
+Run = Callable[..., list[np.ndarray]]
+layouts = pytest.mark.parametrize("traditional", [False, True], ids=["halves", "neighbours"])
+dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("mlx.core."))
+
+
+def on_gpu(backend: str) -> Run:
+    def run(xs: list[Strided], offset: np.ndarray, *call: object) -> list[np.ndarray]:
+        rotated = gpu.launch(backend, [x.mlx() for x in xs], mx.array(offset), *call)
+        return [np.array(x.astype(mx.float32), dtype=np.float64) for x in rotated]
+
+    return run
+
+
+@pytest.fixture(
+    scope="module",
+    params=["emulator", pytest.param("metal", marks=pytest.mark.metal), pytest.param("cuda", marks=pytest.mark.gpu)],
+)
+def run(request: pytest.FixtureRequest) -> Run:
+    """The kernel: `run(xs, offset, constants, traditional, backward)` gives float64 arrays."""
+    if request.param == "emulator":
+        if emulator.COMPILER is None:
+            pytest.skip("no C++ compiler to run the Metal source with")
+        if mx.cuda.is_available():
+            pytest.skip("MLX for CUDA generates no Metal source")
+        return emulator.run
+    return on_gpu(request.param)
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
+
+
+def heads(batch: int, count: int, length: int, dims: int, seed: int = 0) -> np.ndarray:
+    """(B, H, L, D) as attention makes it from a projection."""
+    return normal(batch, length, count * dims, seed=seed).reshape(batch, length, count, dims).transpose(0, 2, 1, 3)
+
+
+def offsets(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int32)
+
+
+def check(
+    run: Run,
+    xs: list[Strided],
+    offset: np.ndarray,
+    frequencies: RotaryFrequencies,
+    traditional: bool = False,
+    backward: bool = False,
+) -> list[np.ndarray]:
+    """Run the kernel; compare it with the oracle, and with the ops twin."""
+    constants = ops.phase_constants(frequencies)
+    rotated = run(xs, offset, constants, traditional, backward)
+    length = xs[0].shape[2]
+    cos, sin = ops.cos_sin(mx.array(offset), length, constants)
+    twins = ops.rotate([x.mlx() for x in xs], cos, -sin if backward else sin, traditional)
+    sign = -1 if backward else 1
+    theta = np.stack([oracle.angles(range(m, m + length), frequencies.wavelengths) for m in offset.tolist()])
+    for x, y, twin in zip(xs, rotated, twins, strict=True):
+        values = x.values()
+        assert y.shape == x.shape
+        expected = oracle.rotate(values, sign * theta[:, None], frequencies.attention_scale, traditional)
+        rotation = ROTATION * frequencies.attention_scale * np.abs(values).max(initial=0) * 2**0.5
+        tolerance = rotation + SUBNORMAL[x.dtype] + ROUNDING[x.dtype] * (np.abs(expected) + rotation)
+        assert np.all(np.abs(y - expected) <= tolerance), np.abs(y - expected).max()
+        # Two roundings apart at most, where the two float32 results fall on either side of a tie.
+        assert np.all(np.abs(y - np.array(twin.astype(mx.float32))) <= 2 * tolerance)
+        np.testing.assert_array_equal(y[..., frequencies.dims :], values[..., frequencies.dims :])
+    return rotated
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("length", [1, 7, 2048])
+@pytest.mark.parametrize("counts", [(1, 1), (8, 8), (32, 8), (9, 3)], ids=str)
+def test_heads_and_lengths(run: Run, dtype: mx.Dtype, counts: tuple[int, int], length: int, traditional: bool) -> None:
+    if length == 2048 and counts in ((8, 8), (9, 3)):
+        counts = (3, 1)  # 2048 tokens of few heads are as good a test
+    xs = [Strided.of(heads(1, count, length, 128, seed), dtype) for seed, count in enumerate(counts)]
+    check(run, xs, offsets(100_000), TABLES["resonance"], traditional)
+
+
+LAYOUTS = {
+    "contiguous": lambda: normal(2, 5, 3, 64),
+    "attention's": lambda: heads(2, 5, 3, 64),
+    "of a fused projection": lambda: normal(2, 3, 15 * 64).reshape(2, 3, 15, 64).transpose(0, 2, 1, 3)[:, 5:10],
+    "features reversed": lambda: normal(2, 5, 3, 64)[..., ::-1],
+    "tokens reversed": lambda: normal(2, 5, 3, 64)[:, :, ::-1],
+    "heads reversed": lambda: heads(2, 5, 3, 64)[:, ::-1],
+    "every other head": lambda: normal(2, 10, 3, 64)[:, ::2],
+    "every other feature": lambda: normal(2, 5, 3, 128)[..., ::2],
+    "features outermost": lambda: normal(64, 3, 5, 2).transpose(3, 2, 1, 0),
+    "one feature off": lambda: normal(2, 5, 3, 65)[..., 1:],
+    "two features off": lambda: normal(2, 5, 3, 66)[..., 2:],
+    "starts at an odd element": lambda: normal(1 + 2 * 5 * 3 * 64)[1:].reshape(2, 5, 3, 64),
+    "one head for all": lambda: np.broadcast_to(normal(2, 1, 3, 64), (2, 5, 3, 64)),
+    "one row for all": lambda: np.broadcast_to(normal(1, 5, 3, 64), (2, 5, 3, 64)),
+    "one number for all": lambda: np.broadcast_to(normal(1), (2, 5, 3, 64)),
+}
+
+
+@layouts
+@dtypes
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_arrays_are_read_where_they_lie(run: Run, layout: str, dtype: mx.Dtype, traditional: bool) -> None:
+    x, y = LAYOUTS[layout](), heads(2, 2, 3, 64, seed=1)
+    frequencies = default_frequencies(64).resonate()
+    for xs in ([x, y], [y, x]):
+        check(run, [Strided.of(x, dtype) for x in xs], offsets(5, 70_000), frequencies, traditional)
+
+
+@layouts
+@pytest.mark.parametrize("pairs", [1, 2, 3, 4, 5, 8, 31])
+@pytest.mark.parametrize("unrotated", [0, 1, 8, 9, 40])
+def test_any_number_of_pairs_and_features(run: Run, pairs: int, unrotated: int, traditional: bool) -> None:
+    xs = [Strided.of(heads(2, count, 3, 2 * pairs + unrotated, count)) for count in (9, 2)]
+    check(run, xs, offsets(0, 12), default_frequencies(2 * pairs).resonate(), traditional)
+
+
+@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize(
+    "values",
+    [[0], [100_000], [3, 0, 70_000], [-5, -1, 4], [MAX_POSITION - 4, 2**30, -MAX_POSITION], list(range(20))],
+    ids=str,
+)
+def test_one_offset_or_one_per_row(run: Run, table: str, values: list[int]) -> None:
+    batch = max(len(values), 3)
+    xs = [Strided.of(heads(batch, count, 5, 128, count)) for count in (4, 1)]
+    check(run, xs, offsets(*values), TABLES[table])
+
+
+@layouts
+@pytest.mark.parametrize("q_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("k_dtype", DTYPES, ids=str)
+def test_types_of_queries_and_keys_may_differ(
+    run: Run, q_dtype: mx.Dtype, k_dtype: mx.Dtype, traditional: bool
+) -> None:
+    xs = [Strided.of(heads(1, 3, 4, 128), q_dtype), Strided.of(heads(1, 2, 4, 128, 1), k_dtype)]
+    check(run, xs, offsets(9), YARN, traditional)
+
+
+@layouts
+@dtypes
+def test_backward_is_the_transpose(run: Run, dtype: mx.Dtype, traditional: bool) -> None:
+    xs = [Strided.of(heads(2, count, 4, 144, count), dtype) for count in (3, 1)]
+    check(run, xs, offsets(1_000_003), YARN, traditional, backward=True)
+
+
+@layouts
+@pytest.mark.parametrize("count", [1, 8, 11])
+def test_one_array_alone(run: Run, count: int, traditional: bool) -> None:
+    check(run, [Strided.of(heads(2, count, 4, 144))], offsets(3, 8), YARN, traditional)
+
+
+# --- exact phases
+
+WAVELENGTHS = [1, 2, 3, 4, 6, 64, 4095, 54410, 2**24 + 1, 2**31 - 1, 2**32 - 1, 2**32, 2**40, 2 * np.pi, 1e3 / 7, 1e12]
+POSITIONS = [0, 1, 2, 63, 64, 4095, 131_071, 1_000_003, 10_000_019, 2**30, MAX_POSITION, -1, -64, -MAX_POSITION]
+
+
+def unit_pairs(pairs: int, length: int) -> Strided:
+    """(1, 0) in every pair: the rotated array is cosines and sines."""
+    return Strided.of(np.repeat(np.array([1, 0], np.float32), pairs).reshape(1, 1, 1, -1).repeat(length, axis=2))
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_phases_are_exact(run: Run, position: int) -> None:
+    frequencies = RotaryFrequencies(np.array([*WAVELENGTHS, np.inf], dtype=np.float64), 1.25)
+    constants, unit = ops.phase_constants(frequencies), unit_pairs(len(frequencies.wavelengths), 1)
+    rotated = run([unit], offsets(position), constants, False, False)[0].reshape(2, -1)
+    theta = oracle.angles([position], frequencies.wavelengths)[0]
+    assert np.abs(rotated - 1.25 * np.array([np.cos(theta), np.sin(theta)])).max() <= 2.5e-7 * 1.25
+
+
+def test_phases_are_exact_all_around_the_circle(run: Run) -> None:
+    frequencies = RotaryFrequencies(np.array([99_991.0, 3e5 / 7]))
+    positions = 100_000
+    rotated = run([unit_pairs(2, positions)], offsets(0), ops.phase_constants(frequencies), False, False)[0]
+    theta = oracle.angles(range(positions), frequencies.wavelengths)
+    assert np.abs(rotated[0, 0] - np.concatenate([np.cos(theta), np.sin(theta)], -1)).max() <= 1.2e-7
+
+
+@pytest.mark.parametrize("wavelength", [1, 2, 6, 4095, 2**24 + 1])
+@pytest.mark.parametrize("position", [0, 1, 1_000_003, 2**30, -7])
+def test_a_full_turn_later_every_bit_is_the_same(run: Run, wavelength: int, position: int) -> None:
+    constants = ops.phase_constants(RotaryFrequencies(np.array([float(wavelength)])))
+    x = Strided.of(normal(2, 4, 3, 2))
+    rows = offsets(position, position + wavelength)
+    same = Strided.of(np.broadcast_to(normal(1, 4, 3, 2), (2, 4, 3, 2)))
+    here, later = run([same, x], rows, constants, False, False)[0]
+    np.testing.assert_array_equal(here, later)
+
+
+# --- any call
+
+
+@st.composite
+def views(draw: st.DrawFn, shape: tuple[int, ...], seed: int) -> np.ndarray:
+    """An array of this shape in any layout: axes in any order, with gaps, reversed or repeated, from any element on."""
+    order = draw(st.permutations(range(4)))
+    steps = [draw(st.sampled_from([1, 1, 1, -1, 2, 3, 0])) for _ in shape]
+    sizes = [1 if step == 0 else (size - 1) * abs(step) + 1 for size, step in zip(shape, steps, strict=True)]
+    gap = draw(st.integers(0, 4))
+    memory = normal(int(np.prod(sizes)) + gap, seed=seed)[gap:]
+    x = memory.reshape([sizes[axis] for axis in order]).transpose(np.argsort(order))
+    x = x[tuple(slice(None, None, step or 1) for step in steps)]
+    return np.broadcast_to(x, shape)
+
+
+@settings(max_examples=150, deadline=None, derandomize=True, database=None)
+@given(
+    batch=st.integers(1, 9),
+    length=st.integers(1, 5),
+    counts=st.tuples(st.integers(1, 18), st.integers(1, 9)),
+    pairs=st.integers(1, 12),
+    unrotated=st.integers(0, 20),
+    traditional=st.booleans(),
+    backward=st.booleans(),
+    resonant=st.booleans(),
+    dtype=st.sampled_from(DTYPES),
+    data=st.data(),
+)
+def test_any_call(
+    run: Run,
+    batch: int,
+    length: int,
+    counts: tuple[int, int],
+    pairs: int,
+    unrotated: int,
+    traditional: bool,
+    backward: bool,
+    resonant: bool,
+    dtype: mx.Dtype,
+    data: st.DataObject,
+) -> None:
+    frequencies = RotaryFrequencies(default_frequencies(2 * pairs, 5e5).wavelengths, 1.1)
+    frequencies = frequencies.resonate() if resonant else frequencies
+    shapes = [(batch, count, length, 2 * pairs + unrotated) for count in counts]
+    xs = [Strided.of(data.draw(views(shape, seed)), dtype) for seed, shape in enumerate(shapes)]
+    rows = data.draw(st.sampled_from([1, batch]))
+    position = st.integers(-MAX_POSITION, MAX_POSITION + 1 - length)
+    values = data.draw(st.lists(position, min_size=rows, max_size=rows))
+    if all(np.prod(x.shape) >= gpu.SMALLEST for x in xs):
+        check(run, xs, offsets(*values), frequencies, traditional, backward)
+
+
+# --- more than 2³¹ elements; only the emulator can pretend to have them
+
+
+@pytest.fixture
+def emulated() -> None:
+    if emulator.COMPILER is None or mx.cuda.is_available():
+        pytest.skip("the emulator needs a C++ compiler and MLX without CUDA")
+
+
+@pytest.mark.usefixtures("emulated")
+def test_an_output_of_more_than_2_31_elements() -> None:
+    """Nine heads of 2²¹ tokens, every one of them the same in memory; the last threads write the last token."""
+    length, dims, frequencies = 2**21, 128, TABLES["resonance"]
+    token = Strided.of(normal(1, 1, 1, dims), mx.float16)
+    x = replace(token, shape=(1, 9, length, dims), strides=(0, 0, 0, 1))
+    constants = ops.phase_constants(frequencies)
+    source, launched = emulator.metal_source([x], offsets(0), constants, False, False)
+    groups = launched["grid"][0] // length
+    row = dims * 2
+    window = (9 * length * row - row, row)
+    request = emulator.Request(
+        source, launched, [x], offsets(0), constants, x_from=groups * (length - 1), y_from=1, window=window
+    )
+    rotated = np.frombuffer(request.run(), np.float16)
+    theta = oracle.angles([length - 1], frequencies.wavelengths)
+    expected = oracle.rotate(token.values()[0, 0], theta, frequencies.attention_scale)[0]
+    np.testing.assert_allclose(rotated, expected, rtol=2**-10, atol=1e-6)
+
+
+@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_strides_beyond_2_31_elements(axis: int) -> None:
+    """Two rows, heads, tokens or features of which the second lies 2³¹ + 16 elements further on."""
+    x = Strided.of(normal(2, 2, 2, 2), mx.float16)
+    far = tuple(2**31 + 16 if i == axis else stride for i, stride in enumerate(x.strides))
+    constants = ops.phase_constants(RotaryFrequencies(np.array([6.0])))
+    source, launched = emulator.metal_source([x], offsets(3), constants, False, False)
+    request = emulator.Request(source, launched, [x], offsets(3), constants, stretch=far)
+    rotated = np.frombuffer(request.run(), np.float16).reshape(x.shape)
+    expected = oracle.rotate(x.values(), oracle.angles([3, 4], [6.0])[None, None])
+    np.testing.assert_allclose(rotated, expected, rtol=2**-10, atol=1e-6)
+
+
+# --- the source as Metal would read it
+
+
+@pytest.mark.usefixtures("emulated")
+@dtypes
+@pytest.mark.parametrize(("batch", "pairs"), [(1, 64), (9, 2), (1, 2), (9, 64)])
+def test_address_spaces(tmp_path: Path, dtype: mx.Dtype, batch: int, pairs: int) -> None:
+    """C++ for OpenCL has Metal's address spaces, which a C++ compiler knows nothing of, under other names."""
+    clang = shutil.which("clang++")
+    if clang is None:
+        pytest.skip("no clang++, which reads C++ for OpenCL")
+    x = Strided.of(normal(batch, 2, 3, 2 * pairs), dtype)
+    constants = ops.phase_constants(default_frequencies(2 * pairs))
+    source, _ = emulator.metal_source([x, x], np.zeros(batch, np.int32), constants, False, False)
+    names = {
+        "int32_t": "int", "uint32_t": "uint", "int64_t": "long", "uint64_t": "ulong",
+        "float16_t": "half", "bfloat16_t": "half", "device": "__global", "constant": "__constant",
+    }  # fmt: skip
+    preamble = "".join(f"#define {name} {other}\n" for name, other in names.items())
+    source = source.replace('template [[host_name("', '// [[host_name("').replace(
+        "[[kernel]] decltype", "\ntemplate decltype"
+    )
+    path = tmp_path / "kernel.clcpp"
+    path.write_text("#pragma OPENCL EXTENSION cl_khr_fp16 : enable\n" + preamble + source)
+    command = [clang, "-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-fsyntax-only", "-Wno-everything"]
+    done = subprocess.run(
+        [*command, "-Xclang", "-finclude-default-header", str(path)], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.usefixtures("emulated")
+def test_nothing_imprecise_in_the_source() -> None:
+    x = Strided.of(normal(1, 2, 3, 128))
+    source, _ = emulator.metal_source([x, x], offsets(0), ops.phase_constants(YARN), False, False)
+    assert "fast::" not in source and "double" not in source
