@@ -98,7 +98,7 @@ def _rotation(backend: str, traditional: bool, backward: bool) -> Callable[..., 
         batch = xs[0].shape[1]
         offsets = mx.broadcast_to(first(offset, offset_axis), (size, batch)).flatten()
         rotated = rotation([x.flatten(0, 1) for x in xs], offsets, *constants)
-        return [x.unflatten(0, (size, batch)) for x in rotated], [0] * len(xs)
+        return [mx.unflatten(x, 0, (size, batch)) for x in rotated], [0] * len(xs)
 
     function: Callable[..., list[mx.array]] = rotation
     return function

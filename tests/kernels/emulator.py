@@ -27,6 +27,7 @@ import mlx.core as mx
 import numpy as np
 
 HERE = Path(__file__).parent
+BUILT = HERE / ".built"  # programs, by the hash of what they were built from
 COMPILER = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
 FLAGS = [
     "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra",
@@ -139,10 +140,9 @@ def build(source: str) -> Path:
             '#include "harness.h"',
         ]
     )
-    folder = Path(tempfile.gettempdir()) / f"mlx-resonance-emulator-{os.getuid()}"
-    folder.mkdir(exist_ok=True)
+    BUILT.mkdir(exist_ok=True)
     key = "".join([program, (HERE / "shim.h").read_text(), (HERE / "harness.h").read_text(), COMPILER, *FLAGS])
-    path = folder / hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = BUILT / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not path.exists():
         with tempfile.TemporaryDirectory() as temporary:
             (Path(temporary) / "main.cpp").write_text(program)

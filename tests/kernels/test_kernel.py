@@ -6,6 +6,7 @@ import shutil
 import subprocess
 from collections.abc import Callable
 from dataclasses import replace
+from fractions import Fraction
 from pathlib import Path
 
 from mlx_resonance import RotaryFrequencies, default_frequencies, yarn_frequencies
@@ -212,15 +213,24 @@ def test_phases_are_exact_all_around_the_circle(run: Run) -> None:
     assert np.abs(rotated[0, 0] - np.concatenate([np.cos(theta), np.sin(theta)], -1)).max() <= 1.2e-7
 
 
-@pytest.mark.parametrize("wavelength", [1, 2, 6, 4095, 2**24 + 1])
-@pytest.mark.parametrize("position", [0, 1, 1_000_003, 2**30, -7])
-def test_a_full_turn_later_every_bit_is_the_same(run: Run, wavelength: int, position: int) -> None:
+@pytest.mark.parametrize("wavelength", [1, 3, 6, 64, 4095, 99_991, 2**24 + 1])
+def test_full_turns_later_every_bit_is_the_same(run: Run, wavelength: int) -> None:
+    """All the way to the last position, where turns per token alone would no longer give the same bits."""
+    length = 5000
+    far = (MAX_POSITION - length) // wavelength * wavelength
     constants = ops.phase_constants(RotaryFrequencies(np.array([float(wavelength)])))
-    x = Strided.of(normal(2, 4, 3, 2))
-    rows = offsets(position, position + wavelength)
-    same = Strided.of(np.broadcast_to(normal(1, 4, 3, 2), (2, 4, 3, 2)))
-    here, later = run([same, x], rows, constants, False, False)[0]
+    same = Strided.of(np.broadcast_to(normal(1, 1, 1, 2), (3, 1, length, 2)))
+    here, later, before = run([same], offsets(0, far, -far), constants, False, False)[0]
     np.testing.assert_array_equal(here, later)
+    np.testing.assert_array_equal(here, before)
+
+
+def test_a_phase_is_rounded_to_the_nearest(run: Run) -> None:
+    """A wavelength of 3e9 tokens: the first positions are 1.4 units of 2⁻³² turns apart, and sines show whole units."""
+    frequencies, length = RotaryFrequencies(np.array([3e9])), 1000
+    rotated = run([unit_pairs(1, length)], offsets(0), ops.phase_constants(frequencies), False, False)[0]
+    units = np.array([round(Fraction(2**32 * m, 3 * 10**9)) for m in range(length)])
+    np.testing.assert_allclose(rotated[0, 0, :, 1], 2 * np.pi * units / 2**32, rtol=1e-6, atol=0)
 
 
 # --- any call

@@ -1,0 +1,118 @@
+"""Put deliberate faults into the kernel, one at a time: the tests must notice every one.
+
+    python tests/kernels/mutants.py [NAME …]
+
+Each runs in a copy of the package and its tests. Prints the test that fails for each fault; exits with 1 where none does.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+TESTS = ["tests/kernels/test_kernel.py", "-k", "not address_spaces", "-x", "-q", "-p", "no:cacheprovider"]
+
+
+class Fault(NamedTuple):
+    """What stands in a file, and what stands there instead."""
+
+    file: str
+    right: str
+    wrong: str
+
+
+FAULTS = {
+    "sine turned round": Fault("rotary.h", "turn.sin = (odd ? cos : sin)", "turn.sin = -(odd ? cos : sin)"),
+    "cosine and sine swapped": Fault("rotary.h", "turn.cos = (odd ? sin : cos)", "turn.cos = (odd ? cos : sin)"),
+    "sign of a quadrant": Fault("rotary.h", "quadrant == 1 || quadrant == 2 ?", "quadrant == 1 || quadrant == 3 ?"),
+    "no attention scale": Fault("body.h", "attention_scale[0])", "1.0f)"),
+    "angle in floating point": Fault(
+        "body.h",
+        "turn_by(phase_of(position, modulus[first + j], turns[first + j]),",
+        "turn_by(uint32_t(int64_t(float(position) * (float(turns[first + j]) * 2.3283064e-10f))),",
+    ),
+    "no modulus": Fault("rotary.h", "if (modulus != 0) {", "if (false) {"),
+    "modulus of a negative position": Fault("rotary.h", "position < 0 && rest != 0 ? modulus - rest : rest", "rest"),
+    "phase cut, not rounded": Fault("rotary.h", "(reduced * turns + 0x80000000u) >> 32", "(reduced * turns) >> 32"),
+    "term of the series": Fault("rotary.h", "2.55016404f", "2.55316404f"),
+    "offset by one": Fault("body.h", "+ uint32_t(step));", "+ uint32_t(step) + 1u);"),
+    "one offset for all rows": Fault("body.h", "offset[row * offset_strides[0]]", "offset[0]"),
+    "batch instead of row": Fault("body.h", "const int64_t step = token % ", "const int64_t step = row + token % "),
+    "stride of queries for keys": Fault(
+        "body.h", "k_strides[1],\n      k_strides[3],", "q_strides[1],\n      k_strides[3],"
+    ),
+    "feature stride of 1": Fault("rotary.h", "x[b * x_feature_stride]", "x[b]"),
+    "wrong half": Fault("rotary.h", "TRADITIONAL ? run + PAIRS : run + pairs", "run + PAIRS"),
+    "layouts exchanged": Fault("rotary.h", "TRADITIONAL ? run + 2 * j : run + j", "TRADITIONAL ? run + j : run + 2 * j"),
+    "last heads left out": Fault("body.h", "(k_shape[1] + HEADS - 1) / HEADS", "k_shape[1] / HEADS"),
+    "heads past the last": Fault(
+        "body.h", "k_shape[1] - head < HEADS ? int(k_shape[1] - head) : HEADS", "k_shape[1] > 0 ? HEADS : 0"
+    ),
+    "packed where it is not": Fault("rotary.h", "% sizeof(Pack<N, T>) == 0", "% sizeof(T) == 0"),
+    "packed across a gap": Fault("rotary.h", "count == PAIRS && x_feature_stride == 1 &&", "count == PAIRS &&"),
+    "heads off the packs": Fault("rotary.h", "&& x_head_stride % PAIRS == 0 &&", "&&"),
+    "other features not copied": Fault("rotary.h", "? from + 2 * PAIRS : dims;", "? from + 2 * PAIRS : from;"),
+    "forward and backward alike": Fault("body.h", "if (BACKWARD)", "if (false)"),
+    "32-bit output": Fault(
+        "body.h",
+        "q_out + ((row * q_shape[1] + head) * length + step) * dims",
+        "q_out + int(((row * q_shape[1] + head) * length + step) * dims)",
+    ),
+    "32-bit head stride": Fault("rotary.h", "int64_t x_head_stride,", "int x_head_stride,"),
+    "32-bit feature stride": Fault("rotary.h", "int64_t x_feature_stride,", "int x_feature_stride,"),
+}
+
+
+def noticed(fault: Fault, folder: Path) -> str | None:
+    """The first test that fails, or None where all pass."""
+    for part in ("mlx_resonance", "tests", "pyproject.toml"):
+        source, target = ROOT / part, folder / part
+        if source.is_dir():
+            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".built", "*.safetensors"))
+        else:
+            shutil.copy(source, target)
+    path = folder / "mlx_resonance" / "kernels" / fault.file
+    text = path.read_text()
+    if text.count(fault.right) != 1:
+        raise ValueError(f"{fault.file} has {text.count(fault.right)} times {fault.right!r}: expected 1")
+    path.write_text(text.replace(fault.right, fault.wrong))
+    # The copy comes before an installed package; -m puts the working directory first.
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    command = [sys.executable, "-m", "pytest", *TESTS]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode == 0:
+        if " passed" not in done.stdout or "tests/kernels" in done.stderr:
+            raise RuntimeError(done.stdout + done.stderr)
+        return None
+    failures = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
+    if done.returncode != 1 or not failures:
+        raise RuntimeError(done.stdout + done.stderr)
+    return failures[0].removeprefix("FAILED tests/kernels/test_kernel.py::")
+
+
+def main() -> None:
+    """Try the faults that the command line names, or all."""
+    names = sys.argv[1:] or list(FAULTS)
+
+    def attempt(name: str) -> str | None:
+        with tempfile.TemporaryDirectory() as folder:
+            return noticed(FAULTS[name], Path(folder))
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        found = dict(zip(names, pool.map(attempt, names), strict=True))
+    for name, test in found.items():
+        print(f"{name}: {test or 'NOT NOTICED'}")
+    caught = sum(test is not None for test in found.values())
+    print(f"{caught} of {len(found)} faults noticed")
+    sys.exit(0 if caught == len(found) else 1)
+
+
+if __name__ == "__main__":
+    main()

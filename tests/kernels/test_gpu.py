@@ -1,0 +1,237 @@
+"""What surrounds the launch of the kernel: which op is picked, what falls back and says so, every transformation."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+
+from mlx_resonance import ResonanceRoPE, yarn_frequencies
+from mlx_resonance.kernels import PhaseConstants, gpu, ops
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+YARN = yarn_frequencies(128, 10000, 8, 4096).resonate()
+WARNING = "rotating with plain mlx.core operations"
+
+layouts = pytest.mark.parametrize("traditional", [False, True], ids=["halves", "neighbours"])
+
+
+def normal(*shape: int, seed: int = 0) -> mx.array:
+    return mx.array(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+
+
+@pytest.fixture(autouse=True)
+def forget() -> Iterator[None]:
+    """Every test starts without what was found out about the GPU, and leaves nothing behind."""
+    caches = (gpu._rotation, gpu._works, gpu._warn)
+    for cached in caches:
+        cached.cache_clear()
+    yield
+    for cached in caches:
+        cached.cache_clear()
+
+
+def launch_twin(
+    backend: str, xs: list[mx.array], offset: mx.array, constants: PhaseConstants, traditional: bool, backward: bool
+) -> list[mx.array]:
+    """The kernel's part, done by its twin, without its derivatives."""
+    assert offset.dtype in (mx.int32, mx.int64) and offset.shape in ((1,), (xs[0].shape[0],))
+    cos, sin = ops.cos_sin(offset, xs[0].shape[2], constants)
+    return ops.rotate([mx.stop_gradient(x) for x in xs], cos, -sin if backward else sin, traditional)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
+    """A GPU is there: the list grows by one item per launch, whether it turns backward."""
+    launches: list[bool] = []
+
+    def launch(*call: object) -> list[mx.array]:
+        launches.append(bool(call[-1]))
+        return launch_twin(*call)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(gpu, "backend", lambda: "metal")
+    monkeypatch.setattr(gpu, "launch", launch)
+    return launches
+
+
+def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+# --- which op is picked
+
+
+def test_a_machine_without_a_gpu_is_told_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mx.metal, "is_available", lambda: False)
+    monkeypatch.setattr(mx.cuda, "is_available", lambda: False)
+    with mx.stream(mx.cpu):
+        for _ in range(2):
+            mx.eval(ResonanceRoPE(YARN).rotate(normal(1, 2, 3, 128), normal(1, 1, 3, 128), 5))
+    assert warnings_of(caplog) == [f"[ResonanceRoPE] MLX has no GPU here: {WARNING}"]
+
+
+def test_the_cpu_by_choice_is_no_matter_for_a_warning(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(mx.metal, "is_available", lambda: True)
+    with mx.stream(mx.cpu):
+        assert gpu.backend() is None
+    assert warnings_of(caplog) == []
+
+
+def test_one_launch_for_queries_and_keys(launches: list[bool]) -> None:
+    rope, q, k = ResonanceRoPE(YARN), normal(2, 4, 3, 128), normal(2, 2, 3, 128)
+    rope.rotate(q, k)
+    rope(q)
+    launches.clear()  # without those that tried the kernel
+    assert rope.angles(3, 5).table is None
+    rope.rotate(q, k, 5)
+    assert launches == [False]
+    rope(q, 5)
+    assert launches == [False, False]
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 0, 128), (0, 3, 5, 128), (2, 0, 5, 128)])
+def test_nothing_is_launched_for_empty_arrays(launches: list[bool], shape: tuple[int, ...]) -> None:
+    rotated = ResonanceRoPE(YARN).rotate(mx.zeros(shape), mx.zeros((shape[0], 1, *shape[2:])), 5)
+    assert rotated[0].shape == shape and launches == []
+
+
+def test_a_kernel_that_cannot_be_built_falls_back_and_says_why(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(backend: str) -> object:
+        raise RuntimeError("Unable to build metal library\nfrom source")
+
+    rope, q, k = ResonanceRoPE(YARN), normal(2, 4, 3, 128), normal(2, 2, 3, 128)
+    expected = [mx.array(x) for x in rope.rotate(q, k, 70_000)]
+    caplog.clear()
+    monkeypatch.setattr(gpu, "backend", lambda: "metal")
+    monkeypatch.setattr(gpu, "_kernel", fail)
+    for _ in range(2):
+        for one, other in zip(rope.rotate(q, k, 70_000), expected, strict=True):
+            assert mx.allclose(one, other, rtol=0, atol=1e-6)
+    reason = "the metal kernel cannot be used: Unable to build metal library from source"
+    assert warnings_of(caplog) == [f"[ResonanceRoPE] {reason}: {WARNING}"]
+
+
+@pytest.mark.parametrize("fault", [1e-3, float("nan")])
+def test_a_kernel_with_wrong_results_is_not_used(
+    launches: list[bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: float
+) -> None:
+    monkeypatch.setattr(gpu, "launch", lambda *call: [x + fault for x in launch_twin(*call)])
+    x = normal(2, 4, 3, 128)
+    rotated = ResonanceRoPE(YARN)(x, 70_000)
+    cos, sin = ops.cos_sin(mx.array([70_000]), 3, ops.phase_constants(YARN))
+    assert mx.array_equal(rotated, ops.rotate([x], cos, sin, False)[0])
+    assert len(warnings_of(caplog)) == 1 and "its results are off by" in warnings_of(caplog)[0]
+
+
+@pytest.mark.metal
+def test_the_kernel_is_used_on_metal() -> None:
+    assert_used("metal")
+
+
+@pytest.mark.gpu
+def test_the_kernel_is_used_on_cuda() -> None:
+    assert_used("cuda")
+
+
+def assert_used(backend: str) -> None:
+    assert gpu.backend() == backend
+    for dtype in gpu.DTYPES:
+        for traditional in (False, True):
+            x = normal(1, 2, 3, 128).astype(dtype)
+            assert gpu.can_rotate(backend, [x, x], traditional) and gpu.can_rotate(backend, [x], traditional)
+
+
+# --- transformations: what MLX derives for the twin, gpu.py says for the kernel
+
+
+def both(launches: list[bool], monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tuple[object, object]:
+    """The result of `call` with the kernel, and with the twin."""
+    with_kernel = call()
+    mx.eval(with_kernel)
+    assert launches
+    monkeypatch.setattr(gpu, "backend", lambda: None)
+    return with_kernel, call()
+
+
+def assert_alike(results: tuple[object, object]) -> None:
+    one, other = (list(result) if isinstance(result, (list, tuple)) else [result] for result in results)
+    for a, b in zip(one, other, strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+        np.testing.assert_allclose(np.array(a), np.array(b), rtol=1e-5, atol=1e-5)
+
+
+def loss(rope: ResonanceRoPE, offset: mx.array | int) -> Callable[..., mx.array]:
+    def loss(q: mx.array, k: mx.array) -> mx.array:
+        q, k = rope.rotate(q, k, offset)
+        return mx.square(q[..., :40]).sum() + (k[..., 30:] * k[..., :-30]).sum() + (q[:, :2] * k).sum()
+
+    return loss
+
+
+@layouts
+@pytest.mark.parametrize("offset", [70_000, "(B,)"])
+@pytest.mark.parametrize("transform", [lambda f: f, mx.checkpoint, mx.compile], ids=["plain", "checkpoint", "compile"])
+def test_gradients(
+    launches: list[bool], monkeypatch: pytest.MonkeyPatch, transform: Callable, offset: int | str, traditional: bool
+) -> None:
+    rope, q, k = ResonanceRoPE(YARN, traditional), normal(2, 4, 3, 144), normal(2, 2, 3, 144, seed=1)
+    at = mx.array([3, 1_000_003]) if offset == "(B,)" else offset
+    results = both(launches, monkeypatch, lambda: mx.grad(transform(loss(rope, at)), argnums=(0, 1))(q, k))
+    assert launches.count(True) == 2  # the trial of the variant, and one launch for both gradients
+    assert_alike(results)
+
+
+def test_gradient_of_one_array(launches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    rope, x = ResonanceRoPE(YARN), normal(2, 4, 3, 128)
+    assert_alike(both(launches, monkeypatch, lambda: mx.grad(lambda x: (rope(x, 9)[..., :70] ** 2).sum())(x)))
+
+
+def test_gradient_of_a_gradient(launches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    rope, x = ResonanceRoPE(YARN), normal(1, 2, 3, 128)
+
+    def of_gradient(x: mx.array) -> mx.array:
+        return (mx.grad(lambda x: (rope(x, 9)[..., :70] ** 3).sum())(x) ** 2).sum()
+
+    assert_alike(both(launches, monkeypatch, lambda: mx.grad(of_gradient)(x)))
+
+
+def test_forward_derivative(launches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    rope, q, k, tangent = ResonanceRoPE(YARN), normal(1, 2, 3, 128), normal(1, 1, 3, 128), normal(1, 2, 3, 128, seed=2)
+    for primals, tangents in (([q, k], [tangent, mx.ones_like(k)]), ([q], [tangent])):
+        call = lambda *xs: list(rope.rotate(xs[0], xs[-1] if len(xs) > 1 else k, 9))  # noqa: E731
+        monkeypatch.setattr(gpu, "backend", lambda: "metal")
+        results = both(launches, monkeypatch, lambda: mx.jvp(call, primals, tangents)[1])  # noqa: B023
+        assert_alike(results)
+
+
+@layouts
+@pytest.mark.parametrize("axes", [(0, 0, None), (0, None, 0), (None, None, 0), (1, 2, 0), (3, 0, None)], ids=str)
+@pytest.mark.parametrize("transform", [lambda f: f, mx.compile], ids=["plain", "compile"])
+def test_vmap(
+    launches: list[bool], monkeypatch: pytest.MonkeyPatch, transform: Callable, axes: tuple, traditional: bool
+) -> None:
+    rope = ResonanceRoPE(YARN, traditional)
+
+    def mapped(shape: tuple[int, ...], axis: int | None, seed: int) -> mx.array:
+        return normal(*shape, seed=seed) if axis is None else mx.moveaxis(normal(3, *shape, seed=seed), 0, axis)
+
+    q, k = mapped((2, 4, 3, 128), axes[0], 0), mapped((2, 1, 3, 128), axes[1], 1)
+    offset = mx.array([[0, 5], [3, 70_000], [9, 9]]) if axes[2] == 0 else mx.array([4, 70_000])
+    call = transform(mx.vmap(lambda q, k, offset: rope.rotate(q, k, offset), in_axes=axes))
+    assert_alike(both(launches, monkeypatch, lambda: call(q, k, offset)))
+
+
+def test_vmap_of_vmap_and_of_a_gradient(launches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    rope, x = ResonanceRoPE(YARN), normal(2, 3, 1, 2, 4, 128)
+    assert_alike(both(launches, monkeypatch, lambda: mx.vmap(mx.vmap(lambda x: rope(x, 9)))(x)))
+    monkeypatch.setattr(gpu, "backend", lambda: "metal")
+    gradient = mx.vmap(mx.grad(lambda x: (rope(x, 9)[..., :70] ** 2).sum()))
+    assert_alike(both(launches, monkeypatch, lambda: gradient(x[0])))
