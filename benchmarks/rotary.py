@@ -1,93 +1,209 @@
-"""Time one rotation of 32 query and 8 key heads, 2048 × 128: ours, mlx-lm's YarnRoPE, mx.fast.rope, and x + 1.
+"""Time the rotation of queries and keys: ours, mlx-lm's YarnRoPE, mx.fast.rope, and x + 1, the least there is to do.
 
-    python benchmarks/rotary.py [--repeats 25]
+    python benchmarks/rotary.py [--repeats 25] [--figure angle-error.svg]
 
-All contenders take turns in one run; the figures are medians in milliseconds. Also the largest errors of cosine and
-sine at far positions, ours and those of mx.fast.rope. Last line: one JSON object.
+All contenders take turns in one run on MLX's default device; times are medians in milliseconds, ratios medians of the
+rounds' ratios. mx.fast.rope has our wavelengths but leaves the attention scale out. Also: what each contender launches,
+counted in MLX's graph, and the largest error of cosine and sine at far positions. Last line: one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import platform
+import re
 import statistics
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from mlx_resonance import ResonanceRoPE, RotaryFrequencies, yarn_frequencies
+from mlx_resonance.kernels import gpu
+from mlx_resonance.plots import plot_angle_errors
 
 import mlx.core as mx
+import mlx_lm
 import numpy as np
 from mlx_lm.models.rope_utils import YarnRoPE
+from rich.console import Console
+from rich.table import Table
 
-Q_HEADS, KV_HEADS, LENGTH, DIMS = 32, 8, 2048, 128
-FACTOR, ORIGINAL = 8, 4096
-FAR = (131071, 1000003, 10000019)
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+import oracle
+
+FACTOR, ORIGINAL, BASE = 8, 4096, 10000.0
+# batch, tokens, query heads, key heads, features of a head, offset
+CASES = {
+    "prefill": (1, 2048, 32, 8, 128, 0),
+    "decode": (1, 1, 32, 8, 128, 100_000),
+    "decode, batch of 32": (32, 1, 32, 8, 128, 100_000),
+    "small heads": (1, 512, 4, 4, 64, 0),
+}
+DTYPES = (mx.float32, mx.float16, mx.bfloat16)
+FAR = (131_071, 1_000_003, 10_000_019)
+# Only another look at the same memory.
+VIEWS = {
+    "AsStrided", "Broadcast", "BroadcastAxes", "CustomTransforms", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
+    "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
+}  # fmt: skip
+
+Rotation = Callable[[mx.array, mx.array], Any]
 
 
-def heads(count: int, dtype: mx.Dtype) -> mx.array:
-    """A transposed view, (1, count, LENGTH, DIMS), as attention makes it from a projection."""
-    x = mx.random.normal((1, LENGTH, count * DIMS)).astype(dtype)
+def heads(batch: int, length: int, count: int, dims: int, dtype: mx.Dtype) -> mx.array:
+    """A transposed view, (B, H, L, D), as attention makes it from a projection."""
+    x = mx.random.normal((batch, length, count * dims)).astype(dtype)
     mx.eval(x)
-    return x.reshape(1, LENGTH, count, DIMS).transpose(0, 2, 1, 3)
+    return x.reshape(batch, length, count, dims).transpose(0, 2, 1, 3)
 
 
-def contenders() -> dict[str, Callable[[mx.array, mx.array], tuple[mx.array, mx.array]]]:
-    ours = ResonanceRoPE(yarn_frequencies(DIMS, 10000.0, FACTOR, ORIGINAL).resonate())
-    yarn = YarnRoPE(DIMS, scaling_factor=FACTOR, original_max_position_embeddings=ORIGINAL)
+def contenders(length: int, dims: int, offset: int) -> dict[str, Rotation]:
+    """Every way to rotate, as a function of queries and keys."""
+    ours = ResonanceRoPE(yarn_frequencies(dims, BASE, FACTOR, ORIGINAL).resonate())
+    yarn = YarnRoPE(dims, base=BASE, scaling_factor=FACTOR, original_max_position_embeddings=ORIGINAL)
     freqs = mx.array(1 / ours.frequencies.inv_freq, dtype=mx.float32)
 
     def fast(x: mx.array) -> mx.array:
-        return mx.fast.rope(x, DIMS, traditional=False, base=None, scale=1.0, offset=0, freqs=freqs)
+        return mx.fast.rope(x, dims, traditional=False, base=None, scale=1.0, offset=offset, freqs=freqs)
 
-    angles = ours.angles(LENGTH)
-    mx.eval(angles)
+    angles = ours.angles(length, offset)
+    mx.eval(angles.table or angles.offset)
     return {
-        "ours": lambda q, k: ours.rotate(q, k),
+        "ours": lambda q, k: ours.rotate(q, k, offset),
         "ours_shared_angles": lambda q, k: ours.rotate(q, k, angles=angles),
-        "mlx_lm_yarn": lambda q, k: (yarn(q), yarn(k)),
+        "mlx_lm_yarn": lambda q, k: (yarn(q, offset), yarn(k, offset)),
         "mx_fast_rope": lambda q, k: (fast(q), fast(k)),
         "add_one": lambda q, k: (q + 1, k + 1),
     }
 
 
-def angle_errors() -> dict[str, dict[str, float]]:
-    """Largest error of cosine and sine by position, over all pairs, without the attention scale."""
-    frequencies = RotaryFrequencies(yarn_frequencies(DIMS, 10000.0, FACTOR, ORIGINAL).resonate().wavelengths)
-    ours, freqs = ResonanceRoPE(frequencies), mx.array(1 / frequencies.inv_freq, dtype=mx.float32)
-    unit = mx.concatenate([mx.ones((1, 1, 1, DIMS // 2)), mx.zeros((1, 1, 1, DIMS // 2))], axis=-1)
-    errors: dict[str, dict[str, float]] = {"ours": {}, "mx_fast_rope": {}}
-    for position in FAR:
-        theta = 2 * np.pi * (position % frequencies.wavelengths) / frequencies.wavelengths  # whole numbers: exact
-        exact = np.concatenate([np.cos(theta), np.sin(theta)])
-        fast = mx.fast.rope(unit, DIMS, traditional=False, base=None, scale=1.0, offset=position, freqs=freqs)
-        for name, rotated in (("ours", ours(unit, position)), ("mx_fast_rope", fast)):
-            errors[name][str(position)] = float(f"{np.abs(np.array(rotated).ravel() - exact).max():.2g}")
+def measure(case: str, dtype: mx.Dtype, repeats: int) -> dict[str, float]:
+    """Medians in milliseconds, and what part of YarnRoPE's time ours takes, and the floor of ours."""
+    batch, length, q_heads, k_heads, dims, offset = CASES[case]
+    q, k = heads(batch, length, q_heads, dims, dtype), heads(batch, length, k_heads, dims, dtype)
+    runs = contenders(length, dims, offset)
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    rounds = repeats if length > 1 else 8 * repeats
+    for i in range(rounds + 2):  # the first two compile and warm up
+        for name, run in runs.items():
+            start = time.perf_counter()
+            mx.eval(run(q, k))
+            if i >= 2:
+                times[name].append(time.perf_counter() - start)
+
+    def ratio(a: str, b: str) -> float:
+        return round(statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)), 3)
+
+    medians = {name: round(1000 * statistics.median(values), 4) for name, values in times.items()}
+    return medians | {"ours_to_mlx_lm_yarn": ratio("ours", "mlx_lm_yarn"), "floor_to_ours": ratio("add_one", "ours")}
+
+
+def launches(run: Rotation, q: mx.array, k: mx.array) -> int:
+    """How many operations of a rotation's graph compute something."""
+    text = io.StringIO()
+    mx.export_to_dot(text, *run(q, k))
+    operations = re.findall(r'\[label ="(\w+)', text.getvalue())
+    return sum(name not in VIEWS for name in operations)
+
+
+def traffic(run: Rotation, q: mx.array, k: mx.array) -> dict[str, int] | None:
+    """Operations that compute, and the bytes they read and write; None where MLX has compiled them and hides both."""
+    nodes: list[dict[str, Any]] = []
+    try:
+        mx.export_function(nodes.append, lambda q, k: list(run(q, k)), q, k)
+    except ValueError:
+        return None
+    operations, moved, view_of = 0, 0, {}
+    for node in (node for node in nodes if node["type"] == "primitive"):
+        read = [min(size(entry), view_of.get(entry[0], size(entry))) for entry in node["inputs"]]
+        if node["name"] in VIEWS:
+            view_of[node["outputs"][0][0]] = read[0]  # a broadcast array is no larger than what it repeats
+        else:
+            operations += 1
+            moved += sum(read) + sum(map(size, node["outputs"]))
+    return {"launches": operations, "bytes": moved}
+
+
+def size(entry: tuple[str, tuple[int, ...], mx.Dtype]) -> int:
+    """Bytes of an array in an exported graph."""
+    return int(np.prod(entry[1])) * entry[2].size
+
+
+def graphs() -> dict[str, Any]:
+    """Launches and bytes of one prefill in bfloat16; `kernel` is our launch on a GPU, whatever the device here is."""
+    batch, length, q_heads, k_heads, dims, offset = CASES["prefill"]
+    q, k = (heads(batch, length, count, dims, mx.bfloat16) for count in (q_heads, k_heads))
+    rotations = contenders(length, dims, offset)
+    result: dict[str, Any] = {}
+    for name in ("ours", "mlx_lm_yarn", "mx_fast_rope", "add_one"):
+        run = rotations[name]
+        result[name] = traffic(run, q, k) or {"launches": launches(run, q, k), "bytes": None}
+    backend = "cuda" if mx.cuda.is_available() else "metal"  # without a GPU MLX exports the latter all the same
+    angles = ResonanceRoPE(yarn_frequencies(dims, BASE, FACTOR, ORIGINAL).resonate()).angles(length, offset)
+    result["kernel"] = traffic(
+        lambda q, k: gpu.launch(backend, [q, k], angles.offset, angles.constants, False, False), q, k
+    )
+    return result
+
+
+def angle_errors(positions: list[int]) -> dict[str, list[float]]:
+    """Largest error of cosine and sine over all pairs, without the attention scale, for each position."""
+    dims = 128
+    yarn = yarn_frequencies(dims, BASE, FACTOR, ORIGINAL)
+    freqs = mx.array(yarn.resonate().wavelengths / (2 * np.pi), dtype=mx.float32)
+    mlx_lm_yarn = YarnRoPE(dims, base=BASE, scaling_factor=FACTOR, original_max_position_embeddings=ORIGINAL)
+    rotations: dict[str, tuple[RotaryFrequencies, float, Callable[[mx.array, int], mx.array]]] = {
+        "ours": (yarn.resonate(), yarn.attention_scale, ResonanceRoPE(yarn.resonate())),
+        "ours_yarn": (yarn, yarn.attention_scale, ResonanceRoPE(yarn)),
+        "mlx_lm_yarn": (yarn, yarn.attention_scale, mlx_lm_yarn),
+        "mx_fast_rope": (
+            yarn.resonate(),
+            1.0,
+            lambda x, m: mx.fast.rope(x, dims, traditional=False, base=None, scale=1.0, offset=m, freqs=freqs),
+        ),
+    }
+    errors = {}
+    for name, (frequencies, scale, rotate) in rotations.items():
+        errors[name] = []
+        for position in positions:
+            theta = oracle.angles([position], frequencies.wavelengths)[0]
+            exact = np.concatenate([np.cos(theta), np.sin(theta)])
+            unit = mx.concatenate([mx.ones((1, 1, 1, dims // 2)), mx.zeros((1, 1, 1, dims // 2))], axis=-1)
+            rotated = np.array(rotate(unit, position), dtype=np.float64).ravel() / scale
+            errors[name].append(float(f"{np.abs(rotated - exact).max():.2g}"))
     return errors
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--repeats", type=int, default=25)
-    repeats = parser.parse_args().repeats
-    report = {"device": str(mx.default_device()), "machine": platform.machine(), "mlx": mx.__version__}
-    for dtype in (mx.float32, mx.float16, mx.bfloat16):
-        q, k = heads(Q_HEADS, dtype), heads(KV_HEADS, dtype)
-        times: dict[str, list[float]] = {name: [] for name in contenders()}
-        runs = contenders()
-        for repeat in range(repeats + 2):  # the first two compile and warm up
-            for name, run in runs.items():
-                start = time.perf_counter()
-                mx.eval(run(q, k))
-                if repeat >= 2:
-                    times[name].append(time.perf_counter() - start)
-        medians = {name: round(1000 * statistics.median(values), 2) for name, values in times.items()}
-        name = str(dtype).removeprefix("mlx.core.")
-        report[name] = medians | {"ours_to_mlx_lm_yarn": round(medians["ours"] / medians["mlx_lm_yarn"], 3)}
-        print(name, medians)
-    report["angle_errors"] = angle_errors()
-    print("largest error of cos and sin:", report["angle_errors"])
+    parser.add_argument("--figure", help="draw the errors of the angles over the position into this file")
+    arguments = parser.parse_args()
+    report: dict[str, Any] = {
+        "device": str(mx.default_device()), "machine": platform.machine(), "mlx": mx.__version__,
+        "mlx_lm": mlx_lm.__version__, "repeats": arguments.repeats, "times": {},
+    }  # fmt: skip
+    console, table = Console(width=120), None
+    for case in CASES:
+        for dtype in DTYPES:
+            name = str(dtype).removeprefix("mlx.core.")
+            row = measure(case, dtype, arguments.repeats)
+            report["times"].setdefault(case, {})[name] = row
+            table = table or Table("ms", "", *(column.replace("_", " ") for column in row))
+            table.add_row(case, name, *(f"{value:.4g}" for value in row.values()))
+    console.print(table)
+    report["graphs"] = graphs()
+    report["angle_errors"] = {"positions": list(FAR), **angle_errors(list(FAR))}
+    console.print(report["graphs"], report["angle_errors"])
+    if arguments.figure:
+        positions = sorted({round(2 ** (i / 4)) for i in range(4 * 31)} | set(FAR) | {2**31 - 1})
+        errors = angle_errors(positions)
+        plot_angle_errors(positions, errors, arguments.figure)
+        report["angle_errors"]["largest_of_ours"] = max(errors["ours"] + errors["ours_yarn"])
     print(json.dumps(report))
 
 

@@ -12,7 +12,8 @@ from mlx_lm.models import llama
 from mlx_lm.models.base import create_attention_mask, scaled_dot_product_attention
 
 from .config import RopeConfig
-from .rope import Angles, ResonanceRoPE
+from .kernels import Angles
+from .rope import ResonanceRoPE
 
 
 @dataclass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,7 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
     Raises:
         ValueError: matplotlib does not write that format.
     """
-    path = Path(path)
-    formats = sorted(Figure().canvas.get_supported_filetypes())
-    if path.suffix.lstrip(".").lower() not in formats:
-        raise ValueError(f"[plot] {path}: the suffix must be one of {', '.join(formats)}")
+    path = _image(path)
     pairs = np.arange(len(inspection.in_use.wavelengths))
     unrounded = inspection.unrounded
     lengths = inspection.train_length, inspection.test_length
@@ -60,6 +58,43 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
             f"trained on {lengths[0]} tokens, read at {lengths[1]}"
         )
         figure.savefig(path)
+
+
+def plot_angle_errors(positions: Sequence[int], errors: Mapping[str, Sequence[float]], path: str | Path) -> None:
+    """The largest error of cosine and sine over the position, both logarithmic.
+
+    Args:
+        positions: tokens, from 1 on.
+        errors: of `ours`, `ours_yarn`, `mlx_lm_yarn` and `mx_fast_rope`, one for each position.
+        path: the image to write; its suffix gives the format.
+
+    Raises:
+        ValueError: matplotlib does not write that format.
+    """
+    path = _image(path)
+    lines = {
+        "mlx_lm_yarn": ("mlx-lm YarnRoPE", GREEN, "--"),
+        "mx_fast_rope": ("mx.fast.rope, our wavelengths", ORANGE, "-"),
+        "ours_yarn": ("ours, YaRN", GREY, "--"),
+        "ours": ("ours, Resonance YaRN", BLUE, "-"),
+    }
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axis = figure.subplots()
+        for name, (label, color, style) in lines.items():
+            axis.plot(positions, errors[name], style, color=color, label=label, linewidth=1.4)
+        axis.axhline(2.5e-7, color="black", linewidth=0.8, linestyle=":", label="bound of ours: 2.5e-7")
+        axis.set(xscale="log", yscale="log", xlabel="position", ylabel="largest error of cos and sin", ylim=(2e-8, 4))
+        axis.legend(loc="upper left")
+        figure.savefig(path)
+
+
+def _image(path: str | Path) -> Path:
+    path = Path(path)
+    formats = sorted(Figure().canvas.get_supported_filetypes())
+    if path.suffix.lstrip(".").lower() not in formats:
+        raise ValueError(f"[plot] {path}: the suffix must be one of {', '.join(formats)}")
+    return path
 
 
 def _wavelengths(axis: Axes, pairs: np.ndarray, inspection: Inspection) -> None:

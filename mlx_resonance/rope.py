@@ -146,7 +146,8 @@ class ResonanceRoPE(nn.Module):
         rows = angles.offset.size
         if rows not in (1, batch) or angles.length != length:
             raise ValueError(
-                f"[ResonanceRoPE] angles (offsets) for {rows} rows of {angles.length} tokens do not fit {batch} of {length}"
+                f"[ResonanceRoPE] angles (offsets) for {rows} rows of {angles.length} tokens "
+                f"do not fit {batch} of {length}"
             )
         return angles
 

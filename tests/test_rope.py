@@ -10,7 +10,6 @@ from mlx_resonance import (
     longrope_frequencies,
     yarn_frequencies,
 )
-from mlx_resonance.kernels import ops
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -206,7 +205,7 @@ def test_angles_have_one_row_per_offset():
     for offset, rows in ((3, 1), (mx.array(3), 1), (mx.array([3, 4]), 2)):
         angles = rope.angles(5, offset)
         assert (angles.offset.shape, angles.length) == ((rows,), 5)
-        for values in ops.cos_sin(angles.offset, 5, angles.constants):
+        for values in angles.cos_sin():
             assert (values.shape, values.dtype) == ((rows, 1, 5, 64), mx.float32)
 
 

@@ -19,13 +19,17 @@ class Angles(NamedTuple):
         offset: position of the first token, an integer array of shape (1,) or (B,).
         length: number of tokens, L.
         constants: of the frequencies.
-        table: their cosines and sines from `ops.cos_sin`; None where the kernel computes them as it goes.
+        table: `cos_sin` computed once; None where the kernel computes them as it goes.
     """
 
     offset: mx.array
     length: int
     constants: PhaseConstants
     table: tuple[mx.array, mx.array] | None
+
+    def cos_sin(self) -> tuple[mx.array, mx.array]:
+        """Cosine and sine times the attention scale, float32, shape (1, 1, L, P) or (B, 1, L, P)."""
+        return self.table or ops.cos_sin(self.offset, self.length, self.constants)
 
 
 def angles(offset: mx.array, length: int, constants: PhaseConstants) -> Angles:
@@ -48,5 +52,4 @@ def rotate(xs: list[mx.array], angles: Angles, traditional: bool) -> list[mx.arr
     backend = gpu.backend()
     if backend and gpu.can_rotate(backend, xs, traditional):
         return gpu.rotate(backend, xs, angles.offset, angles.constants, traditional)
-    cos, sin = angles.table or ops.cos_sin(angles.offset, angles.length, angles.constants)
-    return ops.rotate(xs, cos, sin, traditional)
+    return ops.rotate(xs, *angles.cos_sin(), traditional)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from functools import cache
 from importlib.resources import files
 from typing import Any
@@ -61,16 +60,18 @@ def rotate(
     Returns:
         The arrays rotated, row-contiguous, shapes and types as they came.
     """
-    return _rotation(backend, traditional, False)(xs, offset, *constants)
+    rotated: Any = _rotation(backend, traditional, False)(xs, offset, *constants)
+    return list(rotated)
 
 
 @cache
-def _rotation(backend: str, traditional: bool, backward: bool) -> Callable[..., list[mx.array]]:
+def _rotation(backend: str, traditional: bool, backward: bool) -> mx.custom_function:
     """The launch as a function that MLX can differentiate and vectorize; `backward` turns the other way."""
 
-    @mx.custom_function
-    def rotation(xs: list[mx.array], offset: mx.array, *constants: mx.array) -> list[mx.array]:
+    def forward(xs: list[mx.array], offset: mx.array, *constants: mx.array) -> list[mx.array]:
         return launch(backend, xs, offset, PhaseConstants(*constants), traditional, backward)
+
+    rotation = mx.custom_function(forward)
 
     @rotation.vjp
     def vjp(primals: Any, cotangents: list[mx.array], _: Any) -> Any:
@@ -79,7 +80,7 @@ def _rotation(backend: str, traditional: bool, backward: bool) -> Callable[..., 
         return _rotation(backend, traditional, not backward)(cotangents, *rest), *map(mx.zeros_like, rest)
 
     @rotation.jvp
-    def jvp(primals: Any, tangents: Any) -> list[mx.array]:
+    def jvp(primals: Any, tangents: Any) -> Any:
         xs, *rest = primals
         moved = [mx.zeros_like(x) if tangent is None else tangent for x, tangent in zip(xs, tangents[0], strict=True)]
         return rotation(moved, *rest)
@@ -97,11 +98,10 @@ def _rotation(backend: str, traditional: bool, backward: bool) -> Callable[..., 
         xs = [first(x, axis) for x, axis in zip(xs, xs_axes, strict=True)]
         batch = xs[0].shape[1]
         offsets = mx.broadcast_to(first(offset, offset_axis), (size, batch)).flatten()
-        rotated = rotation([x.flatten(0, 1) for x in xs], offsets, *constants)
+        rotated: Any = rotation([x.flatten(0, 1) for x in xs], offsets, *constants)
         return [mx.unflatten(x, 0, (size, batch)) for x in rotated], [0] * len(xs)
 
-    function: Callable[..., list[mx.array]] = rotation
-    return function
+    return rotation
 
 
 def launch(
@@ -163,8 +163,8 @@ def _works(backend: str, dtypes: tuple[mx.Dtype, ...], traditional: bool, backwa
         rotated = launch(backend, xs, offset, constants, traditional, backward)
         expected = ops.rotate(xs, cos, -sin if backward else sin, traditional)
         for x, y in zip(rotated, expected, strict=True):
-            error = mx.abs(x.astype(mx.float32) - y.astype(mx.float32)).max().item()
-            if not error <= 4 * mx.finfo(x.dtype).eps:  # also where it is no number
+            error = float(mx.abs(x.astype(mx.float32) - y.astype(mx.float32)).max())
+            if not error <= 4 * float(mx.finfo(x.dtype).eps):  # also where it is no number
                 raise ValueError(f"its results are off by {error:.2g} in {x.dtype}")
     except (RuntimeError, ValueError) as error:
         _warn(f"the {backend} kernel cannot be used: {' '.join(str(error).split())}")

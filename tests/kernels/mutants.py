@@ -2,7 +2,7 @@
 
     python tests/kernels/mutants.py [NAME …]
 
-Each runs in a copy of the package and its tests. Prints the test that fails for each fault; exits with 1 where none does.
+Each runs in a copy of the package and its tests. Prints which test fails for each fault; exits with 1 where none does.
 """
 
 from __future__ import annotations
@@ -50,7 +50,9 @@ FAULTS = {
     ),
     "feature stride of 1": Fault("rotary.h", "x[b * x_feature_stride]", "x[b]"),
     "wrong half": Fault("rotary.h", "TRADITIONAL ? run + PAIRS : run + pairs", "run + PAIRS"),
-    "layouts exchanged": Fault("rotary.h", "TRADITIONAL ? run + 2 * j : run + j", "TRADITIONAL ? run + j : run + 2 * j"),
+    "layouts exchanged": Fault(
+        "rotary.h", "TRADITIONAL ? run + 2 * j : run + j", "TRADITIONAL ? run + j : run + 2 * j"
+    ),
     "last heads left out": Fault("body.h", "(k_shape[1] + HEADS - 1) / HEADS", "k_shape[1] / HEADS"),
     "heads past the last": Fault(
         "body.h", "k_shape[1] - head < HEADS ? int(k_shape[1] - head) : HEADS", "k_shape[1] > 0 ? HEADS : 0"
