@@ -9,7 +9,7 @@ BENCHMARKS := benchmarks/parity.py benchmarks/rotary.py
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test setup lint format notebooks bench
+.PHONY: help demo test mutants setup lint format notebooks bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -19,6 +19,9 @@ demo: $(VENV)/.installed ## convert the tiny checkpoint, inspect it, generate pa
 
 test: $(VENV)/.installed-test ## run the tests; more for pytest: make test PYTEST_ARGS="-n 2 -k rope"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+mutants: $(VENV)/.installed-test ## put faults into the kernel, one at a time: the tests must notice each
+	$(BIN)/python tests/kernels/mutants.py
 
 setup: $(VENV)/.installed-dev ## install the package as it lies here, with all that tests and checks need
 

@@ -1,0 +1,23 @@
+"""Figures are written in the format that their name asks for."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mlx_resonance.plots import plot_angle_errors
+
+import pytest
+
+ERRORS = {name: [1e-7, 1e-3] for name in ("ours", "ours_yarn", "mlx_lm_yarn", "mx_fast_rope")}
+
+
+@pytest.mark.parametrize(("name", "start"), [("errors.png", b"\x89PNG"), ("errors.svg", b"<?xml")])
+def test_angle_errors(tmp_path: Path, name: str, start: bytes) -> None:
+    plot_angle_errors([1, 1000], ERRORS, tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+def test_a_format_that_nobody_writes(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"errors\.xyz: the suffix must be one of"):
+        plot_angle_errors([1, 1000], ERRORS, tmp_path / "errors.xyz")
+    assert not list(tmp_path.iterdir())
