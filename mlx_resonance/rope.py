@@ -82,14 +82,14 @@ class ResonanceRoPE(nn.Module):
                     "[ResonanceRoPE] offset must be an integer or an integer array of shape () or (B,), "
                     f"got {offset.dtype} of shape {offset.shape}"
                 )
-        elif not (isinstance(offset, (int, np.integer)) and 0 <= offset <= MAX_POSITION - length):
+        elif not (isinstance(offset, (int, np.integer)) and 0 <= offset <= MAX_POSITION - max(length, 1)):
             raise ValueError(f"[ResonanceRoPE] offset must be an integer in [0, 2**31 - {length}], got {offset}")
         if self._by_length is not None:
             last = int(np.array(offset).max()) if isinstance(offset, mx.array) else offset
             frequencies = self._by_length(max(last + length, self._expected_length))
             if frequencies != self._frequencies:
                 self._use(frequencies)
-        start = offset.reshape(-1) if isinstance(offset, mx.array) else mx.array([offset], dtype=mx.int32)
+        start = offset.astype(mx.int32).reshape(-1) if isinstance(offset, mx.array) else mx.array([int(offset)])
         return kernels.angles(start, length, self._constants)
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:

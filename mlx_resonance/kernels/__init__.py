@@ -16,7 +16,7 @@ class Angles(NamedTuple):
     """The angles of one step, to be shared by all layers.
 
     Attributes:
-        offset: position of the first token, an integer array of shape (1,) or (B,).
+        offset: position of the first token, int32, shape (1,) or (B,).
         length: number of tokens, L.
         constants: of the frequencies.
         table: `cos_sin` computed once; None where the kernel computes them as it goes.
@@ -34,7 +34,7 @@ class Angles(NamedTuple):
 
 def angles(offset: mx.array, length: int, constants: PhaseConstants) -> Angles:
     """The angles of one step: see `Angles`."""
-    table = None if gpu.backend() else ops.cos_sin(offset, length, constants)
+    table = None if gpu.current_backend() else ops.cos_sin(offset, length, constants)
     return Angles(offset, length, constants, table)
 
 
@@ -49,7 +49,7 @@ def rotate(xs: list[mx.array], angles: Angles, traditional: bool) -> list[mx.arr
     Returns:
         The arrays rotated, shapes and types as they came.
     """
-    backend = gpu.backend()
-    if backend and gpu.can_rotate(backend, xs, traditional):
+    backend = gpu.current_backend()
+    if backend and gpu.can_rotate(backend, xs, angles.constants, traditional):
         return gpu.rotate(backend, xs, angles.offset, angles.constants, traditional)
     return ops.rotate(xs, *angles.cos_sin(), traditional)

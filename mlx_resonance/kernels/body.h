@@ -5,15 +5,14 @@ const uint3 at = GRID_POSITION(thread_position_in_grid);
 const int length = q_shape[2];
 const int dims = q_shape[3];
 const int pairs = modulus_shape[0];
-// Groups of PAIRS pairs, and after them groups of 2 * PAIRS features that are only copied.
+// Groups of PAIRS pairs, and after them groups of 2 * PAIRS features that are only copied: as gpu.py counts them.
 const uint32_t pair_groups = (pairs + PAIRS - 1) / PAIRS;
 const uint32_t groups = pair_groups + (dims - 2 * pairs + 2 * PAIRS - 1) / (2 * PAIRS);
 const uint32_t group = at.x % groups;
 const uint32_t token = at.x / groups;
 const uint32_t q_blocks = (q_shape[1] + HEADS - 1) / HEADS;
-const uint32_t k_blocks = (k_shape[1] + HEADS - 1) / HEADS;
 // CUDA launches whole blocks of threads.
-if (token >= uint32_t(q_shape[0]) * uint32_t(length) || at.y >= q_blocks + k_blocks) {
+if (token >= uint32_t(q_shape[0]) * uint32_t(length)) {
   return;
 }
 const int64_t row = token / uint32_t(length);
@@ -21,8 +20,16 @@ const int64_t step = token % uint32_t(length);
 const bool is_query = at.y < q_blocks;
 const int64_t head = int64_t(is_query ? at.y : at.y - q_blocks) * HEADS;
 
-// Group g's pairs start at g * PAIRS; for a group of copied features that number counts on from the last pair.
-const int first = group < pair_groups ? int(group) * PAIRS : pairs + int(group - pair_groups) * PAIRS;
+const bool is_copy = group >= pair_groups;
+const int first = int(group) * PAIRS;
+const int copied = 2 * pairs + int(group - pair_groups) * 2 * PAIRS;
+Runs runs = {first, pairs, pairs + first, 2 * pairs};
+if (TRADITIONAL) {
+  runs = {2 * first, 2 * pairs, 2 * first + PAIRS, 2 * pairs};
+}
+if (is_copy) {
+  runs = {copied, dims, copied + PAIRS, dims};
+}
 Turns<PAIRS> turned = {};
 for (int j = 0; j < PAIRS; ++j) {
   if (first + j < pairs) {
@@ -41,9 +48,8 @@ if (is_query) {
       q_strides[3],
       int64_t(length) * dims,
       q_shape[1] - head < HEADS ? int(q_shape[1] - head) : HEADS,
-      dims,
-      pairs,
-      first,
+      runs,
+      is_copy,
       turned);
 } else {
   rotate_heads<PAIRS, TRADITIONAL>(
@@ -53,8 +59,7 @@ if (is_query) {
       k_strides[3],
       int64_t(length) * dims,
       k_shape[1] - head < HEADS ? int(k_shape[1] - head) : HEADS,
-      dims,
-      pairs,
-      first,
+      runs,
+      is_copy,
       turned);
 }

@@ -1,4 +1,4 @@
-"""The rotary op on a GPU: the kernel built from metal.h or cuda.h, rotary.h and body.h, launched, differentiated.
+"""The rotary op on a GPU: the kernel of metal.h or cuda.h, rotary.h and body.h, tried, launched, differentiated.
 
 `mx.custom_function` gives it the transformations that MLX cannot derive for a kernel.
 """
@@ -21,28 +21,33 @@ PAIRS = 4  # pairs per thread: 8 bytes of float16, 16 of float32 in one load
 HEADS = 8  # heads per thread, which share the angles
 THREADS = 256  # per threadgroup
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-# MLX hands arrays of fewer elements over in another address space of Metal; they are not worth a launch.
-SMALLEST = 8
+# MLX hands arrays of fewer elements over in another address space of Metal: the source is then another one. Queries and
+# keys that small are not worth a launch.
+SMALL = 8
 
 logger = logging.getLogger("mlx_resonance")
+_unusable: set[str] = set()  # the backends that failed, and `gpu` where there is none: each is told once
 
 
-def backend() -> str | None:
+def current_backend() -> str | None:
     """`metal` or `cuda` where MLX's default device is a GPU, else None; a machine without one is told once."""
     if mx.default_device().type == mx.DeviceType.gpu:
-        return "metal" if mx.metal.is_available() else "cuda"
+        backend = "metal" if mx.metal.is_available() else "cuda"
+        return None if backend in _unusable else backend
     if not (mx.metal.is_available() or mx.cuda.is_available()):
-        _warn("MLX has no GPU here")
+        _give_up("gpu", "MLX has no GPU here")
     return None
 
 
-def can_rotate(backend: str, xs: list[mx.array], traditional: bool) -> bool:
-    """Whether the kernel is for these arrays, and built and right on this GPU; if it is not, one warning says why."""
-    batch, _, length, dims = xs[0].shape
-    if batch * length * dims >= 2**31 or any(x.dtype not in DTYPES or x.size < SMALLEST for x in xs):
-        return False  # a grid is counted in 31 bits, and has no threads for an empty array
-    dtypes = tuple(x.dtype for x in xs)
-    return all(_works(backend, dtypes, traditional, backward) for backward in (False, True))
+def can_rotate(backend: str, xs: list[mx.array], constants: PhaseConstants, traditional: bool) -> bool:
+    """Whether the kernel is for these arrays, and has been tried on this GPU; if it fails, one warning says why."""
+    if any(x.dtype not in DTYPES or x.size < SMALL for x in xs):
+        return False
+    few = constants.modulus.size < SMALL, xs[0].shape[0] < SMALL
+    reason = _fault(backend, tuple(x.dtype for x in xs), traditional, *few)
+    if reason is not None:
+        _give_up(backend, f"the {backend} kernel cannot be used: {reason}")
+    return reason is None
 
 
 def rotate(
@@ -53,7 +58,7 @@ def rotate(
     Args:
         backend: `metal` or `cuda`.
         xs: float32, float16 or bfloat16, each of its own H; they agree in B, L and D.
-        offset: position of the first token, an integer array of shape (1,) or (B,).
+        offset: position of the first token, int32, shape (1,) or (B,).
         constants: of P pairs, 2·P <= D.
         traditional: pairs are neighbours (2i, 2i + 1) instead of (i, i + P).
 
@@ -69,7 +74,9 @@ def _rotation(backend: str, traditional: bool, backward: bool) -> mx.custom_func
     """The launch as a function that MLX can differentiate and vectorize; `backward` turns the other way."""
 
     def forward(xs: list[mx.array], offset: mx.array, *constants: mx.array) -> list[mx.array]:
-        return launch(backend, xs, offset, PhaseConstants(*constants), traditional, backward)
+        call = xs, offset, PhaseConstants(*constants), traditional, backward
+        # MLX counts a grid in 31 bits; what is mapped grows it.
+        return launch(backend, *call) if grid(xs, constants[0].size)[0] < 2**31 else twin(*call)
 
     rotation = mx.custom_function(forward)
 
@@ -105,33 +112,31 @@ def _rotation(backend: str, traditional: bool, backward: bool) -> mx.custom_func
 
 
 def launch(
-    backend: str,
-    xs: list[mx.array],
-    offset: mx.array,
-    constants: PhaseConstants,
-    traditional: bool,
-    backward: bool,
-    verbose: bool = False,
+    backend: str, xs: list[mx.array], offset: mx.array, constants: PhaseConstants, traditional: bool, backward: bool
 ) -> list[mx.array]:
-    """One launch of the kernel: `rotate` without its transformations, or its transpose where `backward`.
-
-    Args: as `rotate`; `verbose` prints the source that MLX compiles.
-    """
+    """One launch of the kernel: `rotate` without its transformations, or its transpose where `backward`."""
     q, k = xs[0], xs[-1]
-    batch, _, length, dims = q.shape
-    pairs = constants.modulus.size
-    groups = -(-pairs // PAIRS) - (2 * pairs - dims) // (2 * PAIRS)
     outputs: list[mx.array] = _kernel(backend)(
-        inputs=[q, k, mx.broadcast_to(offset.astype(mx.int32), (batch,)), *constants],
+        inputs=[q, k, mx.broadcast_to(offset, q.shape[:1]), *constants],
         template=[("PAIRS", PAIRS), ("HEADS", HEADS), ("TRADITIONAL", traditional), ("BACKWARD", backward)],
-        grid=(batch * length * groups, sum(-(-x.shape[1] // HEADS) for x in xs), 1),
+        grid=grid(xs, constants.modulus.size),
         threadgroup=(THREADS, 1, 1),
         # Of a single array the kernel sees two, of which the grid ends before the second.
         output_shapes=[q.shape, k.shape if len(xs) == 2 else (1,)],
         output_dtypes=[q.dtype, k.dtype],
-        verbose=verbose,
     )
     return outputs[: len(xs)]
+
+
+def grid(xs: list[mx.array], pairs: int) -> tuple[int, int, int]:
+    """Threads along the axes of the grid: body.h says what they are for."""
+    batch, _, length, dims = xs[0].shape
+    groups = _ceil_div(pairs, PAIRS) + _ceil_div(dims - 2 * pairs, 2 * PAIRS)
+    return batch * length * groups, sum(_ceil_div(x.shape[1], HEADS) for x in xs), 1
+
+
+def _ceil_div(number: int, divisor: int) -> int:
+    return -(-number // divisor)
 
 
 @cache
@@ -152,26 +157,41 @@ def source(name: str) -> str:
     return (files(__package__) / name).read_text(encoding="utf-8")
 
 
-@cache
-def _works(backend: str, dtypes: tuple[mx.Dtype, ...], traditional: bool, backward: bool) -> bool:
-    """Build a variant of the kernel and compare it with its twin once, so that it never turns by wrong angles."""
-    frequencies = RotaryFrequencies(np.array([6.0, 2 * np.pi, 44.0, 54410.0, 1e5 / 3]), 1.25)
-    constants, offset = ops.phase_constants(frequencies), mx.array([1000003, -2])
-    xs = [mx.sin(mx.arange(2 * 3 * 3 * 12)).reshape(2, 3, 3, 12).swapaxes(1, 2).astype(dtype) for dtype in dtypes]
-    cos, sin = ops.cos_sin(offset, 3, constants)
-    try:
-        rotated = launch(backend, xs, offset, constants, traditional, backward)
-        expected = ops.rotate(xs, cos, -sin if backward else sin, traditional)
-        for x, y in zip(rotated, expected, strict=True):
-            error = float(mx.abs(x.astype(mx.float32) - y.astype(mx.float32)).max())
-            if not error <= 4 * float(mx.finfo(x.dtype).eps):  # also where it is no number
-                raise ValueError(f"its results are off by {error:.2g} in {x.dtype}")
-    except (RuntimeError, ValueError) as error:
-        _warn(f"the {backend} kernel cannot be used: {' '.join(str(error).split())}")
-        return False
-    return True
+def twin(
+    xs: list[mx.array], offset: mx.array, constants: PhaseConstants, traditional: bool, backward: bool
+) -> list[mx.array]:
+    """What `launch` does, in plain mlx.core."""
+    cos, sin = ops.cos_sin(offset, xs[0].shape[2], constants)
+    return ops.rotate(xs, cos, -sin if backward else sin, traditional)
 
 
 @cache
-def _warn(reason: str) -> None:
-    logger.warning("[ResonanceRoPE] %s: rotating with plain mlx.core operations", reason)
+def _fault(
+    backend: str, dtypes: tuple[mx.Dtype, ...], traditional: bool, few_pairs: bool, few_rows: bool
+) -> str | None:
+    """What is wrong with a variant of the kernel: it is built once, and compared with its twin. None: nothing."""
+    # One size lets the kernel move whole packs, the other does not; both have more heads than one thread takes, and
+    # features to copy.
+    for pairs in (4, 3) if few_pairs else (8, 11):
+        wavelengths = np.array([6.0, 2 * np.pi, 44.0, 54410.0, 1e5 / 3, *range(700, 706)])[:pairs]
+        constants = ops.phase_constants(RotaryFrequencies(wavelengths, 1.25))
+        shape = (2 if few_rows else SMALL, 3, HEADS + 1, 2 * pairs + 8)
+        x = mx.sin(mx.arange(int(np.prod(shape)))).reshape(shape).swapaxes(1, 2)
+        xs, offset = [x.astype(dtype) for dtype in dtypes], mx.arange(shape[0]) * 1000003 - 2
+        for backward in (False, True):
+            call = xs, offset, constants, traditional, backward
+            try:
+                for y, expected in zip(launch(backend, *call), twin(*call), strict=True):
+                    off = float(mx.abs(y.astype(mx.float32) - expected.astype(mx.float32)).max())
+                    # A rounding to 16 bits may go either way; compilers contract float32 each in their own way.
+                    if not off <= max(float(mx.finfo(y.dtype).eps), 4 * 2.0**-23):  # nor if it is no number
+                        return f"its results are off by {off:.2g} in {y.dtype}"
+            except (RuntimeError, ValueError) as error:
+                return " ".join(str(error).split())
+    return None
+
+
+def _give_up(backend: str, reason: str) -> None:
+    if backend not in _unusable:
+        _unusable.add(backend)
+        logger.warning("[ResonanceRoPE] %s: rotating with plain mlx.core operations", reason)

@@ -1,5 +1,5 @@
 // The rotary op's functions, in what Metal and CUDA C++ have in common; metal.h or cuda.h stands before them.
-// The arithmetic of a phase is that of ops.py, bit for bit.
+// A phase is that of ops.py bit for bit; the rest differs by what a compiler contracts, 1.5 ulp of float32 at most.
 
 struct Turn {
   float cos;
@@ -9,6 +9,17 @@ struct Turn {
 template <int PAIRS>
 struct Turns {
   Turn at[PAIRS];
+};
+
+// The features of a head that a thread holds: two runs of PAIRS neighbours, or fewer where a run comes to its end.
+struct Runs {
+  int low, low_end;
+  int high, high_end;
+};
+
+template <int PAIRS>
+struct Values {
+  float at[2 * PAIRS];
 };
 
 // Neighbours in memory, moved by one instruction.
@@ -30,8 +41,8 @@ DEVICE_FUNCTION uint32_t phase_of(int32_t position, uint32_t modulus, uint64_t t
   return uint32_t((reduced * turns + 0x80000000u) >> 32);
 }
 
-// Cosine and sine of a phase times scale: cospi and sinpi of an eighth of a turn at most. Their series gives the same
-// on every device and in ops.py, where no library's own function does, and its error can be measured without a Mac.
+// Cosine and sine of a phase times scale: cospi and sinpi of an eighth of a turn at most. Their series has an error that
+// can be measured without a Mac; that of a library's own functions is another one on every device.
 DEVICE_FUNCTION Turn turn_by(uint32_t phase, float scale) {
   const uint32_t quadrant = (phase + 0x20000000u) >> 30;
   const int32_t rest = int32_t(phase - (quadrant << 30));
@@ -47,13 +58,73 @@ DEVICE_FUNCTION Turn turn_by(uint32_t phase, float scale) {
   return turn;
 }
 
-template <int N, typename T>
-DEVICE_FUNCTION bool is_packed(const DEVICE_MEMORY T* x) {
-  return reinterpret_cast<uint64_t>(x) % sizeof(Pack<N, T>) == 0;
+// The members of pair j are values j and PAIRS + j, or 2j and 2j + 1 if TRADITIONAL.
+template <int PAIRS, bool TRADITIONAL>
+DEVICE_FUNCTION Values<PAIRS> rotated(Values<PAIRS> values, Turns<PAIRS> turns) {
+  for (int j = 0; j < PAIRS; ++j) {
+    const int a = TRADITIONAL ? 2 * j : j;
+    const int b = TRADITIONAL ? 2 * j + 1 : PAIRS + j;
+    const float one = values.at[a], other = values.at[b];
+    values.at[a] = one * turns.at[j].cos - other * turns.at[j].sin;
+    values.at[b] = one * turns.at[j].sin + other * turns.at[j].cos;
+  }
+  return values;
 }
 
-// Turn the pairs first ... first + PAIRS - 1 of one token in several heads, or copy features past the last pair.
-// x, y: the first head's features of the token. A pair is features (i, i + pairs), or (2i, 2i + 1) if TRADITIONAL.
+// Whether both runs of every head are whole and lie as Packs do. Addresses are numbers of 64 bits on every GPU.
+template <int PAIRS, typename T>
+DEVICE_FUNCTION bool is_packed(const DEVICE_MEMORY T* x, int64_t head_stride, int64_t feature_stride, Runs runs) {
+  return runs.low + PAIRS <= runs.low_end && runs.high + PAIRS <= runs.high_end && feature_stride == 1 &&
+      head_stride % PAIRS == 0 && reinterpret_cast<uint64_t>(x + runs.low) % sizeof(Pack<PAIRS, T>) == 0 &&
+      reinterpret_cast<uint64_t>(x + runs.high) % sizeof(Pack<PAIRS, T>) == 0;
+}
+
+template <int PAIRS, typename T>
+DEVICE_FUNCTION Values<PAIRS> load(const DEVICE_MEMORY T* x, int64_t feature_stride, Runs runs, bool packed) {
+  Values<PAIRS> values = {};
+  if (packed) {
+    const Pack<PAIRS, T> low = *reinterpret_cast<const DEVICE_MEMORY Pack<PAIRS, T>*>(x + runs.low);
+    const Pack<PAIRS, T> high = *reinterpret_cast<const DEVICE_MEMORY Pack<PAIRS, T>*>(x + runs.high);
+    for (int j = 0; j < PAIRS; ++j) {
+      values.at[j] = static_cast<float>(low.at[j]);
+      values.at[PAIRS + j] = static_cast<float>(high.at[j]);
+    }
+    return values;
+  }
+  for (int j = 0; j < PAIRS; ++j) {
+    if (runs.low + j < runs.low_end) {
+      values.at[j] = static_cast<float>(x[(runs.low + j) * feature_stride]);
+    }
+    if (runs.high + j < runs.high_end) {
+      values.at[PAIRS + j] = static_cast<float>(x[(runs.high + j) * feature_stride]);
+    }
+  }
+  return values;
+}
+
+template <int PAIRS, typename T>
+DEVICE_FUNCTION void store(DEVICE_MEMORY T* y, Values<PAIRS> values, Runs runs, bool packed) {
+  if (packed) {
+    Pack<PAIRS, T> low, high;
+    for (int j = 0; j < PAIRS; ++j) {
+      low.at[j] = static_cast<T>(values.at[j]);
+      high.at[j] = static_cast<T>(values.at[PAIRS + j]);
+    }
+    *reinterpret_cast<DEVICE_MEMORY Pack<PAIRS, T>*>(y + runs.low) = low;
+    *reinterpret_cast<DEVICE_MEMORY Pack<PAIRS, T>*>(y + runs.high) = high;
+    return;
+  }
+  for (int j = 0; j < PAIRS; ++j) {
+    if (runs.low + j < runs.low_end) {
+      y[runs.low + j] = static_cast<T>(values.at[j]);
+    }
+    if (runs.high + j < runs.high_end) {
+      y[runs.high + j] = static_cast<T>(values.at[PAIRS + j]);
+    }
+  }
+}
+
+// Rotate a thread's features of one token in several heads, or copy them. x, y: the token's features in the first head.
 template <int PAIRS, bool TRADITIONAL, typename T>
 DEVICE_FUNCTION void rotate_heads(
     const DEVICE_MEMORY T* x,
@@ -62,58 +133,16 @@ DEVICE_FUNCTION void rotate_heads(
     int64_t x_feature_stride,
     int64_t y_head_stride,
     int heads,
-    int dims,
-    int pairs,
-    int first,
+    Runs runs,
+    bool is_copy,
     Turns<PAIRS> turns) {
-  if (first >= pairs) {
-    const int from = 2 * pairs + 2 * (first - pairs);
-    const int to = from + 2 * PAIRS < dims ? from + 2 * PAIRS : dims;
-    for (int head = 0; head < heads; ++head, x += x_head_stride, y += y_head_stride) {
-      for (int feature = from; feature < to; ++feature) {
-        y[feature] = x[feature * x_feature_stride];
-      }
-    }
-    return;
-  }
-  const int count = pairs - first < PAIRS ? pairs - first : PAIRS;
-  // Two runs of PAIRS features hold the pairs; inside them, a pair's members are step_to_second apart.
-  const int run = TRADITIONAL ? 2 * first : first;
-  const int next_run = TRADITIONAL ? run + PAIRS : run + pairs;
-  const bool packed = count == PAIRS && x_feature_stride == 1 && is_packed<PAIRS>(x + run) &&
-      is_packed<PAIRS>(x + next_run) && x_head_stride % PAIRS == 0 && is_packed<PAIRS>(y + run) &&
-      is_packed<PAIRS>(y + next_run) && y_head_stride % PAIRS == 0;
+  const bool x_packed = is_packed<PAIRS>(x, x_head_stride, x_feature_stride, runs);
+  const bool y_packed = is_packed<PAIRS>(y, y_head_stride, 1, runs);
   for (int head = 0; head < heads; ++head, x += x_head_stride, y += y_head_stride) {
-    if (packed) {
-      Pack<PAIRS, T> low = *reinterpret_cast<const DEVICE_MEMORY Pack<PAIRS, T>*>(x + run);
-      Pack<PAIRS, T> high = *reinterpret_cast<const DEVICE_MEMORY Pack<PAIRS, T>*>(x + next_run);
-      float values[2 * PAIRS];
-      for (int j = 0; j < PAIRS; ++j) {
-        values[j] = static_cast<float>(low.at[j]);
-        values[PAIRS + j] = static_cast<float>(high.at[j]);
-      }
-      for (int j = 0; j < PAIRS; ++j) {
-        const int a = TRADITIONAL ? 2 * j : j;
-        const int b = TRADITIONAL ? 2 * j + 1 : PAIRS + j;
-        const float one = values[a], other = values[b];
-        values[a] = one * turns.at[j].cos - other * turns.at[j].sin;
-        values[b] = one * turns.at[j].sin + other * turns.at[j].cos;
-      }
-      for (int j = 0; j < PAIRS; ++j) {
-        low.at[j] = static_cast<T>(values[j]);
-        high.at[j] = static_cast<T>(values[PAIRS + j]);
-      }
-      *reinterpret_cast<DEVICE_MEMORY Pack<PAIRS, T>*>(y + run) = low;
-      *reinterpret_cast<DEVICE_MEMORY Pack<PAIRS, T>*>(y + next_run) = high;
-    } else {
-      for (int j = 0; j < count; ++j) {
-        const int a = TRADITIONAL ? run + 2 * j : run + j;
-        const int b = TRADITIONAL ? a + 1 : next_run + j;
-        const float one = static_cast<float>(x[a * x_feature_stride]);
-        const float other = static_cast<float>(x[b * x_feature_stride]);
-        y[a] = static_cast<T>(one * turns.at[j].cos - other * turns.at[j].sin);
-        y[b] = static_cast<T>(one * turns.at[j].sin + other * turns.at[j].cos);
-      }
+    Values<PAIRS> values = load<PAIRS>(x, x_feature_stride, runs, x_packed);
+    if (!is_copy) {
+      values = rotated<PAIRS, TRADITIONAL>(values, turns);
     }
+    store<PAIRS>(y, values, runs, y_packed);
   }
 }

@@ -95,6 +95,10 @@ def captured_stdout() -> Iterator[list[str]]:
             text.append(file.read().decode())
 
 
+class BuildError(Exception):
+    """The compiler does not take the source."""
+
+
 def metal_source(xs: list[Strided], offset: np.ndarray, constants: ops.PhaseConstants, *flags: bool) -> tuple[str, Any]:
     """The source that MLX would compile for this call, and the arguments of the launch.
 
@@ -107,10 +111,10 @@ def metal_source(xs: list[Strided], offset: np.ndarray, constants: ops.PhaseCons
 
     def record(**call: Any) -> Any:
         launched.update(call)
-        return kernel(**call)
+        return kernel(**call, verbose=True)
 
     def trace(offset: mx.array, *arrays: mx.array) -> list[mx.array]:
-        return gpu.launch("metal", list(arrays), offset, constants, *flags, verbose=True)
+        return gpu.launch("metal", list(arrays), offset, constants, *flags)
 
     arrays = [mx.broadcast_to(mx.zeros((), dtype=x.dtype), x.shape) for x in xs]
     original, gpu._kernel = gpu._kernel, lambda backend: record
@@ -137,6 +141,7 @@ def build(source: str) -> Path:
             '#include "shim.h"',
             source,
             f"enum {{ INPUTS = {inputs}, OUTPUTS = {len(parameters) - inputs} }};",
+            f"enum {{ THREADS = {gpu.THREADS} }};",
             f"void run(char** buffers, uint3 at) {{ {INSTANCE.findall(source)[0]}({arguments}, at); }}",
             '#include "harness.h"',
         ]
@@ -150,17 +155,30 @@ def build(source: str) -> Path:
             machine = [] if os.uname().machine in ("arm64", "aarch64") else ["-mf16c"]
             command = [COMPILER, *FLAGS, *machine, "-I", str(HERE), "main.cpp", "-o", "program"]
             done = subprocess.run(command, cwd=temporary, capture_output=True, text=True)
-            assert done.returncode == 0, done.stderr
+            if done.returncode != 0:
+                raise BuildError(done.stderr)
             shutil.move(Path(temporary) / "program", f"{path}.{os.getpid()}")
         os.replace(f"{path}.{os.getpid()}", path)
     return path
 
 
 def run(
-    xs: list[Strided], offset: np.ndarray, constants: ops.PhaseConstants, traditional: bool, backward: bool
+    xs: list[Strided],
+    offset: np.ndarray,
+    constants: ops.PhaseConstants,
+    traditional: bool,
+    backward: bool,
+    preamble: str = "metal.h",
 ) -> list[np.ndarray]:
-    """Launch the kernel in the emulator: `gpu.launch`, with results in float64."""
+    """Launch the kernel in the emulator: `gpu.launch`, with results in float64.
+
+    With `preamble="cuda.h"` the same kernel between the same braces takes its place in the grid from CUDA's variables.
+    """
     source, launched = metal_source(xs, offset, constants, traditional, backward)
+    if preamble != "metal.h":
+        source = source.replace(gpu.source("metal.h"), gpu.source(preamble))
+        # CUDA launches whole blocks.
+        launched["grid"] = (-(-launched["grid"][0] // gpu.THREADS) * gpu.THREADS, *launched["grid"][1:])
     raw = Request(source, launched, xs, offset, constants).run()
     outputs = []
     for x in xs:

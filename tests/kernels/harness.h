@@ -1,5 +1,6 @@
 // Runs every thread of a kernel over buffers read from standard input, and writes the outputs to standard output.
-// Before it: the kernel, `void run(char** buffers, uint3 at)` that calls it, and the number of its INPUTS and OUTPUTS.
+// Before it: the kernel, `void run(char** buffers, uint3 at)` that calls it, the number of its INPUTS and OUTPUTS, and of
+// the THREADS of a block.
 // Input: x and y ranges of the grid; for every input its bytes in all, where its first element is, and the number of
 // pieces of it that follow, each with its place and its bytes (the rest is zero); for every output its bytes in all, and
 // which of them to return.
@@ -38,6 +39,9 @@ int main() {
   }
   for (int64_t y = y_from; y < y_to; ++y) {
     for (int64_t x = x_from; x < x_to; ++x) {
+      blockDim = {THREADS, 1, 1};
+      blockIdx = {uint32_t(x / THREADS), uint32_t(y), 0};
+      threadIdx = {uint32_t(x % THREADS), 0, 0};
       run(buffers, uint3{uint32_t(x), uint32_t(y), 0});
     }
   }

@@ -1,4 +1,4 @@
-// The Metal names that the generated kernel source uses, in C++: enough to run its text on a CPU.
+// The Metal names that the generated kernel source uses, and CUDA's, in C++: enough to run its text on a CPU.
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -10,6 +10,11 @@
 struct uint3 {
   uint32_t x, y, z;
 };
+
+// Where CUDA has a thread's place in the grid.
+static uint3 blockIdx, blockDim, threadIdx;
+inline uint3 make_uint3(uint32_t x, uint32_t y, uint32_t z) { return {x, y, z}; }
+#define __device__
 
 // Both 16-bit types round to the nearest, ties to even.
 #ifdef __aarch64__

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 
-from mlx_resonance import ResonanceRoPE, yarn_frequencies
+from mlx_resonance import ResonanceRoPE, default_frequencies, yarn_frequencies
 from mlx_resonance.kernels import PhaseConstants, gpu, ops
 
 import mlx.core as mx
@@ -25,21 +25,19 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
     """Every test starts without what was found out about the GPU, and leaves nothing behind."""
-    caches = (gpu._rotation, gpu._works, gpu._warn)
-    for cached in caches:
-        cached.cache_clear()
+    for clear in (gpu._rotation.cache_clear, gpu._fault.cache_clear, gpu._unusable.clear):
+        clear()
     yield
-    for cached in caches:
-        cached.cache_clear()
+    for clear in (gpu._rotation.cache_clear, gpu._fault.cache_clear, gpu._unusable.clear):
+        clear()
 
 
 def launch_twin(
     backend: str, xs: list[mx.array], offset: mx.array, constants: PhaseConstants, traditional: bool, backward: bool
 ) -> list[mx.array]:
     """The kernel's part, done by its twin, without its derivatives."""
-    assert offset.dtype in (mx.int32, mx.int64) and offset.shape in ((1,), (xs[0].shape[0],))
-    cos, sin = ops.cos_sin(offset, xs[0].shape[2], constants)
-    return ops.rotate([mx.stop_gradient(x) for x in xs], cos, -sin if backward else sin, traditional)
+    assert offset.dtype == mx.int32 and offset.shape in ((1,), (xs[0].shape[0],))
+    return gpu.twin([mx.stop_gradient(x) for x in xs], offset, constants, traditional, backward)
 
 
 @pytest.fixture
@@ -51,9 +49,13 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         launches.append(bool(call[-1]))
         return launch_twin(*call)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(gpu, "backend", lambda: "metal")
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(gpu, "launch", launch)
     return launches
+
+
+def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu, "current_backend", lambda: None if "metal" in gpu._unusable else "metal")
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -79,7 +81,7 @@ def test_the_cpu_by_choice_is_no_matter_for_a_warning(
 ) -> None:
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     with mx.stream(mx.cpu):
-        assert gpu.backend() is None
+        assert gpu.current_backend() is None
     assert warnings_of(caplog) == []
 
 
@@ -101,6 +103,23 @@ def test_nothing_is_launched_for_empty_arrays(launches: list[bool], shape: tuple
     assert rotated[0].shape == shape and launches == []
 
 
+@pytest.mark.parametrize(("features", "launched"), [(6, False), (8, True)])
+def test_the_smallest_array_that_is_launched(launches: list[bool], features: int, launched: bool) -> None:
+    assert bool(ResonanceRoPE(default_frequencies(features))(normal(1, 1, 1, features)).size and launches) == launched
+
+
+@pytest.mark.parametrize(("length", "launched"), [(2**26, True), (2**27, False)])
+def test_a_grid_of_31_bits(launches: list[bool], length: int, launched: bool) -> None:
+    """16 groups of pairs in each token; nothing of it is computed."""
+    rope, x = ResonanceRoPE(YARN), mx.broadcast_to(mx.zeros((), mx.float16), (1, 1, length, 128))
+    rope(x[:, :, :1])
+    launches.clear()
+    rope(x)
+    assert launches == [False] * launched
+    mx.vmap(rope)(mx.broadcast_to(x[:, :, : length // 4], (4, 1, 1, length // 4, 128)))
+    assert len(launches) == (3 if launched else 1)  # vmap traces the function itself too, and computes it never
+
+
 def test_a_kernel_that_cannot_be_built_falls_back_and_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -110,13 +129,16 @@ def test_a_kernel_that_cannot_be_built_falls_back_and_says_why(
     rope, q, k = ResonanceRoPE(YARN), normal(2, 4, 3, 128), normal(2, 2, 3, 128)
     expected = [mx.array(x) for x in rope.rotate(q, k, 70_000)]
     caplog.clear()
-    monkeypatch.setattr(gpu, "backend", lambda: "metal")
+    pretend_gpu(monkeypatch)
     monkeypatch.setattr(gpu, "_kernel", fail)
     for _ in range(2):
         for one, other in zip(rope.rotate(q, k, 70_000), expected, strict=True):
             assert mx.allclose(one, other, rtol=0, atol=1e-6)
     reason = "the metal kernel cannot be used: Unable to build metal library from source"
     assert warnings_of(caplog) == [f"[ResonanceRoPE] {reason}: {WARNING}"]
+    assert rope.angles(3, 5).table is not None  # computed once for all layers from now on
+    rope(q.astype(mx.float16), 5)
+    assert len(warnings_of(caplog)) == 1
 
 
 @pytest.mark.parametrize("fault", [1e-3, float("nan")])
@@ -142,11 +164,13 @@ def test_the_kernel_is_used_on_cuda() -> None:
 
 
 def assert_used(backend: str) -> None:
-    assert gpu.backend() == backend
+    assert gpu.current_backend() == backend
     for dtype in gpu.DTYPES:
         for traditional in (False, True):
             x = normal(1, 2, 3, 128).astype(dtype)
-            assert gpu.can_rotate(backend, [x, x], traditional) and gpu.can_rotate(backend, [x], traditional)
+            constants = ops.phase_constants(YARN)
+            for xs in ([x, x], [x]):
+                assert gpu.can_rotate(backend, xs, constants, traditional)
 
 
 # --- transformations: what MLX derives for the twin, gpu.py says for the kernel
@@ -157,7 +181,7 @@ def both(launches: list[bool], monkeypatch: pytest.MonkeyPatch, call: Callable[[
     with_kernel = call()
     mx.eval(with_kernel)
     assert launches
-    monkeypatch.setattr(gpu, "backend", lambda: None)
+    monkeypatch.setattr(gpu, "current_backend", lambda: None)
     return with_kernel, call()
 
 
@@ -185,7 +209,7 @@ def test_gradients(
     rope, q, k = ResonanceRoPE(YARN, traditional), normal(2, 4, 3, 144), normal(2, 2, 3, 144, seed=1)
     at = mx.array([3, 1_000_003]) if offset == "(B,)" else offset
     results = both(launches, monkeypatch, lambda: mx.grad(transform(loss(rope, at)), argnums=(0, 1))(q, k))
-    assert launches.count(True) == 2  # the trial of the variant, and one launch for both gradients
+    assert launches.count(True) == 3  # two trials of the variant, and one launch for both gradients
     assert_alike(results)
 
 
@@ -207,7 +231,7 @@ def test_forward_derivative(launches: list[bool], monkeypatch: pytest.MonkeyPatc
     rope, q, k, tangent = ResonanceRoPE(YARN), normal(1, 2, 3, 128), normal(1, 1, 3, 128), normal(1, 2, 3, 128, seed=2)
     for primals, tangents in (([q, k], [tangent, mx.ones_like(k)]), ([q], [tangent])):
         call = lambda *xs: list(rope.rotate(xs[0], xs[-1] if len(xs) > 1 else k, 9))  # noqa: E731
-        monkeypatch.setattr(gpu, "backend", lambda: "metal")
+        pretend_gpu(monkeypatch)
         results = both(launches, monkeypatch, lambda: mx.jvp(call, primals, tangents)[1])  # noqa: B023
         assert_alike(results)
 
@@ -232,6 +256,6 @@ def test_vmap(
 def test_vmap_of_vmap_and_of_a_gradient(launches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
     rope, x = ResonanceRoPE(YARN), normal(2, 3, 1, 2, 4, 128)
     assert_alike(both(launches, monkeypatch, lambda: mx.vmap(mx.vmap(lambda x: rope(x, 9)))(x)))
-    monkeypatch.setattr(gpu, "backend", lambda: "metal")
+    pretend_gpu(monkeypatch)
     gradient = mx.vmap(mx.grad(lambda x: (rope(x, 9)[..., :70] ** 2).sum()))
     assert_alike(both(launches, monkeypatch, lambda: gradient(x[0])))

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
 from collections.abc import Callable
-from dataclasses import replace
 from fractions import Fraction
-from pathlib import Path
 
 from mlx_resonance import RotaryFrequencies, default_frequencies, yarn_frequencies
 from mlx_resonance.kernels import gpu, ops
@@ -281,84 +277,5 @@ def test_any_call(
     rows = data.draw(st.sampled_from([1, batch]))
     position = st.integers(-MAX_POSITION, MAX_POSITION + 1 - length)
     values = data.draw(st.lists(position, min_size=rows, max_size=rows))
-    if all(np.prod(x.shape) >= gpu.SMALLEST for x in xs):
+    if all(np.prod(x.shape) >= gpu.SMALL for x in xs):
         check(run, xs, offsets(*values), frequencies, traditional, backward)
-
-
-# --- more than 2³¹ elements; only the emulator can pretend to have them
-
-
-@pytest.fixture
-def emulated() -> None:
-    if emulator.COMPILER is None:
-        pytest.skip(NO_COMPILER)
-
-
-@pytest.mark.usefixtures("emulated")
-def test_an_output_of_more_than_2_31_elements() -> None:
-    """Nine heads of 2²¹ tokens, every one of them the same in memory; the last threads write the last token."""
-    length, dims, frequencies = 2**21, 128, TABLES["resonance"]
-    token = Strided.of(normal(1, 1, 1, dims), mx.float16)
-    x = replace(token, shape=(1, 9, length, dims), strides=(0, 0, 0, 1))
-    constants = ops.phase_constants(frequencies)
-    source, launched = emulator.metal_source([x], offsets(0), constants, False, False)
-    groups = launched["grid"][0] // length
-    row = dims * 2
-    window = (9 * length * row - row, row)
-    request = emulator.Request(
-        source, launched, [x], offsets(0), constants, x_from=groups * (length - 1), y_from=1, window=window
-    )
-    rotated = np.frombuffer(request.run(), np.float16)
-    theta = oracle.angles([length - 1], frequencies.wavelengths)
-    expected = oracle.rotate(token.values()[0, 0], theta, frequencies.attention_scale)[0]
-    np.testing.assert_allclose(rotated, expected, rtol=2**-10, atol=1e-6)
-
-
-@pytest.mark.usefixtures("emulated")
-@pytest.mark.parametrize("axis", [0, 1, 2, 3])
-def test_strides_beyond_2_31_elements(axis: int) -> None:
-    """Two rows, heads, tokens or features of which the second lies 2³¹ + 16 elements further on."""
-    x = Strided.of(normal(2, 2, 2, 2), mx.float16)
-    far = tuple(2**31 + 16 if i == axis else stride for i, stride in enumerate(x.strides))
-    constants = ops.phase_constants(RotaryFrequencies(np.array([6.0])))
-    source, launched = emulator.metal_source([x], offsets(3), constants, False, False)
-    request = emulator.Request(source, launched, [x], offsets(3), constants, stretch=far)
-    rotated = np.frombuffer(request.run(), np.float16).reshape(x.shape)
-    expected = oracle.rotate(x.values(), oracle.angles([3, 4], [6.0])[None, None])
-    np.testing.assert_allclose(rotated, expected, rtol=2**-10, atol=1e-6)
-
-
-# --- the source as Metal would read it
-
-
-@pytest.mark.usefixtures("emulated")
-@dtypes
-@pytest.mark.parametrize(("batch", "pairs"), [(1, 64), (9, 2), (1, 2), (9, 64)])
-def test_address_spaces(tmp_path: Path, dtype: mx.Dtype, batch: int, pairs: int) -> None:
-    """C++ for OpenCL has Metal's address spaces, which a C++ compiler knows nothing of, under other names."""
-    clang = shutil.which("clang++")
-    if clang is None:
-        pytest.skip("no clang++, which reads C++ for OpenCL")
-    x = Strided.of(normal(batch, 2, 3, 2 * pairs), dtype)
-    constants = ops.phase_constants(default_frequencies(2 * pairs))
-    source, _ = emulator.metal_source([x, x], np.zeros(batch, np.int32), constants, False, False)
-    names = {
-        "int32_t": "int", "uint32_t": "uint", "int64_t": "long", "uint64_t": "ulong",
-        "float16_t": "half", "bfloat16_t": "half", "device": "__global", "constant": "__constant",
-    }  # fmt: skip
-    preamble = "".join(f"#define {name} {other}\n" for name, other in names.items())
-    source = source.replace('template [[host_name("', '// [[host_name("').replace(
-        "[[kernel]] decltype", "\ntemplate decltype"
-    )
-    path = tmp_path / "kernel.clcpp"
-    path.write_text("#pragma OPENCL EXTENSION cl_khr_fp16 : enable\n" + preamble + source)
-    command = [clang, "-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-fsyntax-only", "-Wno-everything"]
-    done = subprocess.run([*command, "-Xclang", "-finclude-default-header", str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.usefixtures("emulated")
-def test_nothing_imprecise_in_the_source() -> None:
-    x = Strided.of(normal(1, 2, 3, 128))
-    source, _ = emulator.metal_source([x, x], offsets(0), ops.phase_constants(YARN), False, False)
-    assert "fast::" not in source and "double" not in source
