@@ -17,9 +17,9 @@ struct Runs {
   int high, high_end;
 };
 
-template <int PAIRS>
-struct Values {
-  float at[2 * PAIRS];
+struct Pair {
+  float one;
+  float other;
 };
 
 // Neighbours in memory, moved by one instruction.
@@ -58,17 +58,8 @@ DEVICE_FUNCTION Turn turn_by(uint32_t phase, float scale) {
   return turn;
 }
 
-// The members of pair j are values j and PAIRS + j, or 2j and 2j + 1 if TRADITIONAL.
-template <int PAIRS, bool TRADITIONAL>
-DEVICE_FUNCTION Values<PAIRS> rotated(Values<PAIRS> values, Turns<PAIRS> turns) {
-  for (int j = 0; j < PAIRS; ++j) {
-    const int a = TRADITIONAL ? 2 * j : j;
-    const int b = TRADITIONAL ? 2 * j + 1 : PAIRS + j;
-    const float one = values.at[a], other = values.at[b];
-    values.at[a] = one * turns.at[j].cos - other * turns.at[j].sin;
-    values.at[b] = one * turns.at[j].sin + other * turns.at[j].cos;
-  }
-  return values;
+DEVICE_FUNCTION Pair rotated(Pair pair, Turn turn) {
+  return {pair.one * turn.cos - pair.other * turn.sin, pair.one * turn.sin + pair.other * turn.cos};
 }
 
 // Whether both runs of every head are whole and lie as Packs do. Addresses are numbers of 64 bits on every GPU.
@@ -79,47 +70,53 @@ DEVICE_FUNCTION bool is_packed(const DEVICE_MEMORY T* x, int64_t head_stride, in
       reinterpret_cast<uint64_t>(x + runs.high) % sizeof(Pack<PAIRS, T>) == 0;
 }
 
-template <int PAIRS, typename T>
-DEVICE_FUNCTION Values<PAIRS> load(const DEVICE_MEMORY T* x, int64_t feature_stride, Runs runs, bool packed) {
-  Values<PAIRS> values = {};
-  if (packed) {
-    const Pack<PAIRS, T> low = *reinterpret_cast<const DEVICE_MEMORY Pack<PAIRS, T>*>(x + runs.low);
-    const Pack<PAIRS, T> high = *reinterpret_cast<const DEVICE_MEMORY Pack<PAIRS, T>*>(x + runs.high);
+template <int PAIRS, bool TRADITIONAL, typename T>
+DEVICE_FUNCTION void rotate_packed(
+    const DEVICE_MEMORY T* x, DEVICE_MEMORY T* y, Runs runs, bool is_copy, Turns<PAIRS> turns) {
+  Pack<PAIRS, T> low = *reinterpret_cast<const DEVICE_MEMORY Pack<PAIRS, T>*>(x + runs.low);
+  Pack<PAIRS, T> high = *reinterpret_cast<const DEVICE_MEMORY Pack<PAIRS, T>*>(x + runs.high);
+  if (!is_copy) {
+    float values[2 * PAIRS];
     for (int j = 0; j < PAIRS; ++j) {
-      values.at[j] = static_cast<float>(low.at[j]);
-      values.at[PAIRS + j] = static_cast<float>(high.at[j]);
+      values[j] = static_cast<float>(low.at[j]);
+      values[PAIRS + j] = static_cast<float>(high.at[j]);
     }
-    return values;
+    for (int j = 0; j < PAIRS; ++j) {
+      const int a = TRADITIONAL ? 2 * j : j;
+      const int b = TRADITIONAL ? 2 * j + 1 : PAIRS + j;
+      const Pair pair = rotated({values[a], values[b]}, turns.at[j]);
+      values[a] = pair.one;
+      values[b] = pair.other;
+    }
+    for (int j = 0; j < PAIRS; ++j) {
+      low.at[j] = static_cast<T>(values[j]);
+      high.at[j] = static_cast<T>(values[PAIRS + j]);
+    }
   }
-  for (int j = 0; j < PAIRS; ++j) {
-    if (runs.low + j < runs.low_end) {
-      values.at[j] = static_cast<float>(x[(runs.low + j) * feature_stride]);
-    }
-    if (runs.high + j < runs.high_end) {
-      values.at[PAIRS + j] = static_cast<float>(x[(runs.high + j) * feature_stride]);
-    }
-  }
-  return values;
+  *reinterpret_cast<DEVICE_MEMORY Pack<PAIRS, T>*>(y + runs.low) = low;
+  *reinterpret_cast<DEVICE_MEMORY Pack<PAIRS, T>*>(y + runs.high) = high;
 }
 
-template <int PAIRS, typename T>
-DEVICE_FUNCTION void store(DEVICE_MEMORY T* y, Values<PAIRS> values, Runs runs, bool packed) {
-  if (packed) {
-    Pack<PAIRS, T> low, high;
-    for (int j = 0; j < PAIRS; ++j) {
-      low.at[j] = static_cast<T>(values.at[j]);
-      high.at[j] = static_cast<T>(values.at[PAIRS + j]);
-    }
-    *reinterpret_cast<DEVICE_MEMORY Pack<PAIRS, T>*>(y + runs.low) = low;
-    *reinterpret_cast<DEVICE_MEMORY Pack<PAIRS, T>*>(y + runs.high) = high;
-    return;
-  }
+template <int PAIRS, bool TRADITIONAL, typename T>
+DEVICE_FUNCTION void rotate_strided(
+    const DEVICE_MEMORY T* x, int64_t stride, DEVICE_MEMORY T* y, Runs runs, bool is_copy, Turns<PAIRS> turns) {
+// Unrolled, the addresses would take registers from every thread, 72 for 40, also where all moves in packs.
+#pragma unroll 1
   for (int j = 0; j < PAIRS; ++j) {
-    if (runs.low + j < runs.low_end) {
-      y[runs.low + j] = static_cast<T>(values.at[j]);
-    }
-    if (runs.high + j < runs.high_end) {
-      y[runs.high + j] = static_cast<T>(values.at[PAIRS + j]);
+    // Neighbours' pairs go on from the lower run into the higher one, which follows it.
+    const int a = TRADITIONAL && !is_copy ? runs.low + 2 * j : runs.low + j;
+    const int b = TRADITIONAL && !is_copy ? a + 1 : runs.high + j;
+    if (is_copy) {
+      if (a < runs.low_end) {
+        y[a] = x[a * stride];
+      }
+      if (b < runs.high_end) {
+        y[b] = x[b * stride];
+      }
+    } else if (b < runs.high_end) {
+      const Pair pair = rotated({static_cast<float>(x[a * stride]), static_cast<float>(x[b * stride])}, turns.at[j]);
+      y[a] = static_cast<T>(pair.one);
+      y[b] = static_cast<T>(pair.other);
     }
   }
 }
@@ -136,13 +133,13 @@ DEVICE_FUNCTION void rotate_heads(
     Runs runs,
     bool is_copy,
     Turns<PAIRS> turns) {
-  const bool x_packed = is_packed<PAIRS>(x, x_head_stride, x_feature_stride, runs);
-  const bool y_packed = is_packed<PAIRS>(y, y_head_stride, 1, runs);
+  const bool packed =
+      is_packed<PAIRS>(x, x_head_stride, x_feature_stride, runs) && is_packed<PAIRS>(y, y_head_stride, 1, runs);
   for (int head = 0; head < heads; ++head, x += x_head_stride, y += y_head_stride) {
-    Values<PAIRS> values = load<PAIRS>(x, x_feature_stride, runs, x_packed);
-    if (!is_copy) {
-      values = rotated<PAIRS, TRADITIONAL>(values, turns);
+    if (packed) {
+      rotate_packed<PAIRS, TRADITIONAL>(x, y, runs, is_copy, turns);
+    } else {
+      rotate_strided<PAIRS, TRADITIONAL>(x, x_feature_stride, y, runs, is_copy, turns);
     }
-    store<PAIRS>(y, values, runs, y_packed);
   }
 }

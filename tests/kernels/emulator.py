@@ -32,7 +32,7 @@ BUILT = HERE / ".built"  # programs, by the hash of what they were built from
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 FLAGS = [
     "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra",
-    "-Werror", "-Wno-attributes", "-Wno-unused-parameter",
+    "-Werror", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
 ]  # fmt: skip
 PARAMETER = re.compile(r"^  (const )?(?:device|constant) (\w+)([*&]) (\w+) \[\[buffer\(\d+\)\]\]", re.MULTILINE)
 INSTANCE = re.compile(r"decltype\((\w+<[^>]*>)\)")

@@ -60,14 +60,14 @@ FAULTS = {
     "stride of queries for keys": Fault(
         "body.h", "k_strides[1],\n      k_strides[3],", "q_strides[1],\n      k_strides[3],"
     ),
-    "feature stride of 1": Fault("rotary.h", "x[(runs.high + j) * feature_stride]", "x[runs.high + j]"),
+    "feature stride of 1": Fault("rotary.h", "static_cast<float>(x[b * stride])", "static_cast<float>(x[b])"),
     "wrong half": Fault(
         "body.h", "{first, pairs, pairs + first, 2 * pairs}", "{first, pairs, first + PAIRS, 2 * pairs}"
     ),
     "layouts exchanged": Fault(
         "rotary.h", "TRADITIONAL ? 2 * j + 1 : PAIRS + j", "TRADITIONAL ? PAIRS + j : 2 * j + 1"
     ),
-    "past the last pair": Fault("body.h", "{first, pairs, pairs + first, 2", "{first, pairs + 1, pairs + first, 2"),
+    "past the last pair": Fault("body.h", "pairs + first, 2 * pairs};", "pairs + first, 2 * pairs + 1};"),
     "last heads left out": Fault(
         "body.h", "const uint32_t q_blocks = (q_shape[1] + HEADS - 1)", "const uint32_t q_blocks = q_shape[1]"
     ),
@@ -77,9 +77,13 @@ FAULTS = {
     "packed where it is not": Fault("rotary.h", "(x + runs.low) % sizeof(Pack<PAIRS, T>) == 0", "(x) % 2 == 0"),
     "packed across a gap": Fault("rotary.h", "&& feature_stride == 1 &&", "&&"),
     "heads off the packs": Fault("rotary.h", "head_stride % PAIRS == 0 &&", ""),
-    "output packed like the input": Fault("rotary.h", "values, runs, y_packed)", "values, runs, x_packed || y_packed)"),
-    "other features turned": Fault("rotary.h", "if (!is_copy)", "if (!is_copy || TRADITIONAL)"),
+    "output packed like the input": Fault("rotary.h", "&& is_packed<PAIRS>(y, y_head_stride, 1, runs)", ""),
+    "other features turned": Fault("rotary.h", "if (is_copy) {", "if (is_copy && !TRADITIONAL) {"),
     "other features left out": Fault("body.h", "{copied, dims, copied + PAIRS, dims}", "{copied, dims, dims, dims}"),
+    "stride of other features": Fault("rotary.h", "y[a] = x[a * stride];", "y[a] = x[a];"),
+    "neighbours across the runs": Fault(
+        "rotary.h", "!is_copy ? a + 1 : runs.high + j", "!is_copy ? a + 2 : runs.high + j"
+    ),
     "forward and backward alike": Fault("body.h", "if (BACKWARD)", "if (false)"),
     "threads past the grid": Fault("body.h", "if (token >= ", "if (token > 16 * "),
     "32-bit output": Fault(

@@ -97,6 +97,57 @@ def check(
     return rotated
 
 
+# --- exact phases
+
+WAVELENGTHS = [1, 2, 3, 4, 6, 64, 4095, 54410, 2**24 + 1, 2**31 - 1, 2**32 - 1, 2**32, 2**40, 2 * np.pi, 1e3 / 7, 1e12]
+POSITIONS = [0, 1, 2, 63, 64, 4095, 131_071, 1_000_003, 10_000_019, 2**30, MAX_POSITION, -1, -64, -MAX_POSITION]
+
+
+def unit_pairs(pairs: int, length: int) -> Strided:
+    """(1, 0) in every pair: the rotated array is cosines and sines."""
+    return Strided.of(np.repeat(np.array([1, 0], np.float32), pairs).reshape(1, 1, 1, -1).repeat(length, axis=2))
+
+
+@pytest.mark.parametrize("position", POSITIONS)
+def test_phases_are_exact(run: Run, position: int) -> None:
+    frequencies = RotaryFrequencies(np.array([*WAVELENGTHS, np.inf], dtype=np.float64), 1.25)
+    constants, unit = ops.phase_constants(frequencies), unit_pairs(len(frequencies.wavelengths), 1)
+    rotated = run([unit], offsets(position), constants, False, False)[0].reshape(2, -1)
+    theta = oracle.angles([position], frequencies.wavelengths)[0]
+    assert np.abs(rotated - 1.25 * np.array([np.cos(theta), np.sin(theta)])).max() <= 2.5e-7 * 1.25
+
+
+def test_phases_are_exact_all_around_the_circle(run: Run) -> None:
+    frequencies = RotaryFrequencies(np.array([99_991.0, 3e5 / 7]))
+    positions = 100_000
+    rotated = run([unit_pairs(2, positions)], offsets(0), ops.phase_constants(frequencies), False, False)[0]
+    theta = oracle.angles(range(positions), frequencies.wavelengths)
+    assert np.abs(rotated[0, 0] - np.concatenate([np.cos(theta), np.sin(theta)], -1)).max() <= 1.2e-7
+
+
+@pytest.mark.parametrize("wavelength", [1, 3, 6, 64, 4095, 99_991, 2**24 + 1])
+def test_full_turns_later_every_bit_is_the_same(run: Run, wavelength: int) -> None:
+    """All the way to the last position, where turns per token alone would no longer give the same bits."""
+    length = 5000
+    far = (MAX_POSITION - length) // wavelength * wavelength
+    constants = ops.phase_constants(RotaryFrequencies(np.array([float(wavelength)])))
+    same = Strided.of(np.broadcast_to(normal(1, 1, 1, 2), (3, 1, length, 2)))
+    here, later, before = run([same], offsets(0, far, -far), constants, False, False)[0]
+    np.testing.assert_array_equal(here, later)
+    np.testing.assert_array_equal(here, before)
+
+
+def test_a_phase_is_rounded_to_the_nearest(run: Run) -> None:
+    """A wavelength of 3e9 tokens: the first positions are 1.4 units of 2⁻³² turns apart, and sines show whole units."""
+    frequencies, length = RotaryFrequencies(np.array([3e9])), 1000
+    rotated = run([unit_pairs(1, length)], offsets(0), ops.phase_constants(frequencies), False, False)[0]
+    units = np.array([round(Fraction(2**32 * m, 3 * 10**9)) for m in range(length)])
+    np.testing.assert_allclose(rotated[0, 0, :, 1], 2 * np.pi * units / 2**32, rtol=1e-6, atol=0)
+
+
+# --- heads, layouts, types
+
+
 @layouts
 @dtypes
 @pytest.mark.parametrize("length", [1, 7, 2048])
@@ -178,54 +229,6 @@ def test_backward_is_the_transpose(run: Run, dtype: mx.Dtype, traditional: bool)
 @pytest.mark.parametrize("count", [1, 8, 11])
 def test_one_array_alone(run: Run, count: int, traditional: bool) -> None:
     check(run, [Strided.of(heads(2, count, 4, 144))], offsets(3, 8), YARN, traditional)
-
-
-# --- exact phases
-
-WAVELENGTHS = [1, 2, 3, 4, 6, 64, 4095, 54410, 2**24 + 1, 2**31 - 1, 2**32 - 1, 2**32, 2**40, 2 * np.pi, 1e3 / 7, 1e12]
-POSITIONS = [0, 1, 2, 63, 64, 4095, 131_071, 1_000_003, 10_000_019, 2**30, MAX_POSITION, -1, -64, -MAX_POSITION]
-
-
-def unit_pairs(pairs: int, length: int) -> Strided:
-    """(1, 0) in every pair: the rotated array is cosines and sines."""
-    return Strided.of(np.repeat(np.array([1, 0], np.float32), pairs).reshape(1, 1, 1, -1).repeat(length, axis=2))
-
-
-@pytest.mark.parametrize("position", POSITIONS)
-def test_phases_are_exact(run: Run, position: int) -> None:
-    frequencies = RotaryFrequencies(np.array([*WAVELENGTHS, np.inf], dtype=np.float64), 1.25)
-    constants, unit = ops.phase_constants(frequencies), unit_pairs(len(frequencies.wavelengths), 1)
-    rotated = run([unit], offsets(position), constants, False, False)[0].reshape(2, -1)
-    theta = oracle.angles([position], frequencies.wavelengths)[0]
-    assert np.abs(rotated - 1.25 * np.array([np.cos(theta), np.sin(theta)])).max() <= 2.5e-7 * 1.25
-
-
-def test_phases_are_exact_all_around_the_circle(run: Run) -> None:
-    frequencies = RotaryFrequencies(np.array([99_991.0, 3e5 / 7]))
-    positions = 100_000
-    rotated = run([unit_pairs(2, positions)], offsets(0), ops.phase_constants(frequencies), False, False)[0]
-    theta = oracle.angles(range(positions), frequencies.wavelengths)
-    assert np.abs(rotated[0, 0] - np.concatenate([np.cos(theta), np.sin(theta)], -1)).max() <= 1.2e-7
-
-
-@pytest.mark.parametrize("wavelength", [1, 3, 6, 64, 4095, 99_991, 2**24 + 1])
-def test_full_turns_later_every_bit_is_the_same(run: Run, wavelength: int) -> None:
-    """All the way to the last position, where turns per token alone would no longer give the same bits."""
-    length = 5000
-    far = (MAX_POSITION - length) // wavelength * wavelength
-    constants = ops.phase_constants(RotaryFrequencies(np.array([float(wavelength)])))
-    same = Strided.of(np.broadcast_to(normal(1, 1, 1, 2), (3, 1, length, 2)))
-    here, later, before = run([same], offsets(0, far, -far), constants, False, False)[0]
-    np.testing.assert_array_equal(here, later)
-    np.testing.assert_array_equal(here, before)
-
-
-def test_a_phase_is_rounded_to_the_nearest(run: Run) -> None:
-    """A wavelength of 3e9 tokens: the first positions are 1.4 units of 2⁻³² turns apart, and sines show whole units."""
-    frequencies, length = RotaryFrequencies(np.array([3e9])), 1000
-    rotated = run([unit_pairs(1, length)], offsets(0), ops.phase_constants(frequencies), False, False)[0]
-    units = np.array([round(Fraction(2**32 * m, 3 * 10**9)) for m in range(length)])
-    np.testing.assert_allclose(rotated[0, 0, :, 1], 2 * np.pi * units / 2**32, rtol=1e-6, atol=0)
 
 
 # --- any call
