@@ -357,6 +357,14 @@ def test_offsets_that_are_refused(offset):
 
 def test_the_last_position_is_allowed():
     ResonanceRoPE(YARN).angles(2, MAX_POSITION - 1)
+    with pytest.raises(ValueError, match=r"\[ResonanceRoPE\] offset"):
+        ResonanceRoPE(YARN).angles(0, MAX_POSITION + 1)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8])
+def test_offsets_of_numpy(kind):
+    x = mx.array(normal(1, 1, 2, 128))
+    assert mx.array_equal(ResonanceRoPE(YARN)(x, offset=kind(5)), ResonanceRoPE(YARN)(x, offset=5))
 
 
 @pytest.mark.parametrize("batch", [1, 2])
