@@ -1,4 +1,4 @@
-"""convert(): read a checkpoint, cast or quantize its weights, write an MLX folder in one rename."""
+"""convert(): a checkpoint with other rope settings, cast or quantized, as an MLX folder."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from mlx_resonance import __version__
 from mlx_resonance.config import RopeConfig
 from mlx_resonance.loading import (
     INDEX,
@@ -23,6 +25,7 @@ from mlx_resonance.loading import (
     load_model,
     read_config,
     resolve,
+    weight_files,
 )
 
 import mlx.core as mx
@@ -32,13 +35,15 @@ from mlx.utils import tree_flatten, tree_map
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 from .card import write_card
+from .journal import NAME as RECORD
+from .journal import fingerprint, workspace
 from .rope import largest_shift, new_rope
+from .weights import Progress, write_weights
 
 DTYPES = ("float32", "float16", "bfloat16")
 Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-MARK = ".mlx-resonance-unfinished"  # in a folder that a killed run left, and that the next one may delete
-NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json"}
+NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json", RECORD}
 
 logger = logging.getLogger("mlx_resonance")
 
@@ -79,8 +84,13 @@ def convert(
     quant_predicate: str | None = None,
     revision: str | None = None,
     max_shard_size: str = "5GB",
+    restart: bool = False,
+    progress: Progress | None = None,
 ) -> Conversion:
     """Convert a Hugging Face checkpoint to an MLX folder. The folder appears whole or not at all.
+
+    The work is done in `mlx_path`.partial, a file of weights at a time; no more than one is in memory. A run that was
+    killed or failed is gone on with by the same call.
 
     Args:
         src: a folder with config.json and safetensors, or the id of a model on the Hugging Face hub.
@@ -95,14 +105,17 @@ def convert(
         quant_predicate: one of mlx-lm's mixed recipes, such as `mixed_4_6`.
         revision: branch, tag or commit on the hub.
         max_shard_size: a number of bytes with KB, MB or GB; no weight file is larger unless one tensor is.
+        restart: drop what an earlier run has left in `mlx_path`.partial.
+        progress: called with the bytes of weights done and in all.
 
     Returns:
         What was made.
 
     Raises:
         FileNotFoundError: no such source, or a file of it is missing.
-        FileExistsError: `mlx_path` exists, or something else than a killed run's work is at `mlx_path`.partial.
-        ValueError: an argument or a file of the source is wrong.
+        FileExistsError: `mlx_path` exists, another run is at it, or `mlx_path`.partial is none of ours.
+        OSError: the disk is full.
+        ValueError: an argument or a file of the source is wrong, or an earlier run had other ones.
     """
     target = Path(mlx_path).expanduser()
     if os.path.lexists(target):
@@ -116,20 +129,41 @@ def convert(
     _check_not_quantized(folder, quantize)
     before = RopeConfig.from_hf(check_checkpoint(folder))
     after = new_rope(before, rope, factor, original_max_position_embeddings, resonance)
-    model, config = load_model(folder, lazy=True, rope=after)
+    quantization = (q_bits, q_group_size, q_mode, quant_predicate) if quantize else None
+    weights, config = _lazy_weights(folder, after, dtype, quantization)
+
+    settings = {
+        "rope": after.to_hf("4"), "dtype": dtype, "quantization": config.get("quantization"),
+        "max_shard_size": shard_bytes, "versions": _versions(),
+    }  # fmt: skip
+    files = [folder / "config.json", *weight_files(folder), *_tokenizer_files(folder)]
+    source = {"name": folder.name if Path(src).exists() else str(src), "revision": revision, **fingerprint(files)}
+    with workspace(target, source, settings, restart) as journal:
+        write_weights(weights, journal, shard_bytes, progress)
+        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+        (journal.folder / "config.json").write_text(text, encoding="utf-8")
+        _copy_tokenizer(folder, journal.folder)
+        write_card(journal.folder, src, folder / "README.md", after)
+    shift = 0.0 if before.is_resonant else largest_shift(after)
+    sizes = [entry["bytes"] for entry in journal.finished.values()]
+    return Conversion(target, after, shift, sum(sizes), len(sizes))
+
+
+def _lazy_weights(
+    folder: Path, rope: RopeConfig, dtype: str | None, quantization: tuple[Any, ...] | None
+) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    """The output's tensors, not computed yet, and its config.json. Nothing else refers to them: each can be freed."""
+    model, config = load_model(folder, lazy=True, rope=rope)
     if dtype is not None:
         _cast(model, getattr(mx, dtype))
         config |= {"dtype": dtype, "torch_dtype": dtype}
-    if quantize:
-        model, config = _quantize(model, config, q_bits, q_group_size, q_mode, quant_predicate)
+    if quantization is not None:
+        model, config = _quantize(model, config, *quantization)
+    return dict(tree_flatten(model.parameters())), config
 
-    with _whole_or_nothing(target) as partial:
-        sizes = _write_weights(model, partial, shard_bytes)
-        (partial / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        _copy_tokenizer(folder, partial)
-        write_card(partial, src, folder / "README.md", after)
-    shift = 0.0 if before.is_resonant else largest_shift(after)
-    return Conversion(target, after, shift, sum(sizes), len(sizes))
+
+def _versions() -> dict[str, str]:
+    return {"mlx_resonance": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
 
 
 def _check_not_quantized(folder: Path, quantize: bool) -> None:
@@ -196,54 +230,16 @@ def _quantize(
     return quantized
 
 
-@contextlib.contextmanager
-def _whole_or_nothing(target: Path) -> Iterator[Path]:
-    """A folder beside the target that becomes the target at the end, and is gone after an error."""
-    partial = target.with_name(target.name + ".partial")
-    if (partial / MARK).is_file():  # of a run that was killed
-        shutil.rmtree(partial)
-    if os.path.lexists(partial):
-        raise FileExistsError(f"[convert] {partial} is in the way: this is where the work is done")
-    partial.mkdir(parents=True)
-    (partial / MARK).touch()
-    try:
-        yield partial
-        partial.rename(target)
-        (target / MARK).unlink()
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _write_weights(model: nn.Module, folder: Path, shard_bytes: int) -> list[int]:
-    """Write the weights in files of at most `shard_bytes` and their index. Returns the files' sizes."""
-    weights = dict(tree_flatten(model.parameters()))
-    shards: list[dict[str, mx.array]] = []
-    room = 0
-    for name, value in weights.items():
-        if not shards or value.nbytes > room:
-            shards.append({})
-            room = shard_bytes
-        shards[-1][name] = value
-        room -= value.nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    for name, shard in zip(names, shards, strict=True):
-        mx.save_safetensors(str(folder / name), shard, metadata={"format": "mlx"})
-    weight_map = {key: name for name, shard in zip(names, shards, strict=True) for key in shard}
-    total = sum(value.nbytes for value in weights.values())
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    return [(folder / name).stat().st_size for name in names]
+def _tokenizer_files(folder: Path) -> list[Path]:
+    """Tokenizer, chat template and generation defaults."""
+    files = {file for pattern in TOKENIZER_PATTERNS for file in folder.glob(pattern)}
+    return sorted(file for file in files if file.is_file() and file.name not in NOT_COPIED)
 
 
 def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy tokenizer, chat template and generation defaults as they are."""
-    files = {file for pattern in TOKENIZER_PATTERNS for file in source.glob(pattern)}
-    for file in sorted(files):
-        if file.is_file() and file.name not in NOT_COPIED:
-            shutil.copyfile(file, target / file.name)
+    """Copy them as they are."""
+    for file in _tokenizer_files(source):
+        shutil.copyfile(file, target / file.name)
     templates = source / "additional_chat_templates"
     if templates.is_dir():
         shutil.copytree(templates, target / templates.name)

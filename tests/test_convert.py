@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 import json
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
-import mlx_resonance.convert.checkpoint as checkpoint
 from mlx_resonance import RopeConfig, load
 from mlx_resonance.convert import convert
 from mlx_resonance.loading import load_model
@@ -235,48 +231,6 @@ def test_the_card_keeps_the_licence(random_llama: Path, tmp_path: Path) -> None:
     assert card.data.library_name == "mlx"
     assert "resonance_yarn" in card.text and "random-llama" in card.text
     assert str(random_llama.parent) not in card.content  # no path of the machine that converted
-
-
-def test_a_failure_leaves_nothing(random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def full_disk(*_: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(checkpoint, "write_card", full_disk)
-    with pytest.raises(OSError, match="No space left"):
-        convert(random_llama, tmp_path / "out")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_run_left_is_not_in_the_way(random_llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "model.safetensors").write_bytes(b"half")
-    (tmp_path / "out.partial" / checkpoint.MARK).touch()
-    convert(random_llama, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
-    assert not (tmp_path / "out" / checkpoint.MARK).exists()
-    load(tmp_path / "out")
-
-
-def test_a_folder_that_is_not_ours_is_left_alone(random_llama: Path, tmp_path: Path) -> None:
-    source = tmp_path / "out.partial"
-    shutil.copytree(random_llama, source)
-    before = sorted(source.iterdir())
-    with pytest.raises(FileExistsError, match="in the way"):
-        convert(source, tmp_path / "out")
-    assert sorted(source.iterdir()) == before
-
-
-def test_killed_for_good_it_leaves_no_result_and_the_next_run_makes_it(random_llama: Path, tmp_path: Path) -> None:
-    code = (
-        "import os, signal, mlx_resonance.convert.checkpoint as c;"
-        "c.write_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
-        f"c.convert({str(random_llama)!r}, {str(tmp_path / 'out')!r})"
-    )
-    killed = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False)
-    assert killed.returncode == -9
-    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
-    convert(random_llama, tmp_path / "out")
-    assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
 @pytest.mark.parametrize(

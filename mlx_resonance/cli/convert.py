@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Argument, Option
 
-from .output import print_json, stderr
+from .output import bytes_bar, print_json, stderr
 
 if TYPE_CHECKING:
     from ..convert import Conversion
@@ -31,6 +31,7 @@ def command(
     quant_predicate: Annotated[str | None, Option(help="Mixed recipe, such as mixed_4_6.")] = None,
     revision: Annotated[str | None, Option(help="Branch, tag or commit on the hub.")] = None,
     max_shard_size: Annotated[str, Option(help="Largest weight file.")] = "5GB",
+    restart: Annotated[bool, Option("--restart", help="Drop what an unfinished run has left.")] = False,
     json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a checkpoint to MLX with Resonance RoPE."""
@@ -38,22 +39,26 @@ def command(
 
     if not src.strip() or not str(mlx_path).strip():
         raise typer.BadParameter("SRC and --mlx-path must not be empty")
-    done = convert(
-        src,
-        mlx_path,
-        rope=rope,
-        factor=factor,
-        original_max_position_embeddings=original_max_position_embeddings,
-        resonance=resonance,
-        dtype=dtype,
-        quantize=quantize,
-        q_bits=q_bits,
-        q_group_size=q_group_size,
-        q_mode=q_mode,
-        quant_predicate=quant_predicate,
-        revision=revision,
-        max_shard_size=max_shard_size,
-    )
+    with bytes_bar() as bar:
+        task = bar.add_task("converting", total=None)
+        done = convert(
+            src,
+            mlx_path,
+            progress=lambda part, total: bar.update(task, completed=part, total=total),
+            restart=restart,
+            rope=rope,
+            factor=factor,
+            original_max_position_embeddings=original_max_position_embeddings,
+            resonance=resonance,
+            dtype=dtype,
+            quantize=quantize,
+            q_bits=q_bits,
+            q_group_size=q_group_size,
+            q_mode=q_mode,
+            quant_predicate=quant_predicate,
+            revision=revision,
+            max_shard_size=max_shard_size,
+        )
     report(done)
     if json:
         settings = {"mlx_path": str(done.path), "rope": done.rope.to_hf("4"), "context": done.rope.context_length}

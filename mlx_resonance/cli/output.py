@@ -6,7 +6,16 @@ import json
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, ProgressColumn, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 from rich.progress import Task as ProgressTask
 from rich.text import Text
 
@@ -33,3 +42,9 @@ def progress_bar() -> Progress:
     count = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     columns = (*count, TokensPerSecond(), TimeRemainingColumn())
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+
+
+def bytes_bar() -> Progress:
+    """A bar as `progress_bar`, of bytes and bytes per second."""
+    columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=stderr, transient=True, disable=not stderr.is_terminal)

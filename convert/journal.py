@@ -1,0 +1,156 @@
+"""Where a conversion is made: OUT.partial/ with a journal. A killed run is gone on with; no half is ever a result.
+
+The journal is conversion.json. It names the source, the settings and the finished weight files with their SHA-256; in
+the result it stays as the record of how it was made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+NAME = "conversion.json"
+TEMPORARY = ".tmp"  # ends the name of a file that is not whole yet
+
+
+@dataclass
+class Journal:
+    """The record of one conversion, in its folder.
+
+    Args:
+        folder: OUT.partial.
+        record: what is written: `source`, `settings`, and `weights`, the finished files' bytes and SHA-256.
+    """
+
+    folder: Path
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def finished(self) -> dict[str, dict[str, Any]]:
+        """Bytes and SHA-256 of every finished weight file."""
+        weights: dict[str, dict[str, Any]] = self.record["weights"]
+        return weights
+
+    def finish(self, name: str, entry: dict[str, Any]) -> None:
+        """Note that a weight file is whole."""
+        self.finished[name] = entry
+        self.write()
+
+    def write(self) -> None:
+        """Write the journal, whole or not at all."""
+        ordered = self.record | {"weights": dict(sorted(self.finished.items()))}
+        temporary = self.folder / (NAME + TEMPORARY)
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(json.dumps(ordered, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self.folder / NAME)
+
+
+@contextlib.contextmanager
+def workspace(
+    target: Path, source: Mapping[str, Any], settings: Mapping[str, Any], restart: bool = False
+) -> Iterator[Journal]:
+    """A folder beside the target that becomes the target at the end, by one rename. An error leaves what is done.
+
+    Args:
+        target: the folder to make.
+        source: what the weights come from, as `fingerprint` has it.
+        settings: what decides every byte of the result.
+        restart: drop what an earlier run has left.
+
+    Yields:
+        The journal: new, or that of the earlier run with the same source and settings.
+
+    Raises:
+        FileExistsError: the target exists, another run is at it, or OUT.partial is none of ours.
+        ValueError: the earlier run had another source or other settings.
+    """
+    partial = target.with_name(target.name + ".partial")
+    with contextlib.suppress(FileExistsError):
+        partial.mkdir(parents=True)
+    if partial.is_symlink() or not partial.is_dir():
+        raise FileExistsError(f"[convert] {partial} is in the way: this is where the work is done")
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
+        except BlockingIOError:
+            raise FileExistsError(f"[convert] another run is writing {partial}: wait for it to end") from None
+        if os.path.lexists(target):  # made by the run that has just ended
+            raise FileExistsError(f"[convert] {target} exists: choose another --mlx-path, or delete it")
+        yield _open(partial, {"source": dict(source), "settings": dict(settings), "weights": {}}, restart)
+        partial.rename(target)
+        _sync(target.parent)
+    finally:
+        os.close(descriptor)
+
+
+def fingerprint(files: list[Path]) -> dict[str, str]:
+    """What tells whether files have changed, without reading weights: size, time, and the hash of their beginning."""
+    result = {}
+    for path in files:
+        status = path.stat()
+        with path.open("rb") as file:
+            start = hashlib.sha256(file.read(2**20)).hexdigest()[:16]  # all of a config, the header of a weight file
+        modified = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat()
+        result[path.name] = f"{status.st_size} bytes of {modified}, beginning {start}"
+    return result
+
+
+def _open(partial: Path, wanted: dict[str, Any], restart: bool) -> Journal:
+    names = {path.name for path in partial.iterdir()}
+    if not names <= {NAME + TEMPORARY} and NAME not in names:
+        raise FileExistsError(f"[convert] {partial} is in the way: this is where the work is done")
+    journal = Journal(partial, wanted)
+    if NAME in names and not restart:
+        earlier = _read(partial / NAME)
+        for part in ("source", "settings"):
+            _compare(partial, part, earlier.get(part), wanted[part])
+        for name, entry in earlier.get("weights", {}).items():
+            path = partial / name
+            if path.is_file() and path.stat().st_size == entry["bytes"]:
+                journal.finished[name] = entry
+    for path in partial.iterdir():  # what a killed run had not finished
+        if path.name not in journal.finished and path.name != NAME:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+    journal.write()
+    return journal
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(record, dict):
+            return record
+    except ValueError:
+        pass
+    raise ValueError(f"[convert] {path} is damaged: --restart begins anew")
+
+
+def _compare(partial: Path, part: str, earlier: Any, wanted: dict[str, Any]) -> None:
+    earlier = earlier if isinstance(earlier, dict) else {}
+    for key in [*wanted, *(set(earlier) - set(wanted))]:
+        before, now = earlier.get(key), wanted.get(key)
+        if before != now:
+            raise ValueError(
+                f"[convert] {partial} was begun with {part} {key} = {json.dumps(before)}, now it is {json.dumps(now)}: "
+                "use the same as before, or --restart to begin anew"
+            )
+
+
+def _sync(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
