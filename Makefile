@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := benchmarks/parity.py benchmarks/rotary.py
+BENCHMARKS := benchmarks/parity.py benchmarks/rotary.py benchmarks/convert.py
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help

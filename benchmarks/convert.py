@@ -2,8 +2,8 @@
 
     python benchmarks/convert.py [--gigabytes 2] [--repeats 3] [--max-shard-size 500MB]
 
-The checkpoint is made on the spot, in float16. Each conversion is a process of its own; they take turns, and the figures
-are medians. mlx-lm's files are of 5 GB at most, which cannot be changed. Last line: one JSON object.
+The checkpoint is made on the spot, in float16. Each conversion is a process of its own; they take turns, and the
+figures are medians. mlx-lm's files are of 5 GB at most, which cannot be changed. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -31,10 +31,24 @@ from rich.table import Table
 TOKENIZER = Path(mlx_resonance.__file__).parent / "assets" / "stdlib-llama"
 LAYER = 4 * 2048**2 + 3 * 2048 * 5632  # weights of a layer of TinyLlama's shape
 CONVERT = {
-    "ours": "from mlx_resonance.convert import convert; convert({src!r}, {out!r}, quantize={q}, max_shard_size={shard!r})",
-    "mlx_lm": "import mlx_resonance; from mlx_lm import convert; convert({src!r}, {out!r}, quantize={q})",
+    "ours": """
+from mlx_resonance.convert import convert
+convert({src!r}, {out!r}, quantize={q}, max_shard_size={shard!r})
+""",
+    "mlx_lm": """
+import mlx_resonance
+from mlx_lm import convert
+convert({src!r}, {out!r}, quantize={q})
+""",
 }
-MEASURE = "; import resource, sys; print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+# Bytes. Linux hands the largest resident set of ru_maxrss down to the programs that a process starts; VmHWM is its own.
+MEASURE = """
+import re, resource, sys
+if sys.platform == "linux":
+    print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
+else:
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
 
 
 def make(folder: Path, gigabytes: float) -> int:
@@ -59,7 +73,7 @@ def run(code: str, out: Path) -> dict[str, float]:
     start = time.perf_counter()
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds = time.perf_counter() - start
-    peak = int(done.stdout.splitlines()[-1]) * (1 if sys.platform == "darwin" else 1024)
+    peak = int(done.stdout.splitlines()[-1])
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
     shutil.rmtree(out)
     return {"seconds": seconds, "peak_memory_mb": peak / 1e6, "disk_mb": size / 1e6}
