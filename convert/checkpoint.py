@@ -37,6 +37,7 @@ from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 from .card import write_card
 from .journal import NAME as RECORD
 from .journal import fingerprint, workspace
+from .portable import portable_rope, scale_queries_and_keys
 from .rope import largest_shift, new_rope
 from .weights import Progress, write_weights
 
@@ -54,7 +55,7 @@ class Conversion:
 
     Args:
         path: the MLX folder.
-        rope: its rope settings.
+        rope: its rope settings; for a portable checkpoint those that its `longrope` stands for.
         largest_shift: by how much rounding changed the wavelength that it changed most, as a part of that wavelength;
             0 where the source was already resonant or nothing was rounded.
         weights: bytes of the weight files.
@@ -84,6 +85,7 @@ def convert(
     quant_predicate: str | None = None,
     revision: str | None = None,
     max_shard_size: str = "5GB",
+    portable: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -105,6 +107,7 @@ def convert(
         quant_predicate: one of mlx-lm's mixed recipes, such as `mixed_4_6`.
         revision: branch, tag or commit on the hub.
         max_shard_size: a number of bytes with KB, MB or GB; no weight file is larger unless one tensor is.
+        portable: write the rope settings as `longrope`, which stock transformers and mlx-lm run; not with `quantize`.
         restart: drop what an earlier run has left in `mlx_path`.partial.
         progress: called with the bytes of weights done and in all.
 
@@ -125,15 +128,25 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
 
+    if portable and quantize:
+        raise ValueError("[convert] --portable is for transformers too, which does not read mlx-lm's quantization")
+
     folder = resolve(src, revision, [*TOKENIZER_PATTERNS, "model*.safetensors", "README.md"])
     _check_not_quantized(folder, quantize)
     before = RopeConfig.from_hf(check_checkpoint(folder))
     after = new_rope(before, rope, factor, original_max_position_embeddings, resonance)
     quantization = (q_bits, q_group_size, q_mode, quant_predicate) if quantize else None
     weights, config = _lazy_weights(folder, after, dtype, quantization)
+    written = after
+    if portable:
+        if config.get("rope_traditional"):
+            raise ValueError("[convert] --portable: mlx-lm's longrope does not read rope_traditional")
+        written, scale = portable_rope(after)
+        config |= written.to_hf("4")
+        weights = scale_queries_and_keys(weights, scale)
 
     settings = {
-        "rope": after.to_hf("4"), "dtype": dtype, "quantization": config.get("quantization"),
+        "rope": written.to_hf("4"), "dtype": dtype, "quantization": config.get("quantization"),
         "max_shard_size": shard_bytes, "versions": _versions(),
     }  # fmt: skip
     files = [folder / "config.json", *weight_files(folder), *_tokenizer_files(folder)]

@@ -31,6 +31,7 @@ def command(
     quant_predicate: Annotated[str | None, Option(help="Mixed recipe, such as mixed_4_6.")] = None,
     revision: Annotated[str | None, Option(help="Branch, tag or commit on the hub.")] = None,
     max_shard_size: Annotated[str, Option(help="Largest weight file.")] = "5GB",
+    portable: Annotated[bool, Option("--portable", help="For stock transformers and mlx-lm: as longrope.")] = False,
     restart: Annotated[bool, Option("--restart", help="Drop what an unfinished run has left.")] = False,
     json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
@@ -45,6 +46,7 @@ def command(
             src,
             mlx_path,
             progress=lambda part, total: bar.update(task, completed=part, total=total),
+            portable=portable,
             restart=restart,
             rope=rope,
             factor=factor,

@@ -1,0 +1,114 @@
+"""A portable checkpoint: stock transformers and stock mlx-lm give the logits and the text of our resonance model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance.convert import convert
+from mlx_resonance.loading import load_model
+
+import mlx.core as mx
+import mlx_lm.utils
+import numpy as np
+import pytest
+import torch
+import transformers
+from mlx_lm.generate import generate_step
+
+VOCABULARY = 128
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, 8000)
+SHAPES: dict[str, dict[str, Any]] = {
+    "Llama": {"num_key_value_heads": 2, "attention_bias": True},
+    "Mistral": {"num_key_value_heads": 4, "sliding_window": None},
+    "Qwen2": {"num_key_value_heads": 2},
+    "Qwen3": {"num_key_value_heads": 2, "head_dim": 24},
+}
+# Without scaling the attention scale is 1 on both sides; YaRN's is not LongRoPE's, and the projections take the rest.
+ROPES: dict[str, dict[str, Any]] = {"default": {}, "yarn": {"rope": "yarn", "factor": 8}}
+
+
+def source(kind: str, folder: Path, context: int) -> None:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=context,
+        bos_token_id=None,
+        eos_token_id=None,
+        initializer_range=0.2,  # attention is sharp, so that logits depend on positions
+        **SHAPES[kind],
+    )
+    model = getattr(transformers, f"{kind}ForCausalLM")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):  # new ones are 0
+                parameter.normal_(std=0.5)
+    model.save_pretrained(folder)
+
+
+def greedy(model: Any, prompt: np.ndarray) -> list[int]:
+    return [int(token) for token, _ in generate_step(mx.array(prompt), model, max_tokens=40)]
+
+
+@pytest.mark.parametrize("rope", ROPES)
+@pytest.mark.parametrize("kind", SHAPES)
+def test_stock_runtimes_agree(tmp_path: Path, kind: str, rope: str) -> None:
+    tokens = TOKENS if kind == "Llama" else TOKENS[:2000]  # the angles are the same for all: once is enough, far out
+    prompt = tokens[:1500]
+    source(kind, tmp_path / "source", context=1024 if ROPES[rope] else 8192)
+    convert(tmp_path / "source", tmp_path / "ours", **ROPES[rope])
+    convert(tmp_path / "source", tmp_path / "portable", portable=True, **ROPES[rope])
+    ours, _ = load_model(tmp_path / "ours")
+    expected = np.array(ours(mx.array(tokens)[None])[0])
+    mlx, _ = mlx_lm.utils.load_model(tmp_path / "portable")
+    torch_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "portable", dtype=torch.float32)
+    again, _ = load_model(tmp_path / "portable")
+    with torch.no_grad():
+        logits = {
+            "mlx-lm": np.array(mlx(mx.array(tokens)[None])[0]),
+            "transformers": torch_model(torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy(),
+            "ours": np.array(again(mx.array(tokens)[None])[0]),
+        }
+        text = torch_model.generate(torch.from_numpy(prompt)[None], max_new_tokens=40, do_sample=False)
+    for name, value in logits.items():
+        error = np.abs(value - expected).max() / np.abs(expected).max()
+        assert error <= (1e-4 if name == "ours" else 5e-3), name  # theirs: angles in float32
+        assert np.mean(value.argmax(-1) == expected.argmax(-1)) >= 0.999, name
+    assert greedy(ours, prompt) == greedy(mlx, prompt) == text[0, len(prompt) :].tolist()
+
+
+def test_the_same_file_without_the_scale_is_another_model(tmp_path: Path) -> None:
+    """The bound above would notice: here YaRN's scale is a tenth larger than LongRoPE's."""
+    from mlx_resonance.convert import checkpoint
+
+    source("Llama", tmp_path / "source", context=1024)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(checkpoint, "scale_queries_and_keys", lambda weights, scale: weights)
+        convert(tmp_path / "source", tmp_path / "portable", portable=True, rope="yarn", factor=32)
+    convert(tmp_path / "source", tmp_path / "ours", rope="yarn", factor=32)
+    tokens = mx.array(TOKENS[:500])[None]
+    expected = np.array(load_model(tmp_path / "ours")[0](tokens))
+    error = np.abs(np.array(load_model(tmp_path / "portable")[0](tokens)) - expected).max() / np.abs(expected).max()
+    assert error > 0.02
+
+
+@pytest.mark.parametrize(
+    ("changes", "options", "named"),
+    [
+        ({}, {"quantize": True}, "does not read mlx-lm's quantization"),
+        ({}, {"rope": "dynamic", "factor": 2}, "change with the length"),
+        ({"partial_rotary_factor": 0.5}, {}, "partial_rotary_factor"),
+        ({"rope_traditional": True}, {}, "rope_traditional"),
+        ({"max_position_embeddings": None}, {}, "no context length"),
+    ],
+)
+def test_what_cannot_be_portable(
+    random_llama: Path, tmp_path: Path, copy_of: Any, changes: dict[str, Any], options: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(ValueError, match=named):
+        convert(copy_of(random_llama, **changes), tmp_path / "out", portable=True, **options)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
