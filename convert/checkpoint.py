@@ -127,7 +127,6 @@ def convert(
     _check_quantization(quantize, q_bits, q_group_size, q_mode, quant_predicate)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
-
     if portable and quantize:
         raise ValueError("[convert] --portable is for transformers too, which does not read mlx-lm's quantization")
 
@@ -150,13 +149,15 @@ def convert(
         "max_shard_size": shard_bytes, "versions": _versions(),
     }  # fmt: skip
     files = [folder / "config.json", *weight_files(folder), *_tokenizer_files(folder)]
-    source = {"name": folder.name if Path(src).exists() else str(src), "revision": revision, **fingerprint(files)}
+    # A folder of the hub's cache is named by its commit.
+    name, commit = (folder.name, None) if Path(src).expanduser().exists() else (str(src), folder.name)
+    source = {"name": name, "commit": commit, **fingerprint(files)}
     with workspace(target, source, settings, restart) as journal:
         write_weights(weights, journal, shard_bytes, progress)
         text = json.dumps(config, indent=2, sort_keys=True) + "\n"
         (journal.folder / "config.json").write_text(text, encoding="utf-8")
         _copy_tokenizer(folder, journal.folder)
-        write_card(journal.folder, src, folder / "README.md", after)
+        write_card(journal.folder, src, folder / "README.md", written)
     shift = 0.0 if before.is_resonant else largest_shift(after)
     sizes = [entry["bytes"] for entry in journal.finished.values()]
     return Conversion(target, after, shift, sum(sizes), len(sizes))

@@ -99,12 +99,26 @@ def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **opti
     assert [path.name for path in out.parent.iterdir()] == [f"{out.name}.partial"]
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="a forked process cannot use a Mac's GPU")
 def test_killed_at_any_moment_the_next_run_makes_the_same_files(random_llama: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLER, str(random_llama), str(tmp_path), json.dumps(OPTIONS)]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["events"] >= 20 and result["files"] >= 10
+
+
+def test_killed_before_the_last_files_the_next_run_makes_the_same_ones(random_llama: Path, tmp_path: Path) -> None:
+    code = (
+        "import json, os, signal, sys, mlx_resonance.convert.checkpoint as c;"
+        "c.write_card = lambda *_: os.kill(os.getpid(), signal.SIGKILL);"
+        "c.convert(sys.argv[1], sys.argv[2], **json.loads(sys.argv[3]))"
+    )
+    killed = run_code(code, random_llama, tmp_path / "out", json.dumps(OPTIONS))
+    assert killed.returncode == -9 and [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+    convert(random_llama, tmp_path / "out", **OPTIONS)
+    convert(random_llama, tmp_path / "whole" / "out", **OPTIONS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
 def test_what_is_finished_is_not_done_again(
@@ -204,7 +218,7 @@ def test_what_is_not_ours_is_left_alone(
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
 
 
-def run_limited(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
 
 
@@ -220,7 +234,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_stays(stdlib_llama: Path, tmp_
         "sys.argv[0] = 'mlx-resonance'; cli.main()"
     )
     flags = ["--max-shard-size", "2MB"]
-    done = run_limited(code, max(sizes) - 1, "convert", stdlib_llama, "--mlx-path", tmp_path / "out", *flags)
+    done = run_code(code, max(sizes) - 1, "convert", stdlib_llama, "--mlx-path", tmp_path / "out", *flags)
     lines = [line for line in done.stderr.splitlines() if "OpenBLAS" not in line]
     assert done.returncode == 1 and done.stdout == ""
     assert len(lines) == 1 and "cannot be written" in lines[0] and "the same command goes on" in lines[0]
@@ -249,7 +263,7 @@ folder = Path(sys.argv[1])
 model = Model(ModelArgs.from_dict(json.loads((folder / "config.json").read_text())))
 mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
 """
-    assert run_limited(make, source).returncode == 0
+    assert run_code(make, source).returncode == 0
     assert (source / "model.safetensors").stat().st_size > 600e6
     code = """
 import re, sys
@@ -258,6 +272,6 @@ convert(sys.argv[1], sys.argv[2], dtype="float16", max_shard_size="40MB", quanti
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
 """
     for kind in ("plain", "q"):
-        done = run_limited(code, source, tmp_path / kind, kind)
+        done = run_code(code, source, tmp_path / kind, kind)
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) <= 1.3 * 40e6 + 400e6

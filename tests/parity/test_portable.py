@@ -62,6 +62,7 @@ def test_stock_runtimes_agree(tmp_path: Path, kind: str, rope: str) -> None:
     source(kind, tmp_path / "source", context=1024 if ROPES[rope] else 8192)
     convert(tmp_path / "source", tmp_path / "ours", **ROPES[rope])
     convert(tmp_path / "source", tmp_path / "portable", portable=True, **ROPES[rope])
+    assert "refuses this checkpoint" not in (tmp_path / "portable" / "README.md").read_text()
     ours, _ = load_model(tmp_path / "ours")
     expected = np.array(ours(mx.array(tokens)[None])[0])
     mlx, _ = mlx_lm.utils.load_model(tmp_path / "portable")
