@@ -109,17 +109,19 @@ def fingerprint(files: list[Path]) -> dict[str, str]:
 
 def _open(partial: Path, wanted: dict[str, Any], restart: bool) -> Journal:
     names = {path.name for path in partial.iterdir()}
-    if not names <= {NAME + TEMPORARY} and NAME not in names:
-        raise FileExistsError(f"[convert] {partial} is in the way: this is where the work is done")
     journal = Journal(partial, wanted)
-    if NAME in names and not restart:
+    # Killed before its journal was there, a run leaves an empty folder, or the journal's temporary file.
+    if not names <= {NAME + TEMPORARY}:
         earlier = _read(partial / NAME)
-        for part in ("source", "settings"):
-            _compare(partial, part, earlier.get(part), wanted[part])
-        for name, entry in earlier.get("weights", {}).items():
-            path = partial / name
-            if path.is_file() and path.stat().st_size == entry["bytes"]:
-                journal.finished[name] = entry
+        if earlier is None:
+            raise FileExistsError(f"[convert] {partial} is in the way: this is where the work is done")
+        if not restart:
+            for part in ("source", "settings"):
+                _compare(partial, part, earlier[part], wanted[part])
+            for name, entry in earlier["weights"].items():
+                path = partial / name
+                if path.is_file() and path.stat().st_size == entry["bytes"]:
+                    journal.finished[name] = entry
     for path in partial.iterdir():  # what a killed run had not finished
         if path.name not in journal.finished and path.name != NAME:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
@@ -127,18 +129,18 @@ def _open(partial: Path, wanted: dict[str, Any], restart: bool) -> Journal:
     return journal
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read(path: Path) -> dict[str, Any] | None:
+    """A journal; None for what no run has written, for they write it whole: such a folder is not ours to touch."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(record, dict):
-            return record
-    except ValueError:
-        pass
-    raise ValueError(f"[convert] {path} is damaged: --restart begins anew")
+    except (OSError, ValueError):
+        return None
+    parts = ("source", "settings", "weights")
+    ours = isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in parts)
+    return record if ours else None
 
 
-def _compare(partial: Path, part: str, earlier: Any, wanted: dict[str, Any]) -> None:
-    earlier = earlier if isinstance(earlier, dict) else {}
+def _compare(partial: Path, part: str, earlier: dict[str, Any], wanted: dict[str, Any]) -> None:
     for key in [*wanted, *(set(earlier) - set(wanted))]:
         before, now = earlier.get(key), wanted.get(key)
         if before != now:

@@ -183,15 +183,20 @@ def test_a_changed_source_is_refused(
     convert(source, tmp_path / "work" / "out", **OPTIONS, restart=True)
 
 
-@pytest.mark.parametrize("damage", [b"", b"{", b"[1]", b"\xff\xfe"])
-def test_a_damaged_journal_is_refused(
-    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: bytes
+@pytest.mark.parametrize("restart", [False, True])
+@pytest.mark.parametrize("record", [b"", b"{", b"[1]", b"\xff\xfe", b'{"from": "another tool"}'])
+def test_a_folder_with_another_journal_is_left_alone(
+    random_llama: Path, tmp_path: Path, record: bytes, restart: bool
 ) -> None:
-    interrupted(random_llama, tmp_path / "out", monkeypatch)
-    (tmp_path / "out.partial" / "conversion.json").write_bytes(damage)
-    with pytest.raises(ValueError, match=r"conversion\.json is damaged: --restart"):
-        convert(random_llama, tmp_path / "out", **OPTIONS)
-    convert(random_llama, tmp_path / "out", **OPTIONS, restart=True)
+    """Ours is written whole or not at all: a damaged one is somebody else's, and so is what lies beside it."""
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    (partial / "conversion.json").write_bytes(record)
+    (partial / "thesis.txt").write_text("of years")
+    before = contents(partial)
+    with pytest.raises(FileExistsError, match="in the way"):
+        convert(random_llama, tmp_path / "out", restart=restart)
+    assert contents(partial) == before
 
 
 def test_two_runs_at_once(random_llama: Path, tmp_path: Path) -> None:
