@@ -194,7 +194,8 @@ def main() -> None:
 
     optimizer = optim.MultiOptimizer(
         [
-            optim.Muon(warmup_cosine(MUON_LR, args.steps, WARMUP)),
+            # Its decay is added to the gradient before that is orthogonalized: where gradients are small, weights die.
+            optim.Muon(warmup_cosine(MUON_LR, args.steps, WARMUP), weight_decay=0.0),
             optim.AdamW(warmup_cosine(ADAM_LR, args.steps, WARMUP), betas=[0.9, 0.95], weight_decay=0.0),
         ],
         [lambda name, weight: weight.ndim == 2 and "embed_tokens" not in name],

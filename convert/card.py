@@ -30,6 +30,22 @@ The rotary wavelengths are whole numbers of tokens (arXiv 2403.00071). A runtime
 """
 
 
+def read_card(path: Path) -> ModelCardData:
+    """The metadata of a card; empty where there is none, or one that the hub would refuse."""
+    if path.is_file():
+        try:
+            return ModelCard.load(path).data
+        except (ValueError, YAMLError):
+            pass
+    return ModelCardData()
+
+
+def base_models(folder: Path) -> list[str]:
+    """What the card of a checkpoint names as the models that it was made from."""
+    base = read_card(folder / "README.md").base_model
+    return [str(name) for name in (base if isinstance(base, list) else [base]) if name]
+
+
 def write_card(folder: Path, source: str | Path, source_card: Path, rope: RopeConfig) -> None:
     """Write README.md, keeping the licence and language of the source's card.
 
@@ -39,12 +55,7 @@ def write_card(folder: Path, source: str | Path, source_card: Path, rope: RopeCo
         source_card: the source's README.md, which may be missing.
         rope: the settings that were written.
     """
-    data = ModelCardData()
-    if source_card.is_file():
-        try:
-            data = ModelCard.load(source_card).data
-        except (ValueError, YAMLError):  # front matter that the hub would refuse; only its metadata is lost
-            pass
+    data = read_card(source_card)
     data.library_name = "mlx"
     data.pipeline_tag = "text-generation"
     data.tags = sorted({*map(str, data.tags or []), "mlx", *(["resonance-rope"] if rope.is_resonant else [])})

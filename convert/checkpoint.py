@@ -2,71 +2,78 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
 import re
 import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance import __version__
 from mlx_resonance.config import RopeConfig
-from mlx_resonance.loading import (
-    INDEX,
-    TOKENIZER_PATTERNS,
-    check_checkpoint,
-    has_tokenizer,
-    load_model,
-    read_config,
-    resolve,
-    weight_files,
-)
-
-import mlx.core as mx
-import mlx.nn as nn
-import mlx_lm.utils
-from mlx.utils import tree_flatten, tree_map
-from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
+from mlx_resonance.files import INDEX, TOKENIZER_PATTERNS, TOKENIZERS, file_of, has_tokenizer
+from mlx_resonance.loading import check_config
 
 from .card import write_card
 from .journal import NAME as RECORD
 from .journal import fingerprint, workspace
-from .portable import portable_rope, scale_queries_and_keys
+from .plan import Plan, disk_needed, make_plan
+from .quantization import check_arguments
+from .report import quantization_report
 from .rope import largest_shift, new_rope
-from .weights import Progress, write_weights
+from .source import TORCH_INDEX, Source, open_source
+from .verify import VerificationError, rope_table
+from .verify import verify as verify_result
+from .weights import Progress, sha256, write_weights
 
 DTYPES = ("float32", "float16", "bfloat16")
-Q_MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
-NOT_COPIED = {"config.json", INDEX, "pytorch_model.bin.index.json", RECORD}
+NOT_COPIED = {"config.json", INDEX, TORCH_INDEX, RECORD}
+UNHASHED = {RECORD, "README.md"}  # one holds the hashes, the other is for its reader to write in
+DOWNLOADS = "source"  # in OUT.partial: weight files that are deleted as they are consumed
 
 logger = logging.getLogger("mlx_resonance")
 
 
 @dataclass(frozen=True)
 class Conversion:
-    """What `convert` made.
+    """What `convert` made, or would make.
 
     Args:
         path: the MLX folder.
         rope: its rope settings; for a portable checkpoint those that its `longrope` stands for.
         largest_shift: by how much rounding changed the wavelength that it changed most, as a part of that wavelength;
             0 where the source was already resonant or nothing was rounded.
-        weights: bytes of the weight files.
-        files: number of the weight files.
+        sizes: bytes of each weight file; where it is not made yet, of its tensors.
+        memory, disk, download: bytes of memory and of disk that it takes, and that are downloaded to be on the disk at
+            once besides; estimates.
+        quantization_error: of each quantized tensor, the root mean square of its error over that of its values.
+        quant_report: what quantization costs on a text, where it was asked for.
+        checks: what `verify` found, where it was asked for.
     """
 
     path: Path
     rope: RopeConfig
     largest_shift: float
-    weights: int
-    files: int
+    sizes: dict[str, int]
+    memory: int
+    disk: int
+    download: int
+    quantization_error: dict[str, float | None]
+    quant_report: dict[str, Any] | None = None
+    checks: dict[str, Any] | None = None
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the weight files."""
+        return sum(self.sizes.values())
+
+    @property
+    def files(self) -> int:
+        """Number of the weight files."""
+        return len(self.sizes)
 
 
 def convert(
@@ -86,6 +93,12 @@ def convert(
     revision: str | None = None,
     max_shard_size: str = "5GB",
     portable: bool = False,
+    tokenizer: bool = True,
+    allow_nan: bool = False,
+    consume_source: bool = False,
+    verify: bool = False,
+    quant_report: str | Path | None = None,
+    dry_run: bool = False,
     restart: bool = False,
     progress: Progress | None = None,
 ) -> Conversion:
@@ -95,19 +108,28 @@ def convert(
     killed or failed is gone on with by the same call.
 
     Args:
-        src: a folder with config.json and safetensors, or the id of a model on the Hugging Face hub.
+        src: a folder with config.json and safetensors or PyTorch's .bin files, or the id of a model on the Hugging
+            Face hub.
         mlx_path: the folder to write; it must not exist.
         rope: a new scaling (`linear`, `ntk`, `dynamic`, `yarn`); None keeps that of the checkpoint.
         factor: how many times the context grows; goes with `rope`.
         original_max_position_embeddings: tokens of context before scaling; None for what config.json says.
         resonance: round the wavelengths to whole numbers of tokens.
         dtype: float32, float16 or bfloat16 for what is not quantized; None keeps every tensor's own.
-        quantize: quantize the weights with mlx-lm; the `q_…` arguments are its.
+        quantize: quantize the weights as mlx-lm does; the `q_…` arguments are its.
         q_bits, q_group_size, q_mode: None for the mode's defaults.
         quant_predicate: one of mlx-lm's mixed recipes, such as `mixed_4_6`.
         revision: branch, tag or commit on the hub.
         max_shard_size: a number of bytes with KB, MB or GB; no weight file is larger unless one tensor is.
         portable: write the rope settings as `longrope`, which stock transformers and mlx-lm run; not with `quantize`.
+        tokenizer: refuse a source that has no tokenizer.
+        allow_nan: convert a tensor of nothing but NaN.
+        consume_source: download a weight file of the hub when it is needed, and delete it when what was made of it is
+            on the disk. Neither a folder nor what is in the hub's cache is touched.
+        verify: check the result as `verify` does before it gets its name.
+        quant_report: a text file; the perplexity of the quantized model on it, and its divergence from the source, go
+            into the record. A layer is in memory at a time.
+        dry_run: write nothing; of a model on the hub only the headers of the weight files are fetched.
         restart: drop what an earlier run has left in `mlx_path`.partial.
         progress: called with the bytes of weights done and in all.
 
@@ -117,98 +139,106 @@ def convert(
     Raises:
         FileNotFoundError: no such source, or a file of it is missing.
         FileExistsError: `mlx_path` exists, another run is at it, or `mlx_path`.partial is none of ours.
-        OSError: the disk is full.
+        OSError: the disk is full, or the connection broke.
         ValueError: an argument or a file of the source is wrong, or an earlier run had other ones.
+        VerificationError: the result is not what it should be; it stays in `mlx_path`.partial.
     """
     target = Path(mlx_path).expanduser()
     if os.path.lexists(target):
         raise FileExistsError(f"[convert] {target} exists: choose another --mlx-path, or delete it")
     shard_bytes = _parse_size(max_shard_size)
-    _check_quantization(quantize, q_bits, q_group_size, q_mode, quant_predicate)
+    check_arguments(quantize, q_bits, q_group_size, q_mode, quant_predicate)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if portable and quantize:
         raise ValueError("[convert] --portable is for transformers too, which does not read mlx-lm's quantization")
+    if verify and consume_source:
+        raise ValueError("[convert] --verify reads the source again, which --consume-source deletes: choose one")
 
-    folder = resolve(src, revision, [*TOKENIZER_PATTERNS, "model*.safetensors", "README.md"])
-    _check_not_quantized(folder, quantize)
-    before = RopeConfig.from_hf(check_checkpoint(folder))
+    text = None if quant_report is None else _read_text(Path(quant_report).expanduser(), quantize, consume_source)
+
+    partial = target.with_name(target.name + ".partial")
+    source = open_source(src, revision, partial / DOWNLOADS if consume_source or dry_run else None)
+    if consume_source and source.commit is None:
+        raise ValueError(f"[convert] --consume-source deletes what it has downloaded: {src} is a folder of yours")
+    if tokenizer and not has_tokenizer(source.folder):
+        names = ", ".join(TOKENIZERS)
+        raise FileNotFoundError(f"[convert] {src} has no tokenizer: expected one of {names} (--no-tokenizer goes on)")
+    before = RopeConfig.from_hf(check_config(source.config, source.tensors))
     after = new_rope(before, rope, factor, original_max_position_embeddings, resonance)
     quantization = (q_bits, q_group_size, q_mode, quant_predicate) if quantize else None
-    weights, config = _lazy_weights(folder, after, dtype, quantization)
-    written = after
-    if portable:
-        if config.get("rope_traditional"):
-            raise ValueError("[convert] --portable: mlx-lm's longrope does not read rope_traditional")
-        written, scale = portable_rope(after)
-        config |= written.to_hf("4")
-        weights = scale_queries_and_keys(weights, scale)
+    plan = make_plan(source, after, portable=portable, dtype=dtype, quantize=quantization, shard_bytes=shard_bytes)
+    shift = 0.0 if before.is_resonant else largest_shift(after)
+    disk, download = disk_needed(plan, source, consume_source)
+    made = Conversion(target, after, shift, plan.sizes, plan.memory, disk, download, {})
+    if dry_run:
+        return made
 
     settings = {
-        "rope": written.to_hf("4"), "dtype": dtype, "quantization": config.get("quantization"),
-        "max_shard_size": shard_bytes, "versions": _versions(),
+        "rope": plan.rope.to_hf("4"), "dtype": dtype, "quantization": plan.config.get("quantization"),
+        "query_key_factor": plan.factor, "max_shard_size": shard_bytes, "versions": _versions(),
     }  # fmt: skip
-    files = [folder / "config.json", *weight_files(folder), *_tokenizer_files(folder)]
-    # A folder of the hub's cache is named by its commit.
-    name, commit = (folder.name, None) if Path(src).expanduser().exists() else (str(src), folder.name)
-    source = {"name": name, "commit": commit, **fingerprint(files)}
-    with workspace(target, source, settings, restart) as journal:
-        write_weights(weights, journal, shard_bytes, progress)
-        text = json.dumps(config, indent=2, sort_keys=True) + "\n"
-        (journal.folder / "config.json").write_text(text, encoding="utf-8")
-        _copy_tokenizer(folder, journal.folder)
-        write_card(journal.folder, src, folder / "README.md", written)
-    shift = 0.0 if before.is_resonant else largest_shift(after)
-    sizes = [entry["bytes"] for entry in journal.finished.values()]
-    return Conversion(target, after, shift, sum(sizes), len(sizes))
+    kept = DOWNLOADS if consume_source else None
+    with workspace(target, _identity(source), settings, restart, keep=kept) as journal:
+        write_weights(source, plan, journal, allow_nan, progress)
+        if kept is not None and (journal.folder / kept).exists():
+            shutil.rmtree(journal.folder / kept)
+        _write_small_files(source, plan, journal.folder, src)
+        errors = {k: v for entry in journal.finished.values() for k, v in entry.get("quantization_error", {}).items()}
+        sizes = {name: entry["bytes"] for name, entry in sorted(journal.finished.items())}
+        made = replace(made, sizes=sizes, quantization_error=errors)
+        small = sorted(path for path in journal.folder.iterdir() if path.is_file() and path.name not in UNHASHED)
+        files = {path.name: sha256(path) for path in small if path.name not in journal.finished}
+        journal.record |= {"rope": rope_table(plan.rope), "files": files}
+        journal.write()
+        if text is not None:
+            made = replace(made, quant_report=quantization_report(journal.folder, source, text))
+            journal.record["quant_report"] = made.quant_report
+            journal.write()
+        if verify:
+            checks = verify_result(journal.folder, source, progress=progress)
+            if checks.problems:
+                raise VerificationError(f"[convert] {journal.folder} is not right: {checks.problems[0]}")
+            made = replace(made, checks=checks.to_dict())
+            journal.record["checks"] = made.checks
+            journal.write()
+    return made
 
 
-def _lazy_weights(
-    folder: Path, rope: RopeConfig, dtype: str | None, quantization: tuple[Any, ...] | None
-) -> tuple[dict[str, mx.array], dict[str, Any]]:
-    """The output's tensors, not computed yet, and its config.json. Nothing else refers to them: each can be freed."""
-    model, config = load_model(folder, lazy=True, rope=rope)
-    if dtype is not None:
-        _cast(model, getattr(mx, dtype))
-        config |= {"dtype": dtype, "torch_dtype": dtype}
-    if quantization is not None:
-        model, config = _quantize(model, config, *quantization)
-    return dict(tree_flatten(model.parameters())), config
+def _read_text(path: Path, quantize: bool, consume_source: bool) -> str:
+    if not quantize or consume_source:
+        raise ValueError("[convert] --quant-report compares with the source: it needs --quantize, not --consume-source")
+    if not path.is_file():
+        raise FileNotFoundError(f"[convert] --quant-report: no file {path}")
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"[convert] --quant-report: {path} is not UTF-8 text: {error}") from None
+
+
+def _identity(source: Source) -> dict[str, Any]:
+    """What the record says of the source, and what tells whether it has changed: a commit of the hub, or the files."""
+    if source.commit is not None:
+        return {"name": source.name, "commit": source.commit}
+    files = [source.folder / name for name in ("config.json", *(file.name for file in source.files))]
+    return {"name": source.name, "commit": None, **fingerprint([*files, *_tokenizer_files(source.folder)])}
+
+
+def _write_small_files(source: Source, plan: Plan, folder: Path, src: str | Path) -> None:
+    """config.json, tokenizer and card."""
+    text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
+    (folder / "config.json").write_text(text, encoding="utf-8")
+    for file in _tokenizer_files(source.folder):
+        target = folder / file.relative_to(source.folder)
+        target.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, target)
+    if not has_tokenizer(folder):
+        logger.warning("%s has no tokenizer: the converted model takes token ids only", src)
+    write_card(folder, src, source.folder / "README.md", plan.rope)
 
 
 def _versions() -> dict[str, str]:
     return {"mlx_resonance": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
-
-
-def _check_not_quantized(folder: Path, quantize: bool) -> None:
-    config = read_config(folder)
-    foreign, own = config.get("quantization_config"), config.get("quantization")
-    if foreign and foreign != own:
-        method = foreign.get("quant_method") if isinstance(foreign, dict) else foreign
-        raise ValueError(f"[convert] {folder} is quantized with {method}: convert the original checkpoint")
-    if quantize and own:
-        raise ValueError(f"[convert] {folder} is quantized already: convert the original checkpoint")
-
-
-def _check_quantization(
-    quantize: bool, bits: int | None, group_size: int | None, mode: str, predicate: str | None
-) -> None:
-    if not quantize:
-        if bits is not None or group_size is not None or predicate is not None or mode != "affine":
-            raise ValueError("[convert] quantization settings need --quantize (-q)")
-        return
-    if mode not in Q_MODES:
-        raise ValueError(f"[convert] q_mode must be one of {', '.join(Q_MODES)}, got {mode!r}")
-    if mode != "affine":
-        if bits or group_size or predicate:
-            raise ValueError(f"[convert] q_mode {mode} has its own bits and group size: leave the others out")
-        return
-    for name, value, allowed in (("q_bits", bits, AFFINE_BITS), ("q_group_size", group_size, AFFINE_GROUPS)):
-        if value is not None and value not in allowed:
-            raise ValueError(f"[convert] {name} must be one of {', '.join(map(str, allowed))}, got {value}")
-    if predicate is not None and predicate not in QUANT_RECIPES:
-        recipes = ", ".join(QUANT_RECIPES)
-        raise ValueError(f"[convert] quant_predicate must be one of {recipes}, got {predicate!r}")
 
 
 def _parse_size(text: str) -> int:
@@ -220,42 +250,8 @@ def _parse_size(text: str) -> int:
     return int(float(found[1]) * units[found[2]])
 
 
-def _cast(model: nn.Module, dtype: mx.Dtype) -> None:
-    def cast(value: mx.array) -> mx.array:
-        return value.astype(dtype) if mx.issubdtype(value.dtype, mx.floating) else value
-
-    model.update(tree_map(cast, model.parameters()))
-
-
-def _quantize(
-    model: nn.Module, config: dict[str, Any], bits: int | None, group_size: int | None, mode: str, recipe: str | None
-) -> tuple[nn.Module, dict[str, Any]]:
-    predicate: Callable[..., Any] | None = None
-    if recipe is not None:
-        predicate = mixed_quant_predicate_builder(recipe, model, group_size or 64)
-    with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
-        quantized: tuple[nn.Module, dict[str, Any]] = mlx_lm.utils.quantize_model(
-            model, config, group_size, bits, mode=mode, quant_predicate=predicate
-        )
-    if not any(name.endswith(".scales") for name in dict(tree_flatten(quantized[0].parameters()))):
-        raise ValueError(
-            f"[convert] no layer is as wide as a multiple of q_group_size {group_size}: nothing to quantize"
-        )
-    return quantized
-
-
 def _tokenizer_files(folder: Path) -> list[Path]:
-    """Tokenizer, chat template and generation defaults."""
-    files = {file for pattern in TOKENIZER_PATTERNS for file in folder.glob(pattern)}
-    return sorted(file for file in files if file.is_file() and file.name not in NOT_COPIED)
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """Copy them as they are."""
-    for file in _tokenizer_files(source):
-        shutil.copyfile(file, target / file.name)
-    templates = source / "additional_chat_templates"
-    if templates.is_dir():
-        shutil.copytree(templates, target / templates.name)
-    if not has_tokenizer(target):
-        logger.warning("%s has no tokenizer: the converted model takes token ids only", source)
+    """Tokenizer, chat templates and generation defaults. Raises ValueError for a link out of the folder."""
+    patterns = [*TOKENIZER_PATTERNS, "additional_chat_templates/*"]
+    names = sorted({path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)})
+    return [file_of(folder, name) for name in names if name not in NOT_COPIED and (folder / name).is_file()]

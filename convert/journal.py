@@ -58,7 +58,11 @@ class Journal:
 
 @contextlib.contextmanager
 def workspace(
-    target: Path, source: Mapping[str, Any], settings: Mapping[str, Any], restart: bool = False
+    target: Path,
+    source: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    restart: bool = False,
+    keep: str | None = None,
 ) -> Iterator[Journal]:
     """A folder beside the target that becomes the target at the end, by one rename. An error leaves what is done.
 
@@ -67,6 +71,7 @@ def workspace(
         source: what the weights come from, as `fingerprint` has it.
         settings: what decides every byte of the result.
         restart: drop what an earlier run has left.
+        keep: name of a folder in OUT.partial that an earlier run may have left and this one goes on with.
 
     Yields:
         The journal: new, or that of the earlier run with the same source and settings.
@@ -88,7 +93,7 @@ def workspace(
             raise FileExistsError(f"[convert] another run is writing {partial}: wait for it to end") from None
         if os.path.lexists(target):  # made by the run that has just ended
             raise FileExistsError(f"[convert] {target} exists: choose another --mlx-path, or delete it")
-        yield _open(partial, {"source": dict(source), "settings": dict(settings), "weights": {}}, restart)
+        yield _open(partial, {"source": dict(source), "settings": dict(settings), "weights": {}}, restart, keep)
         partial.rename(target)
         _sync(target.parent)
     finally:
@@ -107,7 +112,7 @@ def fingerprint(files: list[Path]) -> dict[str, str]:
     return result
 
 
-def _open(partial: Path, wanted: dict[str, Any], restart: bool) -> Journal:
+def _open(partial: Path, wanted: dict[str, Any], restart: bool, keep: str | None) -> Journal:
     names = {path.name for path in partial.iterdir()}
     journal = Journal(partial, wanted)
     # Killed before its journal was there, a run leaves an empty folder, or the journal's temporary file.
@@ -123,7 +128,7 @@ def _open(partial: Path, wanted: dict[str, Any], restart: bool) -> Journal:
                 if path.is_file() and path.stat().st_size == entry["bytes"]:
                     journal.finished[name] = entry
     for path in partial.iterdir():  # what a killed run had not finished
-        if path.name not in journal.finished and path.name != NAME:
+        if path.name not in journal.finished and path.name != NAME and (restart or path.name != keep):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     journal.write()
     return journal

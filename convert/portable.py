@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection
 
 from mlx_resonance.config import RopeConfig
 from mlx_resonance.frequencies import default_frequencies
-
-import mlx.core as mx
 
 # What follows the rotation last: the projections, or the norms after them (Qwen 3).
 PROJECTIONS = re.compile(r"\.self_attn\.[qk]_proj\.(weight|bias)$")
@@ -54,15 +52,7 @@ def portable_rope(rope: RopeConfig) -> tuple[RopeConfig, float]:
     return portable, frequencies.attention_scale / portable.frequencies().attention_scale
 
 
-def scale_queries_and_keys(weights: Mapping[str, mx.array], scale: float) -> dict[str, mx.array]:
-    """Multiply what makes queries and keys by `scale`, in float32, each kept in its type; the rest as it is.
-
-    Args:
-        weights: of a model, under their Hugging Face names.
-        scale: from `portable_rope`.
-    """
-    last = NORMS if any(NORMS.search(name) for name in weights) else PROJECTIONS
-    return {
-        name: (value.astype(mx.float32) * scale).astype(value.dtype) if last.search(name) else value
-        for name, value in weights.items()
-    }
+def scaled_by(names: Collection[str]) -> set[str]:
+    """Which tensors of a model decide the size of queries and keys: multiplying these is multiplying those."""
+    last = NORMS if any(NORMS.search(name) for name in names) else PROJECTIONS
+    return {name for name in names if last.search(name)}

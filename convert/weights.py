@@ -11,81 +11,85 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.loading import INDEX
+from mlx_resonance.files import INDEX
 
 import mlx.core as mx
 
 from .journal import TEMPORARY, Journal
+from .plan import Plan, Recipe
+from .quantization import quantize
+from .source import Source
 
 Progress = Callable[[int, int], None]
 
 
-def plan_shards(weights: dict[str, mx.array], shard_bytes: int) -> dict[str, list[str]]:
-    """Which tensors go into which file: in their order, no file of more than `shard_bytes` unless one tensor is.
-
-    Args:
-        weights: under their names; shapes and types are enough, they need not be computed.
-        shard_bytes: the most tensor data of a file.
-    """
-    shards: list[list[str]] = []
-    room = 0
-    for name, value in weights.items():
-        if not shards or value.nbytes > room:
-            shards.append([])
-            room = shard_bytes
-        shards[-1].append(name)
-        room -= value.nbytes
-    names = ["model.safetensors"]
-    if len(shards) > 1:
-        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
-    return dict(zip(names, shards, strict=True))
-
-
 def write_weights(
-    weights: dict[str, mx.array], journal: Journal, shard_bytes: int, progress: Progress | None = None
+    source: Source, plan: Plan, journal: Journal, allow_nan: bool = False, progress: Progress | None = None
 ) -> None:
     """Write the files that the journal does not have yet, and the index.
 
     Args:
-        weights: lazy arrays; every one is taken out of the dictionary when it is computed, and freed with its file.
-        journal: of the folder to write to.
-        shard_bytes: the most tensor data of a file.
+        source: where the tensors are read. A file of it is released once what was made of it is on the disk.
+        plan: what becomes of them.
+        journal: of the folder to write to. Each file's entry has its bytes, SHA-256 and, by the name of each quantized
+            tensor, the root mean square of its error over that of its values.
+        allow_nan: write a tensor of nothing but NaN.
         progress: called with the bytes of tensors done and in all.
 
     Raises:
-        OSError: a file cannot be written; those that are whole stay.
+        OSError: a file cannot be written or downloaded; those that are whole stay.
+        ValueError: a tensor is all NaN.
     """
-    shards = plan_shards(weights, shard_bytes)
-    total = sum(value.nbytes for value in weights.values())
-    weight_map = {key: name for name, keys in shards.items() for key in keys}
-    done = 0
-    pending: dict[str, Future[dict[str, Any]]] = {}
+    total, done = sum(plan.sizes.values()), 0
+    source.release(plan.unused)
     with ThreadPoolExecutor(1) as pool:
+        settling: list[tuple[str, Future[dict[str, Any]]]] = []
         try:
-            for name, keys in shards.items():
-                shard = {key: weights.pop(key) for key in keys}
-                if name not in journal.finished:
-                    for value in shard.values():
-                        mx.eval(value)  # one at a time: its source is freed before the next is read
-                        mx.clear_cache()
+            for name, recipes in plan.files.items():
+                if name in journal.finished:
+                    source.release(recipe.name for recipe in recipes)
+                else:
+                    shard: dict[str, mx.array] = {}
+                    errors: dict[str, float | None] = {}
+                    for recipe in recipes:
+                        shard |= _make(source, recipe, errors, allow_nan)
+                        if progress is not None:
+                            progress(done + sum(value.nbytes for value in shard.values()), total)
                     _save(journal.folder / name, shard)
-                    _note(journal, pending)
+                    _note(journal, settling, source, plan)
                     # A file is synced to the disk and hashed while the next one is computed.
-                    pending[name] = pool.submit(_settle, journal.folder / name)
-                done += sum(value.nbytes for value in shard.values())
+                    settling.append((name, pool.submit(_settle, journal.folder / name, errors)))
+                done += plan.sizes[name]
                 if progress is not None:
                     progress(done, total)
         finally:
-            _note(journal, pending)
+            _note(journal, settling, source, plan)
+    weight_map = {part: name for name, recipes in plan.files.items() for recipe in recipes for part in recipe.names}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (journal.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _note(journal: Journal, pending: dict[str, Future[dict[str, Any]]]) -> None:
-    """Wait for the files that are being settled, and note them."""
-    while pending:
-        name, settled = pending.popitem()
+def _make(source: Source, recipe: Recipe, errors: dict[str, float | None], allow_nan: bool) -> dict[str, mx.array]:
+    """What is written for a tensor, computed. Nothing else refers to its source: it is freed."""
+    value = source.read(recipe.name)
+    mx.eval(value)
+    if not allow_nan and value.size and mx.isnan(value.reshape(-1)[0]).item() and mx.all(mx.isnan(value)).item():
+        raise ValueError(f"[convert] {recipe.name} is all NaN: the checkpoint is damaged (--allow-nan converts it)")
+    value = recipe.cast(value)
+    mx.eval(value)
+    parts = [value]
+    if recipe.quantization is not None:
+        parts, errors[recipe.name] = quantize(value, recipe.quantization)
+    mx.clear_cache()
+    return dict(zip(recipe.names, parts, strict=True))
+
+
+def _note(journal: Journal, settling: list[tuple[str, Future[dict[str, Any]]]], source: Source, plan: Plan) -> None:
+    """Wait for the files that are being settled, note them, and let go of their sources."""
+    while settling:
+        name, settled = settling.pop()
         journal.finish(name, settled.result())
+        source.release(recipe.name for recipe in plan.files[name])
 
 
 def _save(path: Path, shard: dict[str, mx.array]) -> None:
@@ -101,11 +105,18 @@ def _save(path: Path, shard: dict[str, mx.array]) -> None:
     temporary.replace(path)
 
 
-def _settle(path: Path) -> dict[str, Any]:
-    """Have a file on the disk. Returns its bytes and SHA-256."""
-    digest = hashlib.sha256()
+def _settle(path: Path, errors: dict[str, float | None]) -> dict[str, Any]:
+    """Have a file on the disk. Returns its entry of the journal."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
+    entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    return entry | ({"quantization_error": errors} if errors else {})
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
         while block := file.read(2**22):
             digest.update(block)
-        return {"bytes": file.tell(), "sha256": digest.hexdigest()}
+    return digest.hexdigest()

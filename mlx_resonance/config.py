@@ -36,6 +36,7 @@ MAKERS: Mapping[str, Callable[..., RotaryFrequencies]] = MappingProxyType(
 )
 NOT_IN_ROPE_DICT = {"dims", "base", "seq_len", "max_position_embeddings"}  # these stand elsewhere in config.json
 LONGEST = 2**31  # tokens
+WIDEST = 2**16  # features of a head
 LARGEST = 1e15  # of any number in config.json; JSON has NaN, infinities and 10**400
 NO_EFFECT = {"finetuned"}  # written by the YaRN authors' code; changes no angle
 LISTS, INTEGERS, BOOLEANS = (
@@ -73,6 +74,8 @@ class RopeConfig:
         if not isinstance(self.rope_type, str) or self.base_type not in MAKERS:
             known = ", ".join(MAKERS)
             raise ValueError(f"[RopeConfig] unknown rope_type {self.rope_type!r}; known: {known}, each also {PREFIX}…")
+        if self.dims > WIDEST:
+            raise ValueError(f"[RopeConfig] dims (head_dim) must be at most {WIDEST}, got {self.dims}")
         arguments = inspect.signature(self._maker).parameters
         keys = [key for key in arguments if key not in NOT_IN_ROPE_DICT]
         for key in keys:

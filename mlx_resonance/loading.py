@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import importlib
-import json
 import logging
-import math
-import struct
+import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import Any
@@ -20,22 +18,26 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from . import llama
 from .config import PREFIX, RopeConfig
+from .files import (
+    TOKENIZER_PATTERNS,
+    TOKENIZERS,
+    WEIGHTS,
+    TensorInfo,
+    has_tokenizer,
+    read_config,
+    read_header,
+    read_json,
+    resolve,
+    weight_files,
+)
 from .rope import ResonanceRoPE
 
-INDEX = "model.safetensors.index.json"
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
 COUNTS = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
     "head_dim",
 }  # fmt: skip
-TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
-TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
-BYTES = {
-    "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "BOOL": 1,
-    "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
-}  # fmt: skip
-MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
 
 
 def load(
@@ -57,7 +59,7 @@ def load(
         FileNotFoundError: no such folder, or no weights in it.
         ValueError: a config.json or a weight file that cannot be right.
     """
-    folder = resolve(path_or_hf_repo, revision, [*TOKENIZER_PATTERNS, "model*.safetensors"])
+    folder = resolve(path_or_hf_repo, revision, [*TOKENIZER_PATTERNS, WEIGHTS])
     model, config = load_model(folder, lazy=lazy)
     if adapter_path is not None:
         model = mlx_lm.utils.load_adapters(model, adapter_path)
@@ -80,9 +82,7 @@ def load_model(folder: Path, *, lazy: bool = False, rope: RopeConfig | None = No
     """
     config = check_checkpoint(folder)
     rope = rope or RopeConfig.from_hf(config)
-    config = {key: value for key, value in config.items() if key not in ROPE_KEYS} | rope.to_hf("4")
-    # mlx-lm's own classes get no scaling to interpret: the module they make is replaced below.
-    for_mlx_lm = config if is_ours(config) else config | {"rope_scaling": None}
+    config, for_mlx_lm = for_models(config, rope)
     cleared = dict.fromkeys(ROPE_KEYS)  # mlx-lm reads the file again: these must not come back
     try:
         model, _ = mlx_lm.utils.load_model(
@@ -99,6 +99,13 @@ def load_model(folder: Path, *, lazy: bool = False, rope: RopeConfig | None = No
     return model, config
 
 
+def for_models(config: Mapping[str, Any], rope: RopeConfig) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.json with rope settings in the keys of transformers 4, and what a model's arguments are made from."""
+    plain = {key: value for key, value in config.items() if key not in ROPE_KEYS} | rope.to_hf("4")
+    # mlx-lm's own classes get no scaling to interpret: `load_model` replaces the module that they make.
+    return plain, plain if is_ours(config) else plain | {"rope_scaling": None}
+
+
 def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerWrapper:
     """The tokenizer of a folder, in mlx-lm's wrapper. Raises FileNotFoundError where there is none."""
     if not has_tokenizer(folder):
@@ -113,65 +120,73 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerWrapper:
         raise ValueError(f"[load] the tokenizer of {folder} cannot be loaded: {error}") from None
 
 
-def has_tokenizer(folder: Path) -> bool:
-    """Whether a folder holds a tokenizer."""
-    return any((folder / name).is_file() for name in TOKENIZERS)
-
-
-def resolve(path_or_hf_repo: str | Path, revision: str | None, patterns: list[str]) -> Path:
-    """A local folder as it is; a hub id downloaded, only the files that match.
-
-    Raises:
-        FileNotFoundError: neither a folder nor a model that can be downloaded.
-    """
-    folder = Path(path_or_hf_repo).expanduser()
-    if folder.is_dir():
-        return folder
-    name = str(path_or_hf_repo)
-    if folder.exists():
-        raise FileNotFoundError(f"[load] {name} is a file: expected a folder with config.json")
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise FileNotFoundError(f"[load] {name}: no such folder, and not a hub id (owner/name)")
-
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise FileNotFoundError(f"[load] {name}: no such folder, and not a hub id: {_first_line(error)}") from None
-    except LocalEntryNotFoundError:
-        raise FileNotFoundError(f"[load] {name}: no such folder, and the hub cannot be reached") from None
-    except HfHubHTTPError as error:
-        raise FileNotFoundError(f"[load] {name}: no such folder, and the hub says: {_first_line(error)}") from None
-
-
 def check_checkpoint(folder: Path) -> dict[str, Any]:
     """Everything about a checkpoint that can be checked without reading its weights.
 
     Returns:
-        config.json, with `tie_word_embeddings` as the weights have it where the file does not say.
+        config.json, as `check_config` gives it.
 
     Raises:
         FileNotFoundError: config.json or a weight file is missing.
         ValueError: one of them cannot be right.
     """
     config = read_config(folder)
-    if config["model_type"] not in SUPPORTED:
-        raise ValueError(f"[load] model_type {config['model_type']!r}: supported are {', '.join(SUPPORTED)}")
+    return check_config(config, unite({file.name: read_header(file) for file in weight_files(folder)}))
+
+
+def unite(files: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, str]:
+    """Which file holds a tensor. Raises ValueError where two do."""
+    place: dict[str, str] = {}
+    for file, tensors in files.items():
+        for name in tensors:
+            if name in place:
+                raise ValueError(f"[load] {name} is in {place[name]} and in {file}: it must be in one of them")
+            place[name] = file
+    return place
+
+
+def check_config(config: dict[str, Any], tensors: Collection[str]) -> dict[str, Any]:
+    """Compare config.json with what a model needs, and with the names of the tensors.
+
+    Returns:
+        config, with `tie_word_embeddings` as the weights have it where it does not say.
+
+    Raises:
+        ValueError: it cannot be right.
+    """
+    kind = config["model_type"]
+    if kind not in SUPPORTED:
+        raise ValueError(f"[load] model_type {kind!r}: supported are {', '.join(SUPPORTED)}")
     _, args_class = model_classes(config)
     for entry in fields(args_class):
         required = entry.default is MISSING and entry.default_factory is MISSING
         if required and entry.name not in ("rope", "rope_theta") and config.get(entry.name) is None:
-            raise ValueError(f"[load] config.json has no {entry.name}, which a {config['model_type']} model needs")
+            raise ValueError(f"[load] config.json has no {entry.name}, which a {kind} model needs")
+    _check_counts(config, tensors)
+    _check_window(config, RopeConfig.from_hf(config))
+    return {"tie_word_embeddings": "lm_head.weight" not in tensors} | config
+
+
+def _check_counts(config: Mapping[str, Any], tensors: Collection[str]) -> None:
+    """Refuse numbers of heads and layers that no model has, before one is built."""
     for key in COUNTS & set(config):
         value = config[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
             raise ValueError(f"[load] {key} must be a positive integer, got {value!r}")
-    rope = RopeConfig.from_hf(config)
-    _check_window(config, rope)
-    names = {name for file in weight_files(folder) for name in check_safetensors(file)}
-    return {"tie_word_embeddings": "lm_head.weight" not in names} | config
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise ValueError(f"[load] num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}")
+    if config.get("head_dim") is None and width % heads:
+        raise ValueError(f"[load] hidden_size = {width} is no multiple of num_attention_heads = {heads}")
+    layers = {int(found[1]) for name in tensors if (found := re.match(r"model\.layers\.([0-9]{1,9})\.", name))}
+    kinds = config.get("layer_types")
+    if kinds is not None and not isinstance(kinds, list):
+        raise ValueError(f"[load] layer_types must be a list, got {kinds!r}")
+    counts = {"num_hidden_layers": config["num_hidden_layers"]} | ({} if kinds is None else {"layer_types": len(kinds)})
+    for key, count in counts.items():
+        if count != len(layers) or layers != set(range(len(layers))):
+            raise ValueError(f"[load] config.json says {key} of {count} layers, the weights have {len(layers)}")
 
 
 def _check_window(config: Mapping[str, Any], rope: RopeConfig) -> None:
@@ -189,28 +204,6 @@ def _check_window(config: Mapping[str, Any], rope: RopeConfig) -> None:
         )
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """config.json. Raises FileNotFoundError where it is missing, ValueError where it has no `model_type`."""
-    path = folder / "config.json"
-    if not path.is_file():
-        raise FileNotFoundError(f"[load] {folder} has no config.json")
-    config = read_json(path)
-    if not isinstance(config.get("model_type"), str):
-        raise ValueError(f"[load] {path} has no model_type")
-    return config
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where the file holds something else."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"[load] {path} is not JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"[load] {path} is not a JSON object")
-    return value
-
-
 def is_ours(config: Mapping[str, Any]) -> bool:
     """Whether the architecture is that of `mlx_resonance.llama`."""
     return config["model_type"] in ("llama", "mistral")
@@ -222,66 +215,6 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], type]:
         return llama.Model, llama.ModelArgs
     module = importlib.import_module(f"mlx_lm.models.{config['model_type']}")
     return module.Model, module.ModelArgs
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a folder, as its index names them.
-
-    Raises:
-        FileNotFoundError: there is none, or one that the index names is missing.
-        ValueError: the index is damaged.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        files = sorted(folder.glob("model*.safetensors"))
-        if not files:
-            raise FileNotFoundError(f"[load] {folder} has no model*.safetensors")
-        return files
-    try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"[load] {index} has no weight_map of tensor and file names: {error}") from None
-    for name in names:
-        if Path(name).name != name:
-            raise ValueError(f"[load] {index} names {name!r}: expected a file of the same folder")
-        if not (folder / name).is_file():
-            raise FileNotFoundError(f"[load] {folder / name} is missing: {INDEX} names it")
-    files = [folder / name for name in names]
-    for stray in sorted(set(folder.glob("model*.safetensors")) - set(files)):  # mlx-lm would load it too
-        raise ValueError(f"[load] {stray} is not named by {INDEX}: remove one of the two")
-    return files
-
-
-def check_safetensors(path: Path) -> list[str]:
-    """Compare a safetensors file's header with its size, so that a truncated download is found before it is used.
-
-    Returns:
-        The names of its tensors.
-
-    Raises:
-        ValueError: the header is damaged, or the tensors do not fill the file from end to end.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else -1
-        if not 2 <= length <= min(MAX_HEADER, size - 8):
-            raise ValueError(f"[load] {path} is not a whole safetensors file: {size} bytes, header of {length}")
-        raw = file.read(length)
-    try:
-        entries = {name: entry for name, entry in json.loads(raw).items() if name != "__metadata__"}
-        spans = sorted(
-            (*entry["data_offsets"], BYTES[entry["dtype"]] * math.prod(entry["shape"])) for entry in entries.values()
-        )
-        whole = all(end - start == nbytes for start, end, nbytes in spans)
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ValueError(f"[load] {path} has a damaged header: {error!r}") from None
-    ends = [0, *(end for _, end, _ in spans)]
-    if not whole or any(start != end for (start, _, _), end in zip(spans, ends, strict=False)):
-        raise ValueError(f"[load] {path} has a damaged header: its tensors do not follow each other")
-    if 8 + length + ends[-1] != size:
-        raise ValueError(f"[load] {path} is truncated: {size} bytes where its header says {8 + length + ends[-1]}")
-    return list(entries)
 
 
 def install() -> None:
@@ -320,7 +253,3 @@ def install() -> None:
     for name, module in list(sys.modules.items()):  # model files that imported the name before
         if name.startswith("mlx_lm.models.") and getattr(module, "initialize_rope", None) is original:
             module.initialize_rope = initialize_rope  # type: ignore[attr-defined]
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

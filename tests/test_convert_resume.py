@@ -229,7 +229,7 @@ def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 def test_a_full_disk_is_one_line_and_what_is_done_stays(stdlib_llama: Path, tmp_path: Path) -> None:
     """A limit on the size of files stands in for the disk: the first weight file fits, a later one does not."""
-    options: dict[str, Any] = {"max_shard_size": "2MB"}
+    options: dict[str, Any] = {"max_shard_size": "1.8MB"}
     convert(stdlib_llama, tmp_path / "whole" / "out", **options)
     sizes = [path.stat().st_size for path in sorted((tmp_path / "whole" / "out").glob("*.safetensors"))]
     assert sizes[0] < max(sizes)
@@ -238,7 +238,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_stays(stdlib_llama: Path, tmp_
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN); resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit));"
         "sys.argv[0] = 'mlx-resonance'; cli.main()"
     )
-    flags = ["--max-shard-size", "2MB"]
+    flags = ["--max-shard-size", "1.8MB"]
     done = run_code(code, max(sizes) - 1, "convert", stdlib_llama, "--mlx-path", tmp_path / "out", *flags)
     lines = [line for line in done.stderr.splitlines() if "OpenBLAS" not in line]
     assert done.returncode == 1 and done.stdout == ""

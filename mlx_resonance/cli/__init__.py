@@ -7,7 +7,8 @@ import sys
 import typer
 
 from .. import __version__
-from . import convert, demo, generate, inspect
+from . import convert, demo, generate, inspect, verify
+from .output import fail
 
 app = typer.Typer(
     name="mlx-resonance",
@@ -17,6 +18,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 app.command("convert")(convert.command)
+app.command("verify")(verify.command)
 app.command("inspect")(inspect.command)
 app.command("generate")(generate.command)
 app.command("demo")(demo.command)
@@ -46,18 +48,13 @@ def main() -> None:
         code = 130
     # NotImplementedError: mlx-lm cannot quantize the keys of layers with a sliding window.
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, NotImplementedError) as error:
-        _fail(error, 2)
+        fail(error, 2)
     except OSError as error:
-        _fail(error, 1)
+        fail(error, 1)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not a wrong command line but a fault of ours: show where
             raise
-        _fail(error.format_message(), 2)
+        fail(error.format_message(), 2)
     if code == 130:
-        _fail("interrupted", 130)
+        fail("interrupted", 130)
     sys.exit(code if isinstance(code, int) else 0)
-
-
-def _fail(error: object, code: int) -> None:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(code)

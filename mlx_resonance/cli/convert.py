@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
+import shutil
+import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Argument, Option
 
-from .output import bytes_bar, print_json, stderr
+from .output import bytes_bar, fail, print_json, stderr
 
 if TYPE_CHECKING:
     from ..convert import Conversion
@@ -32,50 +35,130 @@ def command(
     revision: Annotated[str | None, Option(help="Branch, tag or commit on the hub.")] = None,
     max_shard_size: Annotated[str, Option(help="Largest weight file.")] = "5GB",
     portable: Annotated[bool, Option("--portable", help="For stock transformers and mlx-lm: as longrope.")] = False,
+    verify: Annotated[bool, Option("--verify", help="Read all of it again and compare with the source.")] = False,
+    quant_report: Annotated[
+        Path | None, Option(metavar="TEXT", help="File to compare the quantized model with the source on.")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be written; write and load nothing.")] = False,
+    consume_source: Annotated[
+        bool, Option("--consume-source", help="Of a hub model, have one weight file here at a time.")
+    ] = False,
+    tokenizer: Annotated[bool, Option(help="Refuse a source that has no tokenizer.")] = True,
+    allow_nan: Annotated[bool, Option("--allow-nan", help="Convert tensors that are all NaN.")] = False,
     restart: Annotated[bool, Option("--restart", help="Drop what an unfinished run has left.")] = False,
     json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
     """Convert a checkpoint to MLX with Resonance RoPE."""
-    from ..convert import convert
+    from ..convert import VerificationError, convert
 
     if not src.strip() or not str(mlx_path).strip():
         raise typer.BadParameter("SRC and --mlx-path must not be empty")
-    with bytes_bar() as bar:
-        task = bar.add_task("converting", total=None)
-        done = convert(
-            src,
-            mlx_path,
-            progress=lambda part, total: bar.update(task, completed=part, total=total),
-            portable=portable,
-            restart=restart,
-            rope=rope,
-            factor=factor,
-            original_max_position_embeddings=original_max_position_embeddings,
-            resonance=resonance,
-            dtype=dtype,
-            quantize=quantize,
-            q_bits=q_bits,
-            q_group_size=q_group_size,
-            q_mode=q_mode,
-            quant_predicate=quant_predicate,
-            revision=revision,
-            max_shard_size=max_shard_size,
-        )
-    report(done)
+    try:
+        with bytes_bar() as bar:
+            task = bar.add_task("converting", total=None)
+            done = convert(
+                src,
+                mlx_path,
+                progress=lambda part, total: bar.update(task, completed=part, total=total),
+                rope=rope,
+                factor=factor,
+                original_max_position_embeddings=original_max_position_embeddings,
+                resonance=resonance,
+                dtype=dtype,
+                quantize=quantize,
+                q_bits=q_bits,
+                q_group_size=q_group_size,
+                q_mode=q_mode,
+                quant_predicate=quant_predicate,
+                revision=revision,
+                max_shard_size=max_shard_size,
+                portable=portable,
+                verify=verify,
+                quant_report=quant_report,
+                dry_run=dry_run,
+                consume_source=consume_source,
+                tokenizer=tokenizer,
+                allow_nan=allow_nan,
+                restart=restart,
+            )
+    except VerificationError as error:
+        fail(error, 1)
+    (report_plan if dry_run else report)(done)
     if json:
         settings = {"mlx_path": str(done.path), "rope": done.rope.to_hf("4"), "context": done.rope.context_length}
-        print_json(settings | {"largest_shift": done.largest_shift, "weights": done.weights, "files": done.files})
+        costs = {key: getattr(done, key) for key in ("weights", "files", "memory", "disk", "download")}
+        results = {key: getattr(done, key) for key in ("quantization_error", "quant_report", "checks")}
+        print_json(settings | {"largest_shift": done.largest_shift} | costs | results)
+
+
+def summary(done: Conversion) -> str:
+    """The result in a line."""
+    files = "1 file" if done.files == 1 else f"{done.files} files"
+    context = f"{done.rope.context_length} tokens of context" if done.rope.context_length else "context unknown"
+    return f"{done.path}: {done.rope.rope_type}, {context}, {done.weights / 1e6:.1f} MB in {files}"
+
+
+def report_plan(done: Conversion) -> None:
+    """The files that would be written, and what that takes."""
+    stderr.print("would write " + summary(done), soft_wrap=True)
+    for name, size in done.sizes.items():
+        stderr.print(f"  {name}  {size / 1e6:,.1f} MB")
+    free = shutil.disk_usage(next(parent for parent in done.path.absolute().parents if parent.exists())).free
+    needed = done.disk + done.download
+    download = f" ({done.download / 1e6:,.1f} MB for what is downloaded)" if done.download else ""
+    stderr.print(
+        f"takes about {done.memory / 1e6:,.0f} MB of memory and {needed / 1e6:,.1f} MB of disk{download}; "
+        f"{free / 1e6:,.0f} MB are free" + (": too little" if free < needed else ""),
+        soft_wrap=True,
+    )
 
 
 def report(done: Conversion) -> None:
-    """Say what was made, and what rounding does to a checkpoint that was trained without it."""
-    files = "1 file" if done.files == 1 else f"{done.files} files"
-    context = f"{done.rope.context_length} tokens of context" if done.rope.context_length else "context unknown"
-    size = f"{done.weights / 1e6:.1f} MB in {files}"
-    stderr.print(f"{done.path}: {done.rope.rope_type}, {context}, {size}", soft_wrap=True)
+    """Say what was made, and what rounding and quantization do to the checkpoint."""
+    lines = [summary(done)]
     if done.largest_shift > 0:
-        stderr.print(
+        lines.append(
             f"note: rounding moved the wavelengths by up to {100 * done.largest_shift:.1f} %; a checkpoint that was "
-            "trained without resonance loses a little until it is fine-tuned (--no-resonance keeps its angles)",
-            soft_wrap=True,
+            "trained without resonance loses a little until it is fine-tuned (--no-resonance keeps its angles)"
         )
+    errors = {name: math.inf if error is None else error for name, error in done.quantization_error.items()}
+    if errors:
+        worst = max(errors, key=errors.__getitem__)
+        lines.append(
+            f"quantization error, as a part of a tensor's values: median {statistics.median(errors.values()):.1%}, "
+            f"largest {errors[worst]:.1%} in {worst}; all are in conversion.json"
+        )
+    if done.quant_report is not None:
+        lines.append(describe_quant_report(done.quant_report))
+    if done.checks is not None:
+        lines.append(describe_checks(done.checks))
+    for line in lines:
+        stderr.print(line, soft_wrap=True)
+
+
+def describe_quant_report(found: dict[str, Any]) -> str:
+    """The perplexities and the divergence, in a line."""
+    perplexity, divergence = found["perplexity"], found["kl_divergence"]
+    return (
+        f"quantized: perplexity {perplexity['source']:.4g} -> {perplexity['quantized']:.4g} over {found['tokens']} "
+        f"tokens, KL divergence {divergence['mean']:.3g} nats (largest {divergence['largest']:.3g}), "
+        f"same likeliest token at {found['same_top_token']:.1%}"
+    )
+
+
+def describe_checks(found: dict[str, Any]) -> str:
+    """What a verification found that is well, in a line."""
+    parts = [f"{found['files']} files as recorded", f"{found['tensors']} tensors"]
+    if found["source"] is None:
+        parts.append("not compared with the source (--source)")
+    else:
+        errors = [math.inf if error is None else error for error in found["errors"].values()]
+        off = f", {len(errors)} within rounding (up to {max(errors):.2%})" if errors else ""
+        parts.append(f"{found['exact']} equal to the source{off}")
+    parts.append(f"{found['nan']} NaN, {found['inf']} infinite")
+    logits = found["logits"]
+    if isinstance(logits, str):
+        parts.append(f"logits not compared: {logits}")
+    else:
+        parts.append(f"logits of transformers within {logits['error']:.1e} ({logits['layers']} layers)")
+    return "verified: " + "; ".join(parts)

@@ -27,9 +27,10 @@ def command(
 
     from ..config import RopeConfig
     from ..convert import convert
+    from ..files import read_config
     from ..generation import prompt_tokens
     from ..inspection import inspect_rope
-    from ..loading import load, read_config
+    from ..loading import load
     from .convert import report
     from .generate import run
     from .inspect import print_schedule

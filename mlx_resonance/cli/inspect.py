@@ -24,8 +24,9 @@ def command(
 ) -> None:
     """Show a checkpoint's wavelengths and feature gap."""
     from ..config import RopeConfig
+    from ..files import read_config, resolve
     from ..inspection import inspect_rope
-    from ..loading import check_checkpoint, read_config, resolve
+    from ..loading import check_checkpoint
 
     folder = resolve(model, None, ["config.json"])
     # Of a model on the hub, config.json is all that is fetched.

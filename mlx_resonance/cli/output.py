@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+import sys
+from typing import Any, NoReturn
 
 from rich.console import Console
 from rich.progress import (
@@ -26,6 +27,12 @@ stderr = Console(stderr=True, highlight=False)
 def print_json(value: dict[str, Any]) -> None:
     """One line, one object."""
     print(json.dumps(value), flush=True)
+
+
+def fail(error: object, code: int) -> NoReturn:
+    """One line on stderr, and the exit code: 1 the work failed, 2 the request was wrong, 130 interrupted."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
 
 
 class TokensPerSecond(ProgressColumn):

@@ -60,8 +60,8 @@ def test_stock_runtimes_agree(tmp_path: Path, kind: str, rope: str) -> None:
     tokens = TOKENS if kind == "Llama" else TOKENS[:2000]  # the angles are the same for all: once is enough, far out
     prompt = tokens[:1500]
     source(kind, tmp_path / "source", context=1024 if ROPES[rope] else 8192)
-    convert(tmp_path / "source", tmp_path / "ours", **ROPES[rope])
-    convert(tmp_path / "source", tmp_path / "portable", portable=True, **ROPES[rope])
+    convert(tmp_path / "source", tmp_path / "ours", tokenizer=False, **ROPES[rope])
+    convert(tmp_path / "source", tmp_path / "portable", portable=True, tokenizer=False, **ROPES[rope])
     assert "refuses this checkpoint" not in (tmp_path / "portable" / "README.md").read_text()
     ours, _ = load_model(tmp_path / "ours")
     expected = np.array(ours(mx.array(tokens)[None])[0])
@@ -89,8 +89,8 @@ def test_the_same_file_without_the_scale_is_another_model(tmp_path: Path) -> Non
     source("Llama", tmp_path / "source", context=1024)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(checkpoint, "scale_queries_and_keys", lambda weights, scale: weights)
-        convert(tmp_path / "source", tmp_path / "portable", portable=True, rope="yarn", factor=32)
-    convert(tmp_path / "source", tmp_path / "ours", rope="yarn", factor=32)
+        convert(tmp_path / "source", tmp_path / "portable", portable=True, tokenizer=False, rope="yarn", factor=32)
+    convert(tmp_path / "source", tmp_path / "ours", tokenizer=False, rope="yarn", factor=32)
     tokens = mx.array(TOKENS[:500])[None]
     expected = np.array(load_model(tmp_path / "ours")[0](tokens))
     error = np.abs(np.array(load_model(tmp_path / "portable")[0](tokens)) - expected).max() / np.abs(expected).max()

@@ -1,0 +1,201 @@
+"""What a conversion will write: what becomes of each tensor of the source, and which file it goes into."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from mlx_resonance.config import RopeConfig
+from mlx_resonance.files import TensorInfo
+from mlx_resonance.loading import check_config, for_models, model_classes
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from . import quantization
+from .portable import portable_rope, scaled_by
+from .source import Source
+
+TYPES = {
+    "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8,
+}  # fmt: skip
+PROCESS = 300_000_000  # bytes of Python, MLX and the libraries, without any tensor
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What becomes of one tensor of the source.
+
+    Args:
+        name: of the tensor.
+        dtype: what it is cast to, if it is of floating point; None keeps its own.
+        factor: what it is multiplied by before, in float32.
+        quantization: arguments of mx.quantize; None for no quantization.
+    """
+
+    name: str
+    dtype: mx.Dtype | None = None
+    factor: float = 1.0
+    quantization: quantization.Settings | None = None
+
+    def cast(self, value: mx.array) -> mx.array:
+        """The tensor as it is written, or quantized; lazy."""
+        floating = mx.issubdtype(value.dtype, mx.floating)
+        dtype = self.dtype if floating and self.dtype is not None else value.dtype
+        return (value.astype(mx.float32) * self.factor if self.factor != 1 else value).astype(dtype)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the tensors that are written."""
+        layer = self.name.removesuffix("weight")
+        if self.quantization is None:
+            return [self.name]
+        parts = quantization.PARTS if self.quantization["mode"] == "affine" else quantization.PARTS[:2]
+        return [layer + part for part in parts]
+
+    def nbytes(self, info: TensorInfo) -> int:
+        """How many bytes are written for a tensor of this type and shape."""
+        value = self.cast(mx.zeros(info.shape, TYPES[info.dtype]))  # lazy: never made
+        parts = [value] if self.quantization is None else mx.quantize(value, **self.quantization)
+        return sum(part.nbytes for part in parts)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A conversion before it is done.
+
+    Args:
+        config: config.json of the result.
+        rope: the rope settings in it.
+        factor: what queries and keys are multiplied by, for a portable checkpoint.
+        files: the recipes of each weight file, in order.
+        sizes: bytes of tensors in each of them.
+        memory: bytes of memory that the conversion needs, about.
+        unused: tensors of the source that no model has.
+    """
+
+    config: dict[str, Any]
+    rope: RopeConfig
+    factor: float
+    files: dict[str, list[Recipe]]
+    sizes: dict[str, int]
+    memory: int
+    unused: list[str]
+
+
+def make_plan(
+    source: Source,
+    rope: RopeConfig,
+    *,
+    portable: bool,
+    dtype: str | None,
+    quantize: tuple[int | None, int | None, str, str | None] | None,
+    shard_bytes: int,
+) -> Plan:
+    """Decide everything about a conversion that can be decided without reading a weight.
+
+    Args:
+        source: where from.
+        rope: the settings to rotate by.
+        portable: write them as `longrope`.
+        dtype: of what is not quantized; None keeps each tensor's own.
+        quantize: bits, group size, mode and recipe of mlx-lm; None for no quantization.
+        shard_bytes: no file is larger unless one tensor is.
+
+    Raises:
+        ValueError: config.json and the weights do not fit together, or the settings do not fit them.
+    """
+    config, model, names = check_tensors(source, rope)
+    if dtype is not None:
+        config |= {"dtype": dtype, "torch_dtype": dtype}
+    settings: dict[str, quantization.Settings] = {}
+    if quantize is not None:
+        if config.get("quantization"):
+            raise ValueError(f"[convert] {source.name} is quantized already: convert the original checkpoint")
+        settings, config = quantization.decide(model, config, *quantize)
+    written, factor, scaled = rope, 1.0, set[str]()
+    if portable:
+        if config.get("rope_traditional"):
+            raise ValueError("[convert] --portable: mlx-lm's longrope does not read rope_traditional")
+        written, factor = portable_rope(rope)
+        config |= written.to_hf("4")
+        scaled = scaled_by(names)
+    target = None if dtype is None else getattr(mx, dtype)
+    recipes = [Recipe(name, target, factor if name in scaled else 1.0, settings.get(name)) for name in names]
+    sizes = {recipe.name: recipe.nbytes(source.tensors[recipe.name]) for recipe in recipes}
+    files = plan_files(recipes, sizes, shard_bytes)
+    totals = {name: sum(sizes[recipe.name] for recipe in file) for name, file in files.items()}
+    largest = max(info.end - info.start for name, info in source.tensors.items() if name in sizes)
+    memory = PROCESS + max(totals.values()) + largest
+    return Plan(config, written, factor, files, totals, memory, sorted(set(source.tensors) - set(names)))
+
+
+def plan_files(recipes: list[Recipe], sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[Recipe]]:
+    """Which recipes go into which file: in their order, no file of more than `shard_bytes` unless one tensor is."""
+    shards: list[list[Recipe]] = []
+    room = 0
+    for recipe in recipes:
+        if not shards or sizes[recipe.name] > room:
+            shards.append([])
+            room = shard_bytes
+        shards[-1].append(recipe)
+        room -= sizes[recipe.name]
+    names = ["model.safetensors"]
+    if len(shards) > 1:
+        names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    return dict(zip(names, shards, strict=True))
+
+
+def model_tensors(source: Source) -> tuple[RopeConfig, list[str]]:
+    """A checkpoint's own rope settings, and which of its tensors its model has. Raises as `check_tensors`."""
+    rope = RopeConfig.from_hf(source.config)
+    return rope, check_tensors(source, rope)[2]
+
+
+def check_tensors(source: Source, rope: RopeConfig) -> tuple[dict[str, Any], nn.Module, list[str]]:
+    """Compare a checkpoint's config.json with the types and shapes of its tensors.
+
+    Returns:
+        config.json with these rope settings, its model without any weights, and which of the tensors the model has, in
+        the order of the files.
+
+    Raises:
+        ValueError: they do not fit together.
+    """
+    config, model_config = for_models(check_config(source.config, source.tensors), rope)
+    kind, tensors = config["model_type"], source.tensors
+    lazy = {name: mx.zeros(info.shape, TYPES[info.dtype]) for name, info in tensors.items()}
+    try:
+        model_class: Any  # nn.Module's own constructor takes nothing
+        args_class: Any
+        model_class, args_class = model_classes(config)
+        model = model_class(args_class.from_dict(model_config))
+        names = set(model.sanitize(lazy))
+        if own := config.get("quantization"):
+            settings = quantization.settings_of(list(names), own)
+            common = {key: own[key] for key in ("group_size", "bits")} | {"mode": own.get("mode", "affine")}
+            nn.quantize(model, **common, class_predicate=lambda path, _: settings.get(f"{path}.weight", False))
+    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
+        raise ValueError(f"[convert] no {kind} model is like this config.json: {error!r}") from None
+    wanted = dict(tree_flatten(model.parameters()))
+    for name in sorted(set(wanted) - names):
+        raise ValueError(f"[convert] {name} is missing, which the {kind} model of config.json has")
+    for name in sorted(names):
+        if name not in wanted:
+            raise ValueError(f"[convert] {name} is in the weights, but not in the {kind} model of config.json")
+        asked, found = wanted[name], tensors[name]
+        if asked.shape != found.shape:
+            raise ValueError(f"[convert] {name} has shape {found.shape}, config.json asks for {tuple(asked.shape)}")
+        if mx.issubdtype(asked.dtype, mx.floating) == found.dtype.startswith("U"):
+            raise ValueError(f"[convert] {name} is of type {found.dtype}, a {kind} model has {asked.dtype} there")
+    return config, model, [name for name in tensors if name in names]
+
+
+def disk_needed(plan: Plan, source: Source, consume: bool) -> tuple[int, int]:
+    """Bytes that the result takes, and bytes that must be downloaded to be on the disk at once."""
+    downloads = [file.download for file in source.files]
+    headers = 200 * sum(len(recipe.names) for file in plan.files.values() for recipe in file)
+    small = sum(path.stat().st_size for path in source.folder.iterdir() if path.is_file() and path.suffix == ".json")
+    return sum(plan.sizes.values()) + headers + small, max(downloads, default=0) if consume else sum(downloads)

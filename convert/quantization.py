@@ -1,0 +1,203 @@
+"""Quantization: what mlx-lm decides for each layer, done a few rows at a time, and how far it may be off."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import sys
+import threading
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx_lm.utils
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
+
+MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
+AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+AT_ONCE = 2**20  # elements; in a 4-bit float MLX on the CPU needs 70 bytes for each
+SAMPLE = 4  # of so many rows, one is dequantized for the error: all of them would take as long as quantizing
+PARTS = ("weight", "scales", "biases")
+# Half the distance of neighbours around 1, and what rounding the smallest numbers, or flushing them to 0, may cost.
+ROUNDOFF = {mx.float32: (2.0**-24, 2.0**-126), mx.float16: (2.0**-11, 2.0**-25), mx.bfloat16: (2.0**-8, 2.0**-126)}
+
+_thread = threading.local()
+
+Settings = dict[str, Any]  # group_size, bits, mode: the arguments of mx.quantize
+
+
+def check_arguments(quantize: bool, bits: int | None, group_size: int | None, mode: str, predicate: str | None) -> None:
+    """Raise ValueError where they contradict each other, or mlx-lm has no such value."""
+    if not quantize:
+        if bits is not None or group_size is not None or predicate is not None or mode != "affine":
+            raise ValueError("[convert] quantization settings need --quantize (-q)")
+        return
+    if mode not in MODES:
+        raise ValueError(f"[convert] q_mode must be one of {', '.join(MODES)}, got {mode!r}")
+    if mode != "affine":
+        if bits or group_size or predicate:
+            raise ValueError(f"[convert] q_mode {mode} has its own bits and group size: leave the others out")
+        return
+    for name, value, allowed in (("q_bits", bits, AFFINE_BITS), ("q_group_size", group_size, AFFINE_GROUPS)):
+        if value is not None and value not in allowed:
+            raise ValueError(f"[convert] {name} must be one of {', '.join(map(str, allowed))}, got {value}")
+    if predicate is not None and predicate not in QUANT_RECIPES:
+        recipes = ", ".join(QUANT_RECIPES)
+        raise ValueError(f"[convert] quant_predicate must be one of {recipes}, got {predicate!r}")
+
+
+def decide(
+    model: nn.Module, config: dict[str, Any], bits: int | None, group_size: int | None, mode: str, recipe: str | None
+) -> tuple[dict[str, Settings], dict[str, Any]]:
+    """Have mlx-lm decide which layers are quantized, and how.
+
+    Args:
+        model: without weights; it is changed.
+        config: its config.json.
+        bits, group_size, mode, recipe: mlx-lm's; None for its defaults.
+
+    Returns:
+        Settings by the name of the weight, and the config with the key `quantization`.
+
+    Raises:
+        ValueError: no layer can be quantized.
+    """
+    predicate: Callable[..., Any] | None = None
+    if recipe is not None:
+        predicate = mixed_quant_predicate_builder(recipe, model, group_size or 64)
+    with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
+        result: tuple[nn.Module, dict[str, Any]] = mlx_lm.utils.quantize_model(
+            model, config, group_size, bits, mode=mode, quant_predicate=predicate
+        )
+    names = list(dict(tree_flatten(result[0].parameters())))
+    settings = settings_of(names, result[1]["quantization"])
+    if not settings:
+        raise ValueError(
+            f"[convert] no layer is as wide as a multiple of q_group_size {group_size}: nothing to quantize"
+        )
+    return settings, result[1]
+
+
+def settings_of(names: list[str], quantization: dict[str, Any]) -> dict[str, Settings]:
+    """How each quantized weight of a model is quantized.
+
+    Args:
+        names: of its tensors.
+        quantization: of its config.json.
+    """
+    common = {key: quantization.get(key, "affine") for key in ("group_size", "bits", "mode")}
+    layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
+    return {f"{layer}.weight": common | _as_dict(quantization.get(layer)) for layer in layers}
+
+
+def group_parts(names: list[str], quantized: dict[str, Settings]) -> dict[str, list[str]]:
+    """The tensors that belong together: weight, scales and biases under the weight's name, any other by itself."""
+    groups = {name: [name] for name in names}
+    for name in quantized:
+        layer = name.removesuffix("weight")
+        groups[name] += [layer + part for part in PARTS[1:] if groups.pop(layer + part, None)]
+    return groups
+
+
+def _as_dict(value: Any) -> Settings:
+    return value if isinstance(value, dict) else {}
+
+
+def quantize(weight: mx.array, settings: Settings) -> tuple[list[mx.array], float | None]:
+    """mx.quantize, with little memory and on more than one core.
+
+    Args:
+        weight: (out, in).
+        settings: of the quantization.
+
+    Returns:
+        Weight, scales and, where the mode is affine, biases; and the root mean square of the error, over that of the
+        values, from a sample of the rows; None where one is not finite.
+    """
+    step = max(1, AT_ONCE // weight.shape[-1])
+    parts: list[list[mx.array]] = []
+    error = size = 0.0
+    streams = _streams()
+    for i in range(0, weight.shape[0], step * len(streams)):
+        differences, originals = [], []
+        for stream, start in zip(streams, range(i, weight.shape[0], step), strict=False):
+            with mx.stream(stream):
+                rows = weight[start : start + step]
+                parts.append(list(mx.quantize(rows, **settings)))
+                originals.append(rows[::SAMPLE].astype(mx.float32))
+                differences.append(dequantize([part[::SAMPLE] for part in parts[-1]], settings) - originals[-1])
+        sums = mx.stack([mx.sum(mx.square(array)) for array in (*differences, *originals)])
+        mx.eval(parts[-len(originals) :], sums)
+        squares = np.array(sums, np.float64)
+        error, size = error + float(squares[: len(originals)].sum()), size + float(squares[len(originals) :].sum())
+    joined = [mx.concatenate(list(part)) if len(part) > 1 else part[0] for part in zip(*parts, strict=True)]
+    mx.eval(joined)
+    return joined, relative(error, size)
+
+
+def _streams() -> list[mx.Stream]:
+    """MLX works through a stream on the CPU with one core: as many streams as cores. Each thread has its own."""
+    if mx.default_device() == mx.Device(mx.gpu):
+        return [mx.default_stream(mx.gpu)]
+    if not hasattr(_thread, "streams"):
+        _thread.streams = [mx.new_stream(mx.cpu) for _ in range(min(4, os.cpu_count() or 1))]
+    streams: list[mx.Stream] = _thread.streams
+    return streams
+
+
+def dequantize(parts: list[mx.array], settings: Settings) -> mx.array:
+    """The weight in float32. The scales are widened first: no rounding comes on top."""
+    weight, scales = parts[:2]
+    if settings["mode"] != "affine":
+        return mx.dequantize(weight, scales, **settings, dtype=mx.float32)
+    return mx.dequantize(weight, scales.astype(mx.float32), parts[2].astype(mx.float32), **settings)
+
+
+def relative(error: float, size: float) -> float | None:
+    """The root of a quotient of sums of squares, to four digits; None where it is no number."""
+    if error == 0:
+        return 0.0
+    ratio = math.sqrt(error / size) if size > 0 else math.inf
+    return float(f"{ratio:.4g}") if math.isfinite(ratio) else None
+
+
+def largest_error(value: mx.array, parts: list[mx.array], settings: Settings) -> mx.array:
+    """How far each element of a dequantized weight may be from what was quantized, if MLX did it right.
+
+    Args:
+        value: the dequantized weight, float32.
+        parts: what it was dequantized from.
+        settings: of the quantization.
+
+    Returns:
+        The bound, float32, of the shape of `value`.
+
+    Source: quantize() in MLX's backend/cpu/quantized.cpp, fp_quantize() in its ops.cpp.
+    """
+    scales, groups = parts[1], value.reshape(*parts[1].shape, -1)
+    magnitude = mx.abs(groups)
+    if settings["mode"] == "affine":
+        # Half a step inside; the scale is moved so that one end of the group is met, and the other end may lie a step
+        # beyond. Scale and bias were rounded after the weights were.
+        unit, smallest = ROUNDOFF[scales.dtype]
+        steps = 2 ** settings["bits"]
+        step, bias = mx.abs(scales.astype(mx.float32)), mx.abs(parts[2].astype(mx.float32))
+        bound = step * (1 + steps * unit) * (1 + 2 * unit) + bias * unit + (steps + 1) * smallest
+        return mx.broadcast_to(1.001 * bound[..., None], groups.shape).reshape(value.shape)
+    mantissa, smallest, top = {4: (1, 0.5, 6.0), 8: (3, 2.0**-9, 448.0)}[settings["bits"]]
+    # Half the distance to the next number of the format; powers of two as scales cut off up to a factor of 1.47 at the
+    # top (log2 is rounded in the type of the weights), E4M3 as scales a sixteenth, or half their smallest number.
+    if settings["mode"] == "nvfp4":
+        scale = mx.from_fp8(scales, mx.float32)
+        beyond = mx.where(scale >= 448, mx.inf, top * mx.maximum(scale / 15, 2.0**-10))  # 448 is the largest
+    else:
+        scale = mx.power(2.0, scales.astype(mx.float32) - 127)
+        beyond = 0.47 * top * scale
+    scale, beyond = scale[..., None], beyond[..., None]
+    bound = 1.02 * mx.maximum(magnitude * 2.0 ** -(mantissa + 1), scale * smallest / 2)
+    bound = mx.where(magnitude >= top * scale * 0.999, mx.maximum(bound, 1.02 * beyond), bound)
+    return bound.reshape(value.shape)

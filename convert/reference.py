@@ -1,0 +1,109 @@
+"""The logits of transformers for a converted checkpoint, where torch and transformers are installed."""
+
+from __future__ import annotations
+
+import math
+from importlib.util import find_spec
+from typing import Any
+
+from mlx_resonance.config import RopeConfig
+from mlx_resonance.loading import ROPE_KEYS, check_config, load_model
+
+import mlx.core as mx
+import numpy as np
+
+from .quantization import dequantize, group_parts, settings_of
+from .source import Source
+
+TOKENS = 64
+MEMORY = 8e9  # bytes of float32 weights in either model; of a larger one the first layers are compared
+NOT_IN_CONFIG = {*ROPE_KEYS, "quantization", "quantization_config", "dtype", "torch_dtype"}
+
+
+def compare_logits(source: Source, rope: RopeConfig) -> dict[str, Any] | str:
+    """Compare the logits of our model with those of transformers' for the same weights and wavelengths, in float32.
+
+    transformers has no resonance types: its model is given the wavelengths. Weights that are quantized here are given
+    to it dequantized.
+
+    Args:
+        source: a folder in MLX's format.
+        rope: its rope settings.
+
+    Returns:
+        `error`, the largest as a part of the largest logit; `tokens`, `layers`; or why nothing was compared.
+    """
+    if find_spec("torch") is None or find_spec("transformers") is None:
+        return "torch and transformers are not installed"
+    config = check_config(source.config, source.tensors)
+    if config.get("rope_traditional") or rope.partial_rotary_factor != 1:
+        return "transformers has no such rotation"
+    layers = _layers_that_fit(source, config)
+    if layers < 1:
+        return f"a layer in float32 takes more than {MEMORY / 1e9:g} GB"
+    tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (1, TOKENS))
+    model, _ = load_model(source.folder, lazy=True)
+    model.model.layers = model.model.layers[:layers]
+    model.set_dtype(mx.float32)
+    ours = np.array(model(mx.array(tokens)))
+    del model
+    mx.clear_cache()
+    theirs = _logits_of_transformers(source, config, rope, layers, tokens)
+    largest = float(np.abs(theirs).max())
+    error = float(np.abs(ours - theirs).max()) / largest if largest > 0 else math.inf
+    return {"error": float(f"{error:.3g}"), "tokens": TOKENS, "layers": layers}
+
+
+def _layers_that_fit(source: Source, config: dict[str, Any]) -> int:
+    """How many of the layers; all of those with and without a window are needed, for the model counts on both."""
+    quantized = settings_of(list(source.tensors), config.get("quantization") or {})
+    each = {0: 0.0}
+    for name, info in source.tensors.items():
+        layer = int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else 0
+        elements = math.prod(info.shape) * (32 // quantized[name]["bits"] if name in quantized else 1)
+        each[layer] = each.get(layer, 0.0) + 4 * elements
+    sizes = np.cumsum([each[layer] for layer in sorted(each)])
+    fit = int(np.searchsorted(sizes, MEMORY, side="right")) - 1
+    kinds = config.get("layer_types") or []
+    return fit if fit >= max((kinds.index(kind) + 1 for kind in set(kinds)), default=1) else 0
+
+
+def _logits_of_transformers(
+    source: Source, config: dict[str, Any], rope: RopeConfig, layers: int, tokens: np.ndarray[Any, Any]
+) -> np.ndarray[Any, Any]:
+    import torch
+    import transformers
+
+    plain = {key: value for key, value in config.items() if key not in NOT_IN_CONFIG} | {"num_hidden_layers": layers}
+    if plain.get("layer_types"):
+        plain["layer_types"] = plain["layer_types"][:layers]
+    settings = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)
+    with torch.device("meta"):  # no memory: the weights are put in below
+        model = transformers.AutoModelForCausalLM.from_config(
+            settings, dtype=torch.float32, attn_implementation="eager"
+        )
+    weights = _float32_weights(source, config, layers)
+    if config["tie_word_embeddings"]:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+    model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, assign=True)
+    frequencies = rope.frequencies(tokens.shape[1] if rope.depends_on_length else None)
+    rotary = model.model.rotary_emb
+    rotary.inv_freq = rotary.original_inv_freq = torch.tensor(frequencies.inv_freq, dtype=torch.float32)
+    rotary.attention_scaling = frequencies.attention_scale
+    with torch.no_grad():
+        logits: np.ndarray[Any, Any] = model.eval()(torch.from_numpy(tokens)).logits.numpy()
+    return logits
+
+
+def _float32_weights(source: Source, config: dict[str, Any], layers: int) -> dict[str, np.ndarray[Any, Any]]:
+    names = [
+        name for name in source.tensors if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
+    ]
+    quantized = settings_of(names, config.get("quantization") or {})
+    weights = {}
+    for name, parts in group_parts(names, quantized).items():
+        arrays = [source.read(part) for part in parts]
+        weights[name] = np.array(
+            dequantize(arrays, quantized[name]) if len(parts) > 1 else arrays[0].astype(mx.float32)
+        )
+    return weights

@@ -1,0 +1,138 @@
+"""What quantization costs on a text: perplexity, and the divergence from the model before it."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance.loading import load_tokenizer
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map
+
+from .plan import check_tensors, model_tensors
+from .source import SafetensorsFile, Source
+
+WINDOW, WINDOWS = 512, 16  # tokens; the first so many of the text
+POSITIONS = 256  # whose logits are in memory at once
+
+
+def quantization_report(folder: Path, source: Source, text: str) -> dict[str, Any]:
+    """Compare a quantized checkpoint with its source, both with the rope settings of the former, in float32.
+
+    Layer by layer: no more than one is in memory, whatever the size of the model.
+
+    Args:
+        folder: the quantized checkpoint, with a tokenizer.
+        source: what it was made from.
+        text: to read, in windows of 512 tokens or the context before scaling, each from its beginning; 16 at most.
+
+    Returns:
+        `tokens` predicted, `window`; `perplexity` of both; `kl_divergence` of the quantized model's next token from
+        the source's, in nats, the mean and the largest; `same_top_token`, how often the likeliest one is the same.
+
+    Raises:
+        ValueError: the text has fewer than two tokens.
+    """
+    files = [SafetensorsFile(path) for path in sorted(folder.glob("model*.safetensors"))]
+    quantized = Source(folder.name, None, folder, files)
+    rope, _ = model_tensors(quantized)
+    ids = load_tokenizer(folder, quantized.config).encode(text)
+    window = min(WINDOW, rope.trained_length or WINDOW, len(ids))
+    if window < 2:
+        raise ValueError("[convert] --quant-report needs a text of at least two tokens")
+    count = min(len(ids) // window, WINDOWS)
+    tokens = mx.array(ids[: count * window]).reshape(count, window)
+    models = [Streamed(checkpoint, check_tensors(checkpoint, rope)[1]) for checkpoint in (source, quantized)]
+    hidden = [model.hidden(tokens) for model in models]
+    targets = tokens[:, 1:].reshape(-1)
+    sums = [0.0, 0.0, 0.0, 0.0]
+    largest = 0.0
+    for i in range(0, targets.size, POSITIONS):
+        part = slice(i, i + POSITIONS)
+        logs = [model.log_probabilities(states[part]) for model, states in zip(models, hidden, strict=True)]
+        divergence = mx.sum(mx.exp(logs[0]) * (logs[0] - logs[1]), axis=-1)
+        same = mx.sum(mx.argmax(logs[0], axis=-1) == mx.argmax(logs[1], axis=-1))
+        chosen = [mx.sum(mx.take_along_axis(log, targets[part, None], axis=-1)) for log in logs]
+        values = [float(value.item()) for value in (*chosen, mx.sum(divergence), same)]  # type: ignore[arg-type]
+        sums = [total + value for total, value in zip(sums, values, strict=True)]
+        largest = max(largest, float(mx.max(divergence).item()))  # type: ignore[arg-type]
+    n = targets.size
+    before, after = (_rounded(math.exp(min(-total / n, 700))) for total in sums[:2])
+    return {
+        "tokens": n,
+        "window": window,
+        "perplexity": {"source": before, "quantized": after},
+        "kl_divergence": {"mean": _rounded(sums[2] / n), "largest": _rounded(largest)},
+        "same_top_token": _rounded(sums[3] / n),
+    }
+
+
+class Streamed:
+    """A model that has a layer's weights only while it goes through the layer.
+
+    Args:
+        source: of the weights.
+        model: of the same shapes, without weights.
+    """
+
+    def __init__(self, source: Source, model: nn.Module) -> None:
+        self.source, self.model = source, model
+        names = list(dict(tree_flatten(model.parameters())))
+        layers: list[Any] = model.model.layers
+        self._load(model, [name for name in names if not name.startswith("model.layers.")])
+        model.model.layers = [
+            OnDemand(layer, self, [name for name in names if name.startswith(f"model.layers.{i}.")])
+            for i, layer in enumerate(layers)
+        ]
+        model.eval()
+
+    def _load(self, module: nn.Module, names: list[str], prefix: str = "") -> None:
+        weights = [(name.removeprefix(prefix), self._read(name)) for name in names]
+        module.load_weights(weights, strict=False)
+        mx.eval([value for _, value in weights])
+
+    def _read(self, name: str) -> mx.array:
+        value = self.source.read(name)
+        return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
+
+    def hidden(self, tokens: mx.array) -> mx.array:
+        """The states (N, hidden) that predict every token but the first of each row."""
+        states: mx.array = self.model.model(tokens)[:, :-1]
+        states = states.reshape(-1, states.shape[-1])
+        mx.eval(states)
+        return states
+
+    def log_probabilities(self, states: mx.array) -> mx.array:
+        """Of every token after each state: (n, hidden) to (n, vocabulary)."""
+        head = self.model.lm_head if "lm_head" in self.model else self.model.model.embed_tokens.as_linear
+        logits = head(states)
+        return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
+
+
+class OnDemand:
+    """A layer that reads its weights when it is called, and lets go of them."""
+
+    def __init__(self, layer: Any, owner: Streamed, names: list[str]) -> None:
+        self._layer, self._owner, self._names = layer, owner, names
+        self._empty = tree_map(lambda value: value, layer.parameters())  # never computed
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._layer, name)
+
+    def __call__(self, states: mx.array, *arguments: Any) -> mx.array:
+        """The layer's output, one row at a time."""
+        self._owner._load(self._layer, self._names, prefix=".".join(self._names[0].split(".")[:3]) + ".")
+        rows = []
+        for i in range(states.shape[0]):
+            rows.append(self._layer(states[i : i + 1], *arguments))
+            mx.eval(rows[-1])
+        self._layer.update(self._empty)
+        mx.clear_cache()
+        return mx.concatenate(rows)
+
+
+def _rounded(value: float) -> float:
+    return float(f"{value:.6g}")

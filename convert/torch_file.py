@@ -1,0 +1,66 @@
+"""PyTorch's .bin files, only through torch's weights_only loader: no code that they may hold is run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance.files import TensorInfo
+
+import mlx.core as mx
+
+NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
+SAFE_VERSION = (2, 6)  # before it, weights_only could be made to run code (CVE-2025-32434)
+
+
+class TorchFile:
+    """A file that torch has saved. It is mapped anew for every tensor, so that no other stays in memory.
+
+    Raises:
+        ValueError: torch is missing or too old, or the file holds something else than tensors.
+    """
+
+    download = 0
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.name = path, path.name
+        self.tensors = {}
+        for place, (name, value) in enumerate(self._load().items()):
+            dtype = str(value.dtype).removeprefix("torch.")
+            self.tensors[name] = TensorInfo(NAMES.get(dtype, dtype), tuple(value.shape), place, place + 1)
+
+    def read(self, tensor: str) -> mx.array:
+        """One tensor."""
+        import torch
+
+        value = self._load()[tensor].contiguous()
+        name = self.tensors[tensor].dtype
+        if name == "BF16":  # NumPy has no such type
+            return mx.array(value.view(torch.int16).numpy()).view(mx.bfloat16)
+        return mx.array((value.view(torch.uint8) if name == "F8_E4M3" else value).numpy())
+
+    def release(self) -> None:
+        """It is the user's: it stays."""
+
+    def _load(self) -> dict[str, Any]:
+        try:
+            import torch
+        except ImportError:
+            raise ValueError(f"[convert] {self.path} is a PyTorch file: to read it, install torch") from None
+        if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_VERSION:
+            raise ValueError(
+                f"[convert] {self.path}: torch {torch.__version__} is not safe for it, install 2.6 or later"
+            )
+        try:
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # whatever the damage makes of the unpickler and the zip reader
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"[convert] {self.path} is no file of tensors alone, or damaged: {reason}") from None
+        if not isinstance(state, dict):
+            raise ValueError(f"[convert] {self.path} holds a {type(state).__name__}: expected tensors by name")
+        for name, value in state.items():
+            if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
+                raise ValueError(f"[convert] {self.path}: {name} is no tensor")
+            if value.numel() * value.element_size() > value.untyped_storage().nbytes():
+                raise ValueError(f"[convert] {self.path}: {name} of shape {tuple(value.shape)} is larger than its data")
+        return {name: value.detach() for name, value in state.items()}

@@ -1,0 +1,183 @@
+"""verify(): every tensor of a converted checkpoint read again and compared with its source, and more."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance.config import RopeConfig
+from mlx_resonance.files import WEIGHTS, has_tokenizer, read_json, weight_files
+from mlx_resonance.loading import load_tokenizer
+
+import mlx.core as mx
+import numpy as np
+
+from .compare import compare
+from .journal import NAME as RECORD
+from .plan import model_tensors
+from .portable import scaled_by
+from .quantization import group_parts, settings_of
+from .reference import compare_logits
+from .source import SafetensorsFile, Source, open_source
+from .weights import Progress, sha256
+
+CLOSE = 5e-3  # of the largest logit: transformers' own error with float32 angles
+
+
+class VerificationError(Exception):
+    """A converted checkpoint is not what it should be."""
+
+
+@dataclass
+class Verification:
+    """What `verify` found.
+
+    Args:
+        path: the checkpoint.
+        source: what its tensors were compared with; None where they were only read.
+        files: weight and other files whose SHA-256 is as recorded.
+        tensors: how many the model has, a quantized one counted once.
+        exact: how many of them hold the very numbers of the source.
+        nan, inf: how many elements are so.
+        errors: of each of the others, the root mean square of the error over that of the values; None where one is not
+            finite.
+        logits: against transformers: `error`, the largest as a part of the largest logit, over `tokens` and `layers`;
+            or why they were not compared.
+        problems: one line for each thing that is not as it should be; empty if all is well.
+    """
+
+    path: Path
+    source: str | None
+    files: int = 0
+    tensors: int = 0
+    exact: int = 0
+    nan: int = 0
+    inf: int = 0
+    errors: dict[str, float | None] = field(default_factory=dict)
+    logits: dict[str, Any] | str = ""
+    problems: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON: without the path, which changes when the folder gets its name."""
+        return {key: value for key, value in vars(self).items() if key != "path"}
+
+
+def verify(
+    path: str | Path,
+    source: Source | str | Path | None = None,
+    *,
+    revision: str | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """Check a converted checkpoint: hashes, shapes, angles, every tensor, and logits where torch is installed.
+
+    Args:
+        path: what `convert` has written.
+        source: what it was made from, to compare every tensor with; None to do without.
+        revision: of a source on the hub; None for the commit on record.
+        progress: called with the bytes of tensors done and in all.
+
+    Returns:
+        What was found; `problems` is empty if all is well.
+
+    Raises:
+        FileNotFoundError: no such folder, or it was not made by `convert`; or the source is missing.
+        ValueError: a file of the source cannot be right.
+    """
+    folder = Path(path).expanduser()
+    if not (folder / RECORD).is_file():
+        raise FileNotFoundError(f"[verify] {folder} has no {RECORD}: expected a folder that convert has written")
+    record = read_json(folder / RECORD)
+    if not all(isinstance(record.get(part), dict) for part in ("source", "settings", "weights", "files", "rope")):
+        raise ValueError(f"[verify] {folder / RECORD} is no record of a conversion")
+    if isinstance(source, (str, Path)):
+        source = open_source(source, revision or record["source"].get("commit"))
+    found = Verification(folder, None if source is None else source.name)
+    _check_files(folder, record, found)
+    try:
+        ours = Source(folder.name, None, folder, [SafetensorsFile(file) for file in weight_files(folder)])
+        rope, names = model_tensors(ours)
+        _check_rope(rope, record["rope"], found)
+        if has_tokenizer(folder):
+            load_tokenizer(folder, ours.config)
+    except (ValueError, FileNotFoundError) as error:  # then there is no model to look into
+        found.problems.append(str(error))
+        return found
+    _check_tensors(ours, source, names, record, found, progress)
+    found.logits = compare_logits(ours, rope)
+    if isinstance(found.logits, dict) and not found.logits["error"] <= CLOSE:
+        found.problems.append(f"the logits are off those of transformers by {found.logits['error']:.1e} of the largest")
+    return found
+
+
+def rope_table(rope: RopeConfig) -> dict[str, Any]:
+    """The wavelengths (tokens per turn) and the attention scale within the context before scaling, for the record."""
+    frequencies = rope.frequencies()
+    return {"wavelengths": frequencies.wavelengths.tolist(), "attention_scale": frequencies.attention_scale}
+
+
+def _check_files(folder: Path, record: dict[str, Any], found: Verification) -> None:
+    expected = {name: entry.get("sha256") for name, entry in record["weights"].items()} | record["files"]
+    for name, digest in expected.items():
+        if Path(name).name != name and not name.startswith("additional_chat_templates/"):
+            raise ValueError(f"[verify] {folder / RECORD} names {name!r}: expected files of the same folder")
+        if not (folder / name).is_file():
+            found.problems.append(f"{name} is missing")
+        elif sha256(folder / name) != digest:
+            found.problems.append(f"{name} has changed: its SHA-256 is not the recorded one")
+        else:
+            found.files += 1
+    for path in sorted(folder.glob(WEIGHTS)):
+        if path.name not in record["weights"]:
+            found.problems.append(f"{path.name} is not on record")
+
+
+def _check_rope(rope: RopeConfig, table: dict[str, Any], found: Verification) -> None:
+    now = rope_table(rope)
+    same = len(table.get("wavelengths", ())) == len(now["wavelengths"]) and all(
+        np.allclose(table[key], now[key], rtol=1e-9, atol=0) for key in now
+    )
+    if not same:
+        found.problems.append(f"config.json has other wavelengths ({rope.rope_type}) than those on record")
+
+
+def _check_tensors(
+    ours: Source,
+    source: Source | None,
+    names: list[str],
+    record: dict[str, Any],
+    found: Verification,
+    progress: Progress | None,
+) -> None:
+    """Read every tensor, and compare it with its source."""
+    settings, was_quantized = record["settings"], source is not None and source.config.get("quantization")
+    quantized = settings_of(names, ours.config.get("quantization") or {})
+    groups = {name: [name] for name in names} if was_quantized else group_parts(names, quantized)
+    if source is not None:
+        wanted = set(model_tensors(source)[1])
+        for name in sorted(wanted ^ set(groups)):
+            found.problems.append(f"{name} is in {'the source' if name in wanted else 'the result'} only")
+    scaled = scaled_by(groups)
+    dtype = None if settings.get("dtype") is None else getattr(mx, str(settings["dtype"]))
+    total, done = sum(info.end - info.start for info in ours.tensors.values()), 0
+    for name, parts in groups.items():
+        arrays = [ours.read(part) for part in parts]
+        original = source.read(name) if source is not None and name in source.tensors else None
+        if original is not None and len(parts) == 1 and original.shape != arrays[0].shape:
+            found.problems.append(f"{name} has shape {arrays[0].shape}, in the source {original.shape}")
+            original = None
+        factor = settings.get("query_key_factor", 1.0) if name in scaled else 1.0
+        result = compare(arrays, quantized.get(name) if len(parts) > 1 else None, original, factor, dtype)
+        found.tensors += 1
+        found.exact += original is not None and result.exact
+        found.nan, found.inf = found.nan + result.nan, found.inf + result.inf
+        if not result.exact:
+            found.errors[name] = result.error
+        if result.wrong:
+            found.problems.append(f"{name}: {result.wrong} elements are further from the source than rounding may be")
+        done += sum(array.nbytes for array in arrays)
+        del arrays, original
+        mx.clear_cache()
+        if progress is not None:
+            progress(done, total)

@@ -1,0 +1,198 @@
+"""Models of the hub: only what is needed, connections that break, revisions that move, one weight file at a time."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance.convert import convert
+
+import pytest
+
+from .hub import CHUNK, COMMIT, OTHER, Hub, serve
+
+REPO = "someone/random-llama"
+FIRST = "model-00001-of-00003.safetensors"
+SMALL = ("--max-shard-size", "0.3MB", "--rope", "yarn", "--factor", 8)
+
+
+@pytest.fixture
+def hub(random_llama: Path, copy_of: Any) -> Iterator[Hub]:
+    folder = copy_of(random_llama)
+    (folder / "pytorch_model.bin").write_bytes(b"not needed")
+    (folder / "model.gguf").write_bytes(b"not needed")
+    with serve(REPO, folder) as hub:
+        yield hub
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_a_model_is_downloaded_once_and_only_what_is_needed(hub: Hub, tmp_path: Path) -> None:
+    first = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "one" / "out")
+    assert first.returncode == 0, first.stderr
+    assert FIRST in hub.downloaded and not {"pytorch_model.bin", "model.gguf"} & set(hub.downloaded)
+    once = len(hub.downloaded)
+    second = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "two" / "out")
+    assert second.returncode == 0, second.stderr
+    assert len(hub.downloaded) == once
+    assert files(tmp_path / "one" / "out") == files(tmp_path / "two" / "out")
+    assert f"base_model: {REPO}" in (tmp_path / "one" / "out" / "README.md").read_text()
+    assert json.loads((tmp_path / "one" / "out" / "conversion.json").read_text())["source"] == {
+        "name": REPO, "commit": COMMIT,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("how", ["offline", "gone"])
+def test_without_the_hub_the_cache_is_used(hub: Hub, tmp_path: Path, how: str) -> None:
+    first = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "one" / "out")
+    assert first.returncode == 0, first.stderr
+    once = len(hub.downloaded)
+    environment = {"HF_HUB_OFFLINE": "1"} if how == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
+    for flags in ((), ("--dry-run",)) if how == "offline" else ((),):
+        done = hub.command(
+            tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "two" / "out", *flags, **environment
+        )
+        assert done.returncode == (0 if not flags else 2), done.stderr
+    assert len(hub.downloaded) == once
+    assert files(tmp_path / "one" / "out") == files(tmp_path / "two" / "out")
+
+
+def test_a_token_from_the_environment(hub: Hub, tmp_path: Path) -> None:
+    hub.token = "hf_secret"
+    arguments = ("convert", REPO, "--mlx-path", tmp_path / "out")
+    refused = hub.command(tmp_path / "cache", *arguments)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1) and REPO in refused.stderr
+    done = hub.command(tmp_path / "cache", *arguments, HF_TOKEN="hf_secret")
+    assert done.returncode == 0, done.stderr
+    assert "hf_secret" not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.json"))
+
+
+def test_a_dropped_connection_is_taken_up_where_it_broke(hub: Hub, random_llama: Path, tmp_path: Path) -> None:
+    half = 4 * CHUNK
+    assert half < (random_llama / FIRST).stat().st_size
+    hub.drop, hub.drops = {FIRST: half}, 1
+    done = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    assert [asked for name, asked in hub.ranges if name == FIRST] == [None, f"bytes={half}-"]
+    convert(random_llama, tmp_path / "local")
+    assert (tmp_path / "out" / "model.safetensors").read_bytes() == (
+        tmp_path / "local" / "model.safetensors"
+    ).read_bytes()
+
+
+def test_a_connection_that_does_not_come_back_is_one_line_and_the_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
+    half = 4 * CHUNK
+    hub.drop, hub.drops = {FIRST: half}, 1000
+    arguments = ("convert", REPO, "--mlx-path", tmp_path / "out")
+    broken = hub.command(tmp_path / "cache", *arguments)
+    assert broken.returncode == 1 and broken.stdout == "" and not (tmp_path / "out").exists()
+    last = broken.stderr.splitlines()[-1]
+    assert last.startswith("error:") and REPO in last and "Traceback" not in broken.stderr
+    hub.drops = 0
+    hub.ranges.clear()
+    done = hub.command(tmp_path / "cache", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert (FIRST, f"bytes={half}-") in hub.ranges and (FIRST, None) not in hub.ranges
+
+
+def test_a_revision_that_moved_between_two_runs_is_refused(hub: Hub, tmp_path: Path, copy_of: Any) -> None:
+    hub.commits[OTHER] = shutil.copytree(hub.commits[COMMIT], tmp_path / "other")
+    (hub.commits[OTHER] / "README.md").write_text("# another\n")
+    stop = """
+import sys, mlx_resonance.convert.checkpoint as c
+def fail(*_): raise OSError("stopped")
+c.write_card = fail
+c.convert(*sys.argv[1:])
+"""
+    stopped = hub.run(tmp_path / "cache", stop, REPO, tmp_path / "out")
+    assert "stopped" in stopped.stderr and (tmp_path / "out.partial").is_dir()
+    hub.main = OTHER
+    arguments = ("convert", REPO, "--mlx-path", tmp_path / "out")
+    refused = hub.command(tmp_path / "cache", *arguments)
+    assert (refused.returncode, refused.stdout, refused.stderr.count("\n")) == (2, "", 1), refused.stderr
+    assert COMMIT in refused.stderr and OTHER in refused.stderr and "--restart" in refused.stderr
+    done = hub.command(tmp_path / "cache", *arguments, "--revision", COMMIT)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "out" / "conversion.json").read_text())["source"]["commit"] == COMMIT
+
+
+def test_a_dry_run_fetches_headers_only(hub: Hub, random_llama: Path, tmp_path: Path) -> None:
+    arguments = ("convert", REPO, "--mlx-path", tmp_path / "out", *SMALL, "--dry-run", "--json")
+    done = hub.command(tmp_path / "cache", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert not [name for name in hub.downloaded if name.endswith(".safetensors")]
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+    planned = json.loads(done.stdout)
+    weights = sum(path.stat().st_size for path in random_llama.glob("*.safetensors"))
+    assert planned["download"] == pytest.approx(weights, rel=0.02)
+    real = convert(random_llama, tmp_path / "real", max_shard_size="0.3MB")
+    assert (planned["files"], real.files) == (real.files, len(list((tmp_path / "real").glob("*.safetensors"))))
+    assert planned["weights"] == pytest.approx(real.weights, rel=0.02)
+    assert planned["disk"] == pytest.approx(sum(p.stat().st_size for p in (tmp_path / "real").iterdir()), rel=0.02)
+    consumed = json.loads(hub.command(tmp_path / "cache", *arguments, "--consume-source").stdout)
+    assert consumed["download"] < 0.6 * planned["download"]
+
+
+def test_consumed_a_source_is_on_the_disk_one_file_at_a_time(hub: Hub, tmp_path: Path) -> None:
+    present: list[list[str]] = []
+    folder = tmp_path / "work" / "out.partial" / "source"
+    hub.on_download = lambda name: present.append([path.name for path in folder.glob("*.safetensors")])
+    arguments = ("convert", REPO, "--mlx-path", tmp_path / "work" / "out", *SMALL, "--consume-source")
+    done = hub.command(tmp_path / "cache", *arguments)
+    assert done.returncode == 0, done.stderr
+    # A file is deleted once all that was made of it is on the disk: while the next one comes, it may be there still.
+    assert max(map(len, present)) <= 1 and sum(name.endswith(".safetensors") for name in hub.downloaded) == 3
+    assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
+    assert not list((tmp_path / "cache").rglob("*.safetensors"))
+    assert not (tmp_path / "work" / "out" / "source").exists()
+    plain = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "plain" / "out", *SMALL)
+    assert plain.returncode == 0, plain.stderr
+    assert files(tmp_path / "work" / "out") == files(tmp_path / "plain" / "out")
+
+
+def test_what_was_in_the_cache_is_used_and_stays(hub: Hub, tmp_path: Path) -> None:
+    assert hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "one").returncode == 0
+    before, once = files_below(tmp_path / "cache"), len(hub.downloaded)
+    arguments = ("convert", REPO, "--mlx-path", tmp_path / "two", "--consume-source")
+    done = hub.command(tmp_path / "cache", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert files_below(tmp_path / "cache") == before and len(hub.downloaded) == once
+
+
+def files_below(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if path.is_file() and "log" not in path.parts and path.suffix != ".lock"}
+
+
+def test_consuming_goes_on_after_a_kill_without_what_is_done(hub: Hub, tmp_path: Path) -> None:
+    arguments = ("convert", REPO, "--mlx-path", tmp_path / "out", *SMALL, "--consume-source")
+    kill = """
+import os, signal, sys, mlx_resonance.convert.source as s
+read = s.HubFile.read
+def kill(self, tensor):
+    if self.name == "model-00003-of-00003.safetensors":
+        os.kill(os.getpid(), signal.SIGKILL)
+    return read(self, tensor)
+s.HubFile.read = kill
+sys.argv[0] = "mlx-resonance"
+from mlx_resonance.cli import main; main()
+"""
+    killed = hub.run(tmp_path / "cache", kill, *arguments)
+    assert killed.returncode == -9 and (tmp_path / "out.partial").is_dir()
+    hub.downloaded.clear()
+    done = hub.command(tmp_path / "cache", *arguments)
+    assert done.returncode == 0, done.stderr
+    assert FIRST not in hub.downloaded and "model-00003-of-00003.safetensors" in hub.downloaded
+    whole = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "whole" / "out", *SMALL)
+    assert whole.returncode == 0, whole.stderr
+    assert files(tmp_path / "out") == files(tmp_path / "whole" / "out")
+
+
+def test_a_folder_of_the_user_is_not_consumed(random_llama: Path, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--consume-source"):
+        convert(random_llama, tmp_path / "out", consume_source=True)
+    assert list(tmp_path.iterdir()) == []
