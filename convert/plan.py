@@ -8,7 +8,7 @@ from typing import Any
 
 from mlx_resonance.config import RopeConfig
 from mlx_resonance.files import TensorInfo
-from mlx_resonance.loading import check_config, for_models, model_classes
+from mlx_resonance.loading import check_config, for_models, model_classes, set_rope
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -172,6 +172,7 @@ def check_tensors(source: Source, rope: RopeConfig) -> tuple[dict[str, Any], nn.
         args_class: Any
         model_class, args_class = model_classes(config)
         model = model_class(args_class.from_dict(model_config))
+        set_rope(model, config, rope)
         names = set(model.sanitize(lazy))
         if own := config.get("quantization"):
             settings = quantization.settings_of(list(names), own)

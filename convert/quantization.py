@@ -20,7 +20,7 @@ from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
 AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
 AT_ONCE = 2**20  # elements; in a 4-bit float MLX on the CPU needs 70 bytes for each
-SAMPLE = 4  # of so many rows, one is dequantized for the error: all of them would take as long as quantizing
+SAMPLE = 4  # of so many rows of a large weight one is dequantized for its error: all would take as long as quantizing
 PARTS = ("weight", "scales", "biases")
 # Half the distance of neighbours around 1, and what rounding the smallest numbers, or flushing them to 0, may cost.
 ROUNDOFF = {mx.float32: (2.0**-24, 2.0**-126), mx.float16: (2.0**-11, 2.0**-25), mx.bfloat16: (2.0**-8, 2.0**-126)}
@@ -116,20 +116,21 @@ def quantize(weight: mx.array, settings: Settings) -> tuple[list[mx.array], floa
 
     Returns:
         Weight, scales and, where the mode is affine, biases; and the root mean square of the error, over that of the
-        values, from a sample of the rows; None where one is not finite.
+        values, of a large weight from every fourth row; None where one is not finite.
     """
     step = max(1, AT_ONCE // weight.shape[-1])
     parts: list[list[mx.array]] = []
     error = size = 0.0
     streams = _streams()
+    sample = SAMPLE if weight.size > AT_ONCE else 1
     for i in range(0, weight.shape[0], step * len(streams)):
         differences, originals = [], []
         for stream, start in zip(streams, range(i, weight.shape[0], step), strict=False):
             with mx.stream(stream):
                 rows = weight[start : start + step]
                 parts.append(list(mx.quantize(rows, **settings)))
-                originals.append(rows[::SAMPLE].astype(mx.float32))
-                differences.append(dequantize([part[::SAMPLE] for part in parts[-1]], settings) - originals[-1])
+                originals.append(rows[::sample].astype(mx.float32))
+                differences.append(dequantize([part[::sample] for part in parts[-1]], settings) - originals[-1])
         sums = mx.stack([mx.sum(mx.square(array)) for array in (*differences, *originals)])
         mx.eval(parts[-len(originals) :], sums)
         squares = np.array(sums, np.float64)

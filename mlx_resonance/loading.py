@@ -90,19 +90,24 @@ def load_model(folder: Path, *, lazy: bool = False, rope: RopeConfig | None = No
         )
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"[load] {folder} cannot be loaded: {type(error).__name__}: {error}") from None
+    set_rope(model, config, rope)
+    return model, config
+
+
+def set_rope(model: nn.Module, config: Mapping[str, Any], rope: RopeConfig) -> None:
+    """Have a model of `model_classes` rotate as `rope` says: ours does, mlx-lm's get a rotary module of ours."""
     if not is_ours(config):
         frequencies = rope.frequencies if rope.depends_on_length else rope.frequencies()
         module = ResonanceRoPE(frequencies, bool(config.get("rope_traditional", False)))
         for layer in model.layers:
             layer.self_attn.rope = module
     model.args.rope = rope
-    return model, config
 
 
 def for_models(config: Mapping[str, Any], rope: RopeConfig) -> tuple[dict[str, Any], dict[str, Any]]:
     """config.json with rope settings in the keys of transformers 4, and what a model's arguments are made from."""
     plain = {key: value for key, value in config.items() if key not in ROPE_KEYS} | rope.to_hf("4")
-    # mlx-lm's own classes get no scaling to interpret: `load_model` replaces the module that they make.
+    # mlx-lm's own classes get no scaling to interpret: `set_rope` replaces the module that they make.
     return plain, plain if is_ours(config) else plain | {"rope_scaling": None}
 
 

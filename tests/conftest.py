@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-import mlx_resonance  # noqa: F401  (before anything imports mlx.core: it loads a fast BLAS on Linux)
+from mlx_resonance import cli  # before anything imports mlx.core: it loads a fast BLAS on Linux
 
 import mlx.core as mx
 import pytest
@@ -71,3 +73,18 @@ def copy_of(tmp_path: Path) -> Any:
         return target
 
     return copy
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
+    """run(argument, …) -> exit code, stdout, stderr."""
+
+    def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["mlx-resonance", *map(str, arguments)])
+        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
+        with pytest.raises(SystemExit) as done:
+            cli.main()
+        out, err = capsys.readouterr()
+        return done.value.code, out, err
+
+    return run

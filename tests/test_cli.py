@@ -2,31 +2,13 @@
 
 from __future__ import annotations
 
-import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import cli
-
 import pytest
-
-
-@pytest.fixture
-def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Any:
-    """run(argument, …) -> exit code, stdout, stderr."""
-
-    def run(*arguments: object, stdin: str = "") -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["mlx-resonance", *map(str, arguments)])
-        monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin.encode())))
-        with pytest.raises(SystemExit) as done:
-            cli.main()
-        out, err = capsys.readouterr()
-        return done.value.code, out, err
-
-    return run
 
 
 @pytest.fixture(scope="session")
@@ -221,7 +203,7 @@ def test_interrupted_is_130(run: Any, stdlib_llama: Path, monkeypatch: pytest.Mo
     def interrupt(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("mlx_resonance.loading.resolve", interrupt)
+    monkeypatch.setattr("mlx_resonance.files.resolve", interrupt)
     assert run("inspect", stdlib_llama) == (130, "", "error: interrupted\n")
 
 

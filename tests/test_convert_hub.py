@@ -86,18 +86,16 @@ def test_a_dropped_connection_is_taken_up_where_it_broke(hub: Hub, random_llama:
 
 
 def test_a_connection_that_does_not_come_back_is_one_line_and_the_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
-    half = 4 * CHUNK
-    hub.drop, hub.drops = {FIRST: half}, 1000
+    hub.drop, hub.drops = {FIRST: 4 * CHUNK}, 1000
     arguments = ("convert", REPO, "--mlx-path", tmp_path / "out")
     broken = hub.command(tmp_path / "cache", *arguments)
     assert broken.returncode == 1 and broken.stdout == "" and not (tmp_path / "out").exists()
     last = broken.stderr.splitlines()[-1]
     assert last.startswith("error:") and REPO in last and "Traceback" not in broken.stderr
     hub.drops = 0
-    hub.ranges.clear()
     done = hub.command(tmp_path / "cache", *arguments)
     assert done.returncode == 0, done.stderr
-    assert (FIRST, f"bytes={half}-") in hub.ranges and (FIRST, None) not in hub.ranges
+    assert {name for name in hub.downloaded if hub.downloaded.count(name) > 1} == {FIRST}  # whole files are kept
 
 
 def test_a_revision_that_moved_between_two_runs_is_refused(hub: Hub, tmp_path: Path, copy_of: Any) -> None:

@@ -1,0 +1,286 @@
+"""verify(): what it notices, and that it notices nothing where nothing is wrong."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlx_resonance.convert.checkpoint as checkpoint
+from mlx_resonance.convert import VerificationError, convert, verify
+from mlx_resonance.convert.compare import compare
+from mlx_resonance.convert.quantization import AFFINE_BITS, AFFINE_GROUPS, dequantize, largest_error, quantize
+
+import mlx.core as mx
+import numpy as np
+import pytest
+
+Q_PROJ = "model.layers.1.self_attn.q_proj"
+SETTINGS = [{"mode": "affine", "bits": bits, "group_size": group} for bits in AFFINE_BITS for group in AFFINE_GROUPS]
+SETTINGS += [
+    {"mode": "mxfp4", "bits": 4, "group_size": 32},
+    {"mode": "nvfp4", "bits": 4, "group_size": 16},
+    {"mode": "mxfp8", "bits": 8, "group_size": 32},
+]
+OPTIONS: dict[str, dict[str, Any]] = {
+    "as it is": {},
+    "yarn": {"rope": "yarn", "factor": 8},
+    "float16": {"dtype": "float16"},
+    "bfloat16": {"dtype": "bfloat16"},
+    "4 bit": {"quantize": True},
+    "mixed": {"quantize": True, "quant_predicate": "mixed_2_6", "dtype": "bfloat16"},
+    "mxfp4": {"quantize": True, "q_mode": "mxfp4"},
+    "nvfp4": {"quantize": True, "q_mode": "nvfp4", "dtype": "float16"},
+    "mxfp8": {"quantize": True, "q_mode": "mxfp8"},
+    "portable": {"portable": True, "rope": "yarn", "factor": 8},
+    "portable, bfloat16": {"portable": True, "rope": "yarn", "factor": 8, "dtype": "bfloat16"},
+    "dynamic": {"rope": "dynamic", "factor": 4},
+    "shards": {"max_shard_size": "0.2MB"},
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_a_right_conversion_has_no_problems(random_llama: Path, tmp_path: Path, name: str) -> None:
+    options = OPTIONS[name]
+    done = convert(random_llama, tmp_path / "out", verify=True, **options)
+    record = json.loads((tmp_path / "out" / "conversion.json").read_text())
+    assert done.checks == record["checks"] and record["checks"]["problems"] == []
+    later = verify(tmp_path / "out", random_llama)
+    assert later.to_dict() == record["checks"]
+    assert later.tensors == 21 and later.nan == later.inf == 0
+    changed = {"quantize", "dtype", "portable"} & set(options)
+    assert later.exact == 21 - len(later.errors) and (later.errors == {}) == (not changed)
+    assert max((error or 0 for error in later.errors.values()), default=0) < 0.5
+    assert isinstance(later.logits, dict) and later.logits["error"] < 1e-5 and later.logits["layers"] == 2
+    assert len(record["rope"]["wavelengths"]) == 8 and record["rope"]["attention_scale"] >= 1
+    alone = verify(tmp_path / "out")
+    assert (alone.problems, alone.source, alone.exact) == ([], None, 0)
+
+
+@pytest.fixture(scope="module")
+def converted(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("verify") / "out"
+    convert(random_llama, folder, rope="yarn", factor=8, quantize=True, max_shard_size="0.2MB")
+    return folder
+
+
+def test_every_flipped_bit_is_noticed(converted: Path, tmp_path: Path) -> None:
+    """In weights, their headers, config.json and the tokenizer."""
+    chance = random.Random(0)
+    folder = shutil.copytree(converted, tmp_path / "out")
+    hashed = [path for path in sorted(folder.iterdir()) if path.name not in ("README.md", "conversion.json")]
+    assert len(hashed) > 5
+    for path in hashed:
+        whole = path.read_bytes()
+        for _ in range(6):
+            place, bit = chance.randrange(len(whole)), chance.randrange(8)
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+            assert any(path.name in problem for problem in verify(folder).problems), (path.name, place, bit)
+        path.write_bytes(whole)
+    assert verify(folder).problems == []
+
+
+def rewrite(folder: Path, name: str, change: Callable[[mx.array], mx.array]) -> None:
+    """Change a tensor and the record's hash of its file, so that only a comparison can tell."""
+    file = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
+    weights = mx.load(str(folder / file))
+    weights[name] = change(weights[name])
+    mx.eval(weights)
+    mx.save_safetensors(str(folder / file), weights)
+    record = json.loads((folder / "conversion.json").read_text())
+    record["weights"][file]["sha256"] = hashlib.sha256((folder / file).read_bytes()).hexdigest()
+    (folder / "conversion.json").write_text(json.dumps(record))
+
+
+def one_more(value: mx.array) -> mx.array:
+    """One number of it, changed by more than rounding does."""
+    flat = np.array(value.astype(mx.float32)).reshape(-1)
+    flat[7] += 0.01
+    return mx.array(flat).reshape(value.shape).astype(value.dtype)
+
+
+@pytest.mark.parametrize(
+    ("options", "name", "change"),
+    [
+        ({}, "model.norm.weight", one_more),
+        ({}, f"{Q_PROJ}.weight", lambda v: mx.where(mx.abs(v) < 1e-4, 0, v)),
+        ({"dtype": "float16"}, f"{Q_PROJ}.weight", lambda v: v * 1.002),
+        ({"dtype": "float16"}, f"{Q_PROJ}.weight", mx.transpose),
+        ({"dtype": "bfloat16"}, f"{Q_PROJ}.weight", one_more),
+        ({"quantize": True}, f"{Q_PROJ}.weight", lambda v: v ^ 0x30),
+        ({"quantize": True}, f"{Q_PROJ}.scales", lambda v: v * 1.2),
+        ({"quantize": True}, f"{Q_PROJ}.biases", lambda v: v[::-1]),
+        ({"quantize": True, "q_mode": "mxfp4"}, f"{Q_PROJ}.scales", lambda v: v + 1),
+        ({"quantize": True, "q_mode": "mxfp8"}, f"{Q_PROJ}.weight", lambda v: v ^ 0x40),
+        ({"portable": True, "rope": "yarn", "factor": 8}, f"{Q_PROJ}.weight", lambda v: v / 1.0441),
+        ({}, f"{Q_PROJ}.weight", lambda v: mx.full(v.shape, mx.nan)),
+        ({"dtype": "float16"}, f"{Q_PROJ}.weight", lambda v: mx.full(v.shape, mx.inf, v.dtype)),
+    ],
+)
+def test_a_wrong_tensor_is_noticed(
+    random_llama: Path, tmp_path: Path, options: dict[str, Any], name: str, change: Callable[[mx.array], mx.array]
+) -> None:
+    convert(random_llama, tmp_path / "out", **options)
+    rewrite(tmp_path / "out", name, change)
+    found = verify(tmp_path / "out", random_llama)
+    weight = name.replace("scales", "weight").replace("biases", "weight")
+    assert any(weight in problem and "further from the source" in problem for problem in found.problems)
+
+
+def test_a_number_too_large_for_the_type_is_noticed(random_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "source")
+    file = folder / "model-00003-of-00003.safetensors"
+    weights = mx.load(str(file))
+    name = next(iter(sorted(weights)))
+    weights[name] = weights[name] + 1e6
+    mx.eval(weights)
+    mx.save_safetensors(str(file), weights)
+    with pytest.raises(VerificationError, match=name):
+        convert(folder, tmp_path / "out", dtype="float16", verify=True)
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+    convert(folder, tmp_path / "out", dtype="bfloat16", restart=True, verify=True)
+
+
+def test_other_angles_are_noticed(converted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(converted, tmp_path / "out")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_scaling"]["factor"] = 4
+    (folder / "config.json").write_text(json.dumps(config))
+    assert any("other wavelengths" in problem for problem in verify(folder).problems)
+
+
+def test_wrong_logits_are_noticed(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import mlx_resonance.convert.reference as reference
+
+    load_model = reference.load_model
+
+    def negated(*arguments: Any, **options: Any) -> Any:
+        model, config = load_model(*arguments, **options)
+        model.model.norm.weight = -model.model.norm.weight
+        return model, config
+
+    monkeypatch.setattr(reference, "load_model", negated)
+    assert any("logits" in problem for problem in verify(converted).problems)
+
+
+def test_a_model_too_large_for_memory_is_compared_by_its_first_layers(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import mlx_resonance.convert.reference as reference
+
+    convert(random_llama, tmp_path / "out")
+    sizes = {"one layer": 1.25e6, "none": 1e6}
+    monkeypatch.setattr(reference, "MEMORY", sizes["one layer"])
+    found = verify(tmp_path / "out")
+    assert found.problems == [] and found.logits == {**found.logits, "layers": 1}  # type: ignore[dict-item]
+    monkeypatch.setattr(reference, "MEMORY", sizes["none"])
+    assert isinstance(logits := verify(tmp_path / "out").logits, str) and "GB" in logits
+
+
+@pytest.mark.parametrize("pattern", ["model-00002-*.safetensors", "tokenizer.json", "config.json"])
+def test_a_missing_file_is_noticed(converted: Path, tmp_path: Path, pattern: str) -> None:
+    folder = shutil.copytree(converted, tmp_path / "out")
+    name = next(folder.glob(pattern)).name
+    (folder / name).unlink()
+    assert any(name in problem for problem in verify(folder).problems)
+
+
+def test_a_source_of_another_model_is_noticed(random_llama: Path, converted: Path, tmp_path: Path) -> None:
+    other = shutil.copytree(random_llama, tmp_path / "other")
+    for file in other.glob("*.safetensors"):
+        weights = {name: value + 0.05 for name, value in mx.load(str(file)).items()}
+        mx.eval(weights)
+        mx.save_safetensors(str(file), weights)
+    assert len(verify(converted, other).problems) > 15
+
+
+@pytest.mark.parametrize("record", [None, "{", "[]", "{}", '{"weights": {}}', '{"weights": 1}'])
+def test_what_convert_has_not_written_is_refused(run: Any, converted: Path, tmp_path: Path, record: str | None) -> None:
+    folder = shutil.copytree(converted, tmp_path / "out")
+    (folder / "conversion.json").unlink()
+    if record is not None:
+        (folder / "conversion.json").write_text(record)
+    code, stdout, stderr = run("verify", folder)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1) and "conversion.json" in stderr
+
+
+def test_a_record_that_names_other_folders_is_refused(run: Any, converted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(converted, tmp_path / "out")
+    record = json.loads((folder / "conversion.json").read_text())
+    record["files"]["../../etc/passwd"] = ""
+    (folder / "conversion.json").write_text(json.dumps(record))
+    code, _, stderr = run("verify", folder)
+    assert code == 2 and "same folder" in stderr
+
+
+def test_the_command(run: Any, random_llama: Path, converted: Path, tmp_path: Path) -> None:
+    code, stdout, stderr = run("verify", converted, "--source", random_llama, "--json")
+    found = json.loads(stdout)
+    assert code == 0 and found["problems"] == [] and found["source"] == "random-llama"
+    assert "verified: " in stderr and "equal to the source" in stderr
+    folder = shutil.copytree(converted, tmp_path / "out")
+    (folder / "tokenizer.json").write_text("{}")
+    code, stdout, stderr = run("verify", folder, "--json")
+    assert code == 1 and len(json.loads(stdout)["problems"]) == 2
+    assert stderr.count("problem: ") == 2 and "verified" not in stderr
+
+
+def test_a_failed_verification_is_1_and_leaves_no_result(
+    run: Any, random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write = checkpoint.write_weights
+
+    def damaged(source: Any, plan: Any, journal: Any, *arguments: Any) -> None:
+        write(source, plan, journal, *arguments)
+        path = journal.folder / "model.safetensors"
+        content = path.read_bytes()
+        path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+
+    monkeypatch.setattr(checkpoint, "write_weights", damaged)
+    code, stdout, stderr = run("convert", random_llama, "--mlx-path", tmp_path / "out", "--verify")
+    assert (code, stdout) == (1, "") and "SHA-256" in stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"]
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
+@pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "{mode}-{bits}-{group_size}".format(**s))
+def test_the_quantizer_keeps_to_the_bound_and_a_step_more_does_not(settings: dict[str, Any], dtype: mx.Dtype) -> None:
+    """Weights of all sizes: those whose scales are subnormal in float16, those whose scales E4M3 cannot hold."""
+    chance = np.random.default_rng(0)
+    normal = chance.standard_normal((16, 512))
+    for spread in (1e-4, 1e-3, 0.02, 1, 50):
+        for weights in (normal, normal + 3, normal * np.abs(normal) ** 3):
+            weight = mx.array(spread * weights).astype(dtype)
+            parts, error = quantize(weight, settings)
+            assert all(mx.array_equal(a, b) for a, b in zip(parts, mx.quantize(weight, **settings), strict=True))
+            value = dequantize(parts, settings)
+            bound = largest_error(value, parts, settings)
+            assert mx.all(mx.abs(value - weight.astype(mx.float32)) <= bound).item(), spread
+            found = compare(parts, settings, weight)
+            assert found.wrong == 0 and error == pytest.approx(found.error, rel=1e-3)
+    weight = mx.array(0.02 * normal).astype(dtype)
+    parts, _ = quantize(weight, settings)
+    wide = mx.abs(dequantize(parts, settings)).max() / 2  # half of the largest number: several steps of any format
+    assert compare(parts, settings, weight + wide.astype(dtype)).wrong > 0.5 * weight.size
+
+
+def test_the_error_of_a_large_weight_is_that_of_a_sample() -> None:
+    weight = mx.random.normal((3000, 1024), key=mx.random.key(0))
+    settings = {"mode": "affine", "bits": 4, "group_size": 64}
+    parts, error = quantize(weight, settings)
+    assert all(mx.array_equal(a, b) for a, b in zip(parts, mx.quantize(weight, **settings), strict=True))
+    assert error == pytest.approx(compare(parts, settings, weight).error, rel=0.01)
+
+
+def test_compare_counts() -> None:
+    value = mx.array([[1.0, mx.nan, mx.inf, 2.0]])
+    found = compare([value], original=value)
+    assert (found.nan, found.inf, found.wrong, found.exact) == (1, 1, 0, True)
+    found = compare([value], original=mx.array([[1.0, 0.0, mx.inf, 3.0]]))
+    assert (found.wrong, found.exact, found.error) == (2, False, None)
+    found = compare([mx.array([[3.0, 4.0]])], original=mx.array([[0.0, 4.0]]))
+    assert found.error == 0.75
