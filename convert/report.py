@@ -13,6 +13,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
 from .plan import check_tensors, model_tensors
+from .quantization import dequantize, group_parts, settings_of
 from .source import SafetensorsFile, Source
 
 WINDOW, WINDOWS = 512, 16  # tokens; the first so many of the text
@@ -45,7 +46,7 @@ def quantization_report(folder: Path, source: Source, text: str) -> dict[str, An
         raise ValueError("[convert] --quant-report needs a text of at least two tokens")
     count = min(len(ids) // window, WINDOWS)
     tokens = mx.array(ids[: count * window]).reshape(count, window)
-    models = [Streamed(checkpoint, check_tensors(checkpoint, rope)[1]) for checkpoint in (source, quantized)]
+    models = [Streamed(checkpoint, check_tensors(source, rope)[1]) for checkpoint in (source, quantized)]
     hidden = [model.hidden(tokens) for model in models]
     targets = tokens[:, 1:].reshape(-1)
     sums = [0.0, 0.0, 0.0, 0.0]
@@ -71,15 +72,17 @@ def quantization_report(folder: Path, source: Source, text: str) -> dict[str, An
 
 
 class Streamed:
-    """A model that has a layer's weights only while it goes through the layer.
+    """A model that has a layer's weights only while it goes through the layer; quantized ones come dequantized.
 
     Args:
         source: of the weights.
-        model: of the same shapes, without weights.
+        model: of the same shapes, not quantized, without weights.
     """
 
     def __init__(self, source: Source, model: nn.Module) -> None:
         self.source, self.model = source, model
+        self._quantized = settings_of(list(source.tensors), source.config.get("quantization") or {})
+        self._parts = group_parts(list(source.tensors), self._quantized)
         names = list(dict(tree_flatten(model.parameters())))
         layers: list[Any] = model.model.layers
         self._load(model, [name for name in names if not name.startswith("model.layers.")])
@@ -95,8 +98,8 @@ class Streamed:
         mx.eval([value for _, value in weights])
 
     def _read(self, name: str) -> mx.array:
-        value = self.source.read(name)
-        return value.astype(mx.float32) if mx.issubdtype(value.dtype, mx.floating) else value
+        arrays = [self.source.read(part) for part in self._parts[name]]
+        return dequantize(arrays, self._quantized[name]) if len(arrays) > 1 else arrays[0].astype(mx.float32)
 
     def hidden(self, tokens: mx.array) -> mx.array:
         """The states (N, hidden) that predict every token but the first of each row."""
