@@ -66,9 +66,14 @@ def write_card(folder: Path, source: str | Path, source_card: Path, rope: RopeCo
         source=str(source) if is_hub_id else f"`{Path(source).resolve().name}`",
         rope_type=rope.rope_type,
         base=rope.base,
-        factor=rope.parameters.get("factor", 1),
+        factor=rope.parameters.get("factor") or _quotient(rope.context_length, rope.trained_length),
         trained=rope.trained_length,
         context=rope.context_length,
         resonance=RESONANCE.format(rope_type=rope.rope_type) if rope.is_resonant else "",
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")
+
+
+def _quotient(context: int | None, trained: int | None) -> float:
+    """By how much LongRoPE, which states no factor, lengthens the context; 1 where it is not known."""
+    return round(context / trained, 3) if context and trained else 1
