@@ -16,7 +16,7 @@ TEXT = """
 
 | rope type | base | factor | context before scaling | context |
 | --- | --- | --- | --- | --- |
-| `{rope_type}` | {base:g} | {factor} | {trained} | {context} |
+| `{rope_type}` | {base:g} | {factor:g} | {trained} | {context} |
 
 ```
 pip install mlx-resonance

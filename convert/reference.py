@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from importlib.util import find_spec
 from typing import Any
 
@@ -16,7 +17,8 @@ from .quantization import dequantize, group_parts, settings_of
 from .source import Source
 
 TOKENS = 64
-MEMORY = 8e9  # bytes of float32 weights in either model; of a larger one the first layers are compared
+# Bytes of float32 weights, of one model at a time: a quarter of the machine's. Of a larger one the first layers are used.
+MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
 NOT_IN_CONFIG = {*ROPE_KEYS, "quantization", "quantization_config", "dtype", "torch_dtype"}
 
 
@@ -40,7 +42,7 @@ def compare_logits(source: Source, rope: RopeConfig) -> dict[str, Any] | str:
         return "transformers has no such rotation"
     layers = _layers_that_fit(source, config)
     if layers < 1:
-        return f"a layer in float32 takes more than {MEMORY / 1e9:g} GB"
+        return f"a layer in float32 takes more than a quarter of the memory, {MEMORY / 1e9:.3g} GB"
     tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (1, TOKENS))
     model, _ = load_model(source.folder, lazy=True)
     model.model.layers = model.model.layers[:layers]
