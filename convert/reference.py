@@ -17,7 +17,7 @@ from .quantization import dequantize, group_parts, settings_of
 from .source import Source
 
 TOKENS = 64
-# Bytes of float32 weights, of one model at a time: a quarter of the machine's. Of a larger one the first layers are used.
+# Bytes of float32 weights, one model at a time: a quarter of the machine's. Of a larger one the first layers are used.
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
 NOT_IN_CONFIG = {*ROPE_KEYS, "quantization", "quantization_config", "dtype", "torch_dtype"}
 
