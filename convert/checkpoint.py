@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import re
 import shutil
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -14,8 +13,9 @@ from typing import Any
 
 from mlx_resonance import __version__
 from mlx_resonance.config import RopeConfig
-from mlx_resonance.files import INDEX, TOKENIZER_PATTERNS, TOKENIZERS, file_of, has_tokenizer
+from mlx_resonance.files import INDEX, TOKENIZER_PATTERNS, TOKENIZERS, file_of, has_tokenizer, parse_size, sha256
 from mlx_resonance.loading import check_config
+from mlx_resonance.scaling import largest_shift, new_rope
 
 from .card import write_card
 from .journal import NAME as RECORD
@@ -23,11 +23,10 @@ from .journal import fingerprint, workspace
 from .plan import Plan, disk_needed, make_plan
 from .quantization import check_arguments
 from .report import quantization_report
-from .rope import largest_shift, new_rope
 from .source import TORCH_INDEX, Source, open_source
 from .verify import VerificationError, rope_table
 from .verify import verify as verify_result
-from .weights import Progress, sha256, write_weights
+from .weights import Progress, write_weights
 
 DTYPES = ("float32", "float16", "bfloat16")
 NOT_COPIED = {"config.json", INDEX, TORCH_INDEX, RECORD}
@@ -146,7 +145,7 @@ def convert(
     target = Path(mlx_path).expanduser()
     if os.path.lexists(target):
         raise FileExistsError(f"[convert] {target} exists: choose another --mlx-path, or delete it")
-    shard_bytes = _parse_size(max_shard_size)
+    shard_bytes = parse_size(max_shard_size, "max_shard_size")
     check_arguments(quantize, q_bits, q_group_size, q_mode, quant_predicate)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
@@ -239,15 +238,6 @@ def _write_small_files(source: Source, plan: Plan, folder: Path, src: str | Path
 
 def _versions() -> dict[str, str]:
     return {"mlx_resonance": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
-
-
-def _parse_size(text: str) -> int:
-    """Bytes of `5GB`, `500MB` …, in powers of ten."""
-    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
-    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(KB|MB|GB)", text.strip().upper())
-    if found is None or float(found[1]) == 0:
-        raise ValueError(f"[convert] max_shard_size must be a size such as 500MB or 5GB, got {text!r}")
-    return int(float(found[1]) * units[found[2]])
 
 
 def _tokenizer_files(folder: Path) -> list[Path]:

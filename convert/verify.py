@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance.config import RopeConfig
-from mlx_resonance.files import WEIGHTS, has_tokenizer, read_json, weight_files
+from mlx_resonance.files import WEIGHTS, has_tokenizer, read_json, sha256, weight_files
 from mlx_resonance.loading import load_tokenizer
 
 import mlx.core as mx
@@ -20,7 +20,7 @@ from .portable import scaled_by
 from .quantization import group_parts, settings_of
 from .reference import compare_logits
 from .source import SafetensorsFile, Source, open_source
-from .weights import Progress, sha256
+from .weights import Progress
 
 CLOSE = 5e-3  # of the largest logit: transformers' own error with float32 angles
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import shutil
@@ -11,7 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.files import INDEX
+from mlx_resonance.files import INDEX, sha256
 
 import mlx.core as mx
 
@@ -111,12 +110,3 @@ def _settle(path: Path, errors: dict[str, float | None]) -> dict[str, Any]:
         os.fsync(file.fileno())
     entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     return entry | ({"quantization_error": errors} if errors else {})
-
-
-def sha256(path: Path) -> str:
-    """Of a file's content, in hexadecimal."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(2**22):
-            digest.update(block)
-    return digest.hexdigest()

@@ -23,7 +23,7 @@ from .frequencies import (  # noqa: E402
 from .rope import ResonanceRoPE  # noqa: E402
 
 if TYPE_CHECKING:
-    from .generation import generate, stream_generate
+    from .generation import generate, plan_memory, stream_generate
     from .loading import install, load
 
 __version__ = "0.1.0"
@@ -41,12 +41,19 @@ __all__ = [
     "load",
     "longrope_frequencies",
     "ntk_frequencies",
+    "plan_memory",
     "stream_generate",
     "yarn_frequencies",
 ]
 
 # These bring in mlx-lm and transformers, three seconds of imports that the rotary op and `--help` do without.
-_LATER = {"load": "loading", "install": "loading", "generate": "generation", "stream_generate": "generation"}
+_LATER = {
+    "load": "loading",
+    "install": "loading",
+    "generate": "generation",
+    "plan_memory": "generation",
+    "stream_generate": "generation",
+}
 
 
 def __getattr__(name: str) -> Any:

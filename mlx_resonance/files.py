@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -214,6 +216,24 @@ def check_header(entries: Mapping[str, Any], path: str) -> dict[str, TensorInfo]
             raise ValueError("its tensors do not follow each other")
         place = info.end
     return tensors
+
+
+def parse_size(text: str, name: str) -> int:
+    """Bytes of `5GB`, `500MB` …, in powers of ten. Raises ValueError, naming the argument, for anything else."""
+    units = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
+    found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(KB|MB|GB)", text.strip().upper())
+    if found is None or float(found[1]) == 0:
+        raise ValueError(f"{name} must be a size such as 500MB or 5GB, got {text!r}")
+    return int(float(found[1]) * units[found[2]])
+
+
+def sha256(path: Path) -> str:
+    """Of a file's content, in hexadecimal."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def _first_line(error: Exception) -> str:

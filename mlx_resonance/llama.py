@@ -51,6 +51,12 @@ class Attention(llama.Attention):
         queries, keys = self.rope.rotate(queries, keys, angles=angles)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
+        if L > 1 and hasattr(cache, "bits"):
+            # mlx-lm's product with quantized keys holds all scores of a chunk, which are larger than a layer's keys and
+            # values in 16 bits: those go to the fused attention instead.
+            size, bits = cache.group_size, cache.bits
+            keys, values = (mx.dequantize(w, s, b, group_size=size, bits=bits) for w, s, b in (keys, values))
+            cache = None
         output = scaled_dot_product_attention(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
         return self.o_proj(output.transpose(0, 2, 1, 3).reshape(B, L, -1))
 

@@ -31,6 +31,7 @@ from .files import (
     weight_files,
 )
 from .rope import ResonanceRoPE
+from .scaling import rescale
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
@@ -41,7 +42,12 @@ COUNTS = {
 
 
 def load(
-    path_or_hf_repo: str | Path, *, lazy: bool = False, revision: str | None = None, adapter_path: str | None = None
+    path_or_hf_repo: str | Path,
+    *,
+    lazy: bool = False,
+    revision: str | None = None,
+    adapter_path: str | None = None,
+    factor: float | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a checkpoint and its tokenizer, whatever the style of its config.json.
 
@@ -50,6 +56,7 @@ def load(
         lazy: leave the weights on disk until they are used.
         revision: branch, tag or commit on the hub.
         adapter_path: folder of LoRA adapters made by mlx-lm.
+        factor: how many times the context before scaling, instead of what config.json says.
 
     Returns:
         model, tokenizer: for mlx-lm's generation, caches and samplers. LLaMA and Mistral are `mlx_resonance.llama`,
@@ -60,7 +67,8 @@ def load(
         ValueError: a config.json or a weight file that cannot be right.
     """
     folder = resolve(path_or_hf_repo, revision, [*TOKENIZER_PATTERNS, WEIGHTS])
-    model, config = load_model(folder, lazy=lazy)
+    rope = None if factor is None else rescale(RopeConfig.from_hf(read_config(folder)), factor)
+    model, config = load_model(folder, lazy=lazy, rope=rope)
     if adapter_path is not None:
         model = mlx_lm.utils.load_adapters(model, adapter_path)
         model.eval()

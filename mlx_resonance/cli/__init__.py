@@ -7,7 +7,7 @@ import sys
 import typer
 
 from .. import __version__
-from . import convert, demo, generate, inspect, verify
+from . import convert, demo, generate, inspect, lm, plan, verify
 from .output import fail
 
 app = typer.Typer(
@@ -20,8 +20,10 @@ app = typer.Typer(
 app.command("convert")(convert.command)
 app.command("verify")(verify.command)
 app.command("inspect")(inspect.command)
+app.command("plan")(plan.command)
 app.command("generate")(generate.command)
 app.command("demo")(demo.command)
+app.command("lm", context_settings=lm.CONTEXT)(lm.command)
 
 
 def _version(wanted: bool) -> None:

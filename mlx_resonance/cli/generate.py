@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from .output import print_json, progress_bar, stderr
+from .output import count_bar, print_json, progress_bar, stderr
 
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+    from ..generation.batch import Request
 
 
 def command(
@@ -23,23 +25,87 @@ def command(
     temp: Annotated[float, Option(help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int | None, Option(help="Seed of the sampling.")] = None,
+    factor: Annotated[float | None, Option(help="Stretch the context to so many times the trained one.")] = None,
     kv_bits: Annotated[int | None, Option(help="Keep keys and values in 4 or 8 bits.")] = None,
-    prefill_step_size: Annotated[int, Option(help="Prompt tokens in one pass.")] = 2048,
+    prefill_step_size: Annotated[int, Option(help="Most prompt tokens in one pass.")] = 2048,
+    prompt_cache: Annotated[Path | None, Option(metavar="DIR", help="Keep what was read for the next prompt.")] = None,
+    prompt_cache_size: Annotated[str, Option(help="Most that DIR may hold.")] = "10GB",
+    memory: Annotated[str | None, Option(help="What there is, such as 16GB. Default: what the device says.")] = None,
+    force: Annotated[bool, Option("--force", help="Go on though it does not fit into memory.")] = False,
+    prompts_file: Annotated[Path | None, Option(metavar="JSONL", help="Many prompts: id and prompt a line.")] = None,
+    output: Annotated[Path | None, Option(metavar="JSONL", help="Where their answers go.")] = None,
     ignore_chat_template: Annotated[bool, Option("--ignore-chat-template", help="Give the prompt as it is.")] = False,
     json: Annotated[bool, Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Generate text; progress and figures go to stderr."""
-    text = read_prompt(prompt, prompt_file)
+    if (prompts_file is None) != (output is None):
+        raise ValueError("[generate] --prompts-file and --output go together")
+    if prompts_file is not None and (prompt is not None or prompt_file is not None):
+        raise ValueError("[generate] give --prompts-file or one prompt, not both")
+    if prompts_file is not None and (kv_bits is not None or prompt_cache is not None):
+        raise ValueError("[generate] --prompts-file goes with neither --kv-bits nor --prompt-cache")
+    text = "" if prompts_file is not None else read_prompt(prompt, prompt_file)
 
-    from ..generation import prompt_tokens
-    from ..loading import load
+    from ..config import RopeConfig
+    from ..files import TOKENIZER_PATTERNS, WEIGHTS, parse_size, read_config, resolve
+    from ..generation import PromptCache, cache_key, check_context, prompt_tokens
+    from ..generation.memory import guard
+    from ..generation.stream import check_options
+    from ..loading import load_model, load_tokenizer
+    from ..scaling import rescale
 
-    loaded, tokenizer = load(model)
-    tokens = prompt_tokens(tokenizer, text, chat=not ignore_chat_template)
-    options = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed, "kv_bits": kv_bits}
-    result = run(loaded, tokenizer, tokens, show=not json, prefill_step_size=prefill_step_size, **options)
+    options = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
+    check_options(**options, kv_bits=kv_bits, prefill_step_size=prefill_step_size)  # type: ignore[arg-type]
+    folder = resolve(model, None, [*TOKENIZER_PATTERNS, WEIGHTS])
+    config = read_config(folder)
+    rope = RopeConfig.from_hf(config)
+    rope = rope if factor is None else rescale(rope, factor)
+    tokenizer = load_tokenizer(folder, config)
+    chat = not ignore_chat_template
+    requests = []
+    if prompts_file is not None:
+        from ..generation.batch import read_requests
+
+        requests = read_requests(prompts_file, tokenizer, chat)
+    tokens = [] if requests else prompt_tokens(tokenizer, text, chat)
+    longest = max((len(request.tokens) for request in requests), default=len(tokens))
+    check_context(rope, longest, max_tokens)
+    if not force:
+        size = None if memory is None else parse_size(memory, "--memory")
+        guard(folder, longest + max_tokens, kv_bits=kv_bits, memory=size, prefill_step_size=prefill_step_size)
+    kept = None
+    if prompt_cache is not None:
+        size = parse_size(prompt_cache_size, "--prompt-cache-size")
+        kept = PromptCache(prompt_cache, cache_key(folder, rope, kv_bits), size)
+    loaded, _ = load_model(folder, rope=rope)
+    if requests and output is not None:
+        answer(loaded, tokenizer, requests, output, json, prefill_step_size=prefill_step_size, **options)
+        return
+    options |= {"kv_bits": kv_bits, "prefill_step_size": prefill_step_size, "prompt_cache": kept}
+    result = run(loaded, tokenizer, tokens, show=not json, **options)
     if json:
         print_json(result)
+
+
+def answer(
+    model: nn.Module, tokenizer: TokenizerWrapper, requests: list[Request], output: Path, json: bool, **options: Any
+) -> None:
+    """Answer a file of prompts, with a progress bar."""
+    from ..generation.batch import answer_file
+
+    with count_bar() as bar:
+        task = bar.add_task("prompts", total=len(requests))
+        count = answer_file(
+            model,
+            tokenizer,
+            requests,
+            output,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            **options,
+        )
+    stderr.print(f"{output}: {len(requests)} answers, {count} of them new", soft_wrap=True)
+    if json:
+        print_json({"output": str(output), "answers": len(requests), "new": count})
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:

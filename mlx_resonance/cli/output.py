@@ -51,6 +51,12 @@ def progress_bar() -> Progress:
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
+def count_bar() -> Progress:
+    """A bar as `progress_bar`, of things without a speed."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
+
+
 def bytes_bar() -> Progress:
     """A bar as `progress_bar`, of bytes and bytes per second."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())

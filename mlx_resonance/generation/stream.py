@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from mlx_lm.generate import GenerationResponse
+from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import RopeConfig
 from ..rope import ResonanceRoPE
-
-
-def context_length(model: nn.Module) -> int | None:
-    """Tokens of context a loaded model is meant for; None where its config does not say."""
-    rope: RopeConfig = model.args.rope
-    return rope.context_length
+from ..scaling import factor_for
+from .cache import make_cache
+from .prefill import STEP, Progress, prefill
+from .prompt_cache import PromptCache
 
 
 def prompt_tokens(tokenizer: TokenizerWrapper, prompt: str | list[int], chat: bool = False) -> list[int]:
@@ -56,8 +56,9 @@ def stream_generate(
     top_p: float = 1.0,
     seed: int | None = None,
     kv_bits: int | None = None,
-    prefill_step_size: int = 2048,
-    progress: Callable[[int, int], None] | None = None,
+    prefill_step_size: int = STEP,
+    prompt_cache: PromptCache | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[GenerationResponse]:
     """Generate text, piece by piece.
 
@@ -69,40 +70,71 @@ def stream_generate(
         top_p: sample from the likeliest tokens of this total probability, in (0, 1].
         seed: of MLX's random numbers; None leaves them as they are.
         kv_bits: keep keys and values in 4 or 8 bits, from the first token on.
-        prefill_step_size: tokens of the prompt in one pass.
+        prefill_step_size: most tokens of the prompt in one pass; fewer as the keys grow.
+        prompt_cache: where keys and values of earlier prompts are; this one's are kept, also when interrupted.
         progress: called with the number of prompt tokens done and their total.
 
     Returns:
         An iterator of mlx-lm's GenerationResponse: `text` is the new piece, the last one has a `finish_reason`.
+        `prompt_tps` counts the tokens that were read, not those that the prompt cache had.
 
     Raises:
         ValueError: an argument is out of range, the prompt is empty, or the context too short.
     """
-    _check_options(max_tokens, temp, top_p, seed, kv_bits, prefill_step_size)
+    check_options(max_tokens, temp, top_p, seed, kv_bits, prefill_step_size)
     tokens = prompt_tokens(tokenizer, prompt)
-    limit = context_length(model)
-    if limit is not None and len(tokens) + max_tokens > limit:
-        raise ValueError(
-            f"[generate] {len(tokens)} prompt tokens and {max_tokens} new ones exceed the checkpoint's context of "
-            f"{limit} tokens: shorten them, or convert with a larger --factor"
-        )
+    check_context(model.args.rope, len(tokens), max_tokens)
     for module in model.modules():
         if isinstance(module, ResonanceRoPE):
             module.expect(len(tokens))
     if seed is not None:
         mx.random.seed(seed)
-    options: dict[str, Any] = {"kv_bits": kv_bits, "quantized_kv_start": 0} if kv_bits else {}
-    responses: Iterator[GenerationResponse] = mlx_lm.stream_generate(
-        model,
-        tokenizer,
-        tokens,
-        max_tokens=max_tokens,
-        sampler=make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0),
-        prefill_step_size=prefill_step_size,
-        prompt_progress_callback=progress,
-        **options,
-    )
-    return responses
+    cache = make_cache(model, len(tokens) + max_tokens, kv_bits)
+    sampler = make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0)
+    return _stream(model, tokenizer, tokens, cache, max_tokens, sampler, prefill_step_size, prompt_cache, progress)
+
+
+def _stream(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    tokens: list[int],
+    cache: list[Any],
+    max_tokens: int,
+    sampler: Callable[[mx.array], mx.array],
+    step: int,
+    prompt_cache: PromptCache | None,
+    progress: Progress | None,
+) -> Iterator[GenerationResponse]:
+    start = time.perf_counter()
+    known = 0 if prompt_cache is None else prompt_cache.fetch(tokens, cache)
+    written = list(tokens)
+    try:
+        with wired_limit(model, [generation_stream]), mx.stream(generation_stream):
+            prefill(model, tokens, cache, step=step, progress=progress)
+        speed = 0.0
+        options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": sampler, "prompt_cache": cache}
+        for response in mlx_lm.stream_generate(model, tokenizer, tokens[-1:], **options):
+            if not speed:
+                speed = (len(tokens) - known) / (time.perf_counter() - start)
+                if progress is not None:
+                    progress(len(tokens), len(tokens))
+            written.append(response.token)
+            yield replace(response, prompt_tokens=len(tokens), prompt_tps=speed)
+    finally:
+        if prompt_cache is not None:
+            prompt_cache.store(written, cache)
+
+
+def check_context(rope: RopeConfig, prompt: int, new: int) -> None:
+    """Raise ValueError where a prompt and its answer exceed the context, with the factor that would cover them."""
+    limit = rope.context_length
+    if limit is not None and prompt + new > limit:
+        factor = factor_for(rope, prompt + new)
+        longer = "another model" if factor is None else f"--factor {factor}"
+        raise ValueError(
+            f"[generate] {prompt} prompt tokens and {new} new ones exceed the checkpoint's context of {limit} tokens: "
+            f"shorten them, or take {longer}"
+        )
 
 
 def generate(model: nn.Module, tokenizer: TokenizerWrapper, prompt: str | list[int], **options: Any) -> str:
@@ -128,9 +160,10 @@ def figures(text: str, last: GenerationResponse) -> dict[str, Any]:
     }
 
 
-def _check_options(
+def check_options(
     max_tokens: int, temp: float, top_p: float, seed: int | None, kv_bits: int | None, prefill_step_size: int
 ) -> None:
+    """Raise ValueError where an option of `stream_generate` is out of range."""
     if max_tokens < 1:
         raise ValueError(f"[generate] max_tokens must be at least 1, got {max_tokens}")
     if not 0 <= temp < float("inf"):

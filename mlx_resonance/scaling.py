@@ -1,10 +1,12 @@
-"""The rope settings of a converted checkpoint: those of the source, or a new scaling, rounded or not."""
+"""A checkpoint's rope settings for a longer context: a new scaling, rounded or not."""
 
 from __future__ import annotations
 
-from mlx_resonance.config import MAKERS, PREFIX, RopeConfig
+import math
 
 import numpy as np
+
+from .config import MAKERS, PREFIX, RopeConfig
 
 # With these three numbers alone; llama3 and longrope need parameters that belong to one trained checkpoint.
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")
@@ -71,3 +73,25 @@ def largest_shift(rope: RopeConfig) -> float:
     if not rope.is_resonant:
         return 0.0
     return float(np.max(rope.unrounded_frequencies().angle_shift()))
+
+
+def rescale(source: RopeConfig, factor: float) -> RopeConfig:
+    """The settings for `factor` times the context before scaling, of the same type; of a checkpoint without scaling
+    Resonance-YaRN's.
+
+    Raises:
+        ValueError: its type has no such factor.
+    """
+    if source.base_type == "default":
+        return new_rope(source, "yarn", factor, None, True)
+    if source.base_type not in SCALINGS:
+        raise ValueError(f"[load] factor: rope type {source.base_type} belongs to one trained length")
+    plain = _with(source, "default", {}, source.trained_length)
+    return new_rope(plain, source.base_type, factor, None, source.is_resonant)
+
+
+def factor_for(source: RopeConfig, tokens: int) -> int | None:
+    """The smallest whole factor whose context holds so many tokens; None where the type has no factor."""
+    if source.trained_length is None or source.base_type not in ("default", *SCALINGS):
+        return None
+    return math.ceil(tokens / source.trained_length)

@@ -1,0 +1,48 @@
+"""Caches of keys and values: mlx-lm's, allocated once for the whole text, in the model's type, 8 or 4 bits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import mlx.nn as nn
+from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+
+GROUP_SIZES = (64, 32)  # values that share a scale and a bias; MLX has no smaller ones
+
+
+def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> list[Any]:
+    """A cache for every layer.
+
+    Args:
+        model: from `load`.
+        capacity: tokens to allocate for. mlx-lm's caches grow by copying, which for a moment needs twice the memory.
+        kv_bits: 4 or 8 for keys and values that are quantized from the first token on; None for the model's type.
+
+    Raises:
+        ValueError: a layer's keys cannot be quantized: its heads are no multiple of 32, or it attends to a window.
+    """
+    caches = make_prompt_cache(model)
+    if kv_bits is not None:
+        size = group_size(head_dim(model))
+        for cache in caches:
+            if not isinstance(cache, KVCache):
+                raise ValueError("[generate] kv_bits: a layer with a sliding window keeps its keys unquantized")
+        caches = [QuantizedKVCache(size, kv_bits) for _ in caches]
+    for cache in caches:
+        if isinstance(cache, (KVCache, QuantizedKVCache)):
+            cache.step = capacity  # what it grows by
+    return caches
+
+
+def group_size(dims: int) -> int:
+    """How many features of a head share a scale. Raises ValueError where no size divides them."""
+    for size in GROUP_SIZES:
+        if dims % size == 0:
+            return size
+    raise ValueError(f"[generate] kv_bits needs heads of a multiple of {GROUP_SIZES[-1]} features, got {dims}")
+
+
+def head_dim(model: nn.Module) -> int:
+    """Features of a head."""
+    args = model.args
+    return int(getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads)

@@ -1,0 +1,62 @@
+"""Reading a prompt: in chunks that shrink as the keys grow, so that no launch of attention takes too long."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+
+STEP = 2048  # tokens
+# Queries times keys of one launch of attention, for each head: what macOS lets a GPU work at without a break. 2048
+# queries reach it at 65 k keys.
+BUDGET = 2**27
+
+Progress = Callable[[int, int], None]
+
+
+def chunk_size(done: int, step: int = STEP, budget: int = BUDGET) -> int:
+    """How many tokens to read at once, after `done`: at most `step`, and queries × keys at most `budget`."""
+    return max(1, min(step, (math.isqrt(done * done + 4 * budget) - done) // 2))
+
+
+def prefill(
+    model: nn.Module,
+    tokens: Sequence[int],
+    cache: list[Any],
+    *,
+    step: int = STEP,
+    budget: int = BUDGET,
+    progress: Progress | None = None,
+) -> None:
+    """Put the keys and values of all tokens but the last into the caches, after those that they have.
+
+    An interrupt ends it after the chunk that is being read; the caches then hold whole chunks.
+
+    Args:
+        model: from `load`.
+        tokens: of the whole prompt.
+        cache: of each layer; its offset says how many of the tokens it has.
+        step: most tokens of a chunk.
+        budget: most queries times keys of a chunk.
+        progress: called with the tokens done and in all.
+    """
+    done, total = cache[0].offset, len(tokens)
+    if progress is not None:
+        progress(done, total)
+    try:
+        while done < total - 1:
+            size = min(chunk_size(done, step, budget), total - 1 - done)
+            model(mx.array(list(tokens[done : done + size]))[None], cache=cache)
+            mx.eval([layer.state for layer in cache])  # not the logits: the head is left out
+            mx.clear_cache()
+            done += size
+            if progress is not None:
+                progress(done, total)
+    except KeyboardInterrupt:
+        whole = min(layer.offset for layer in cache)
+        for layer in cache:
+            layer.trim(layer.offset - whole)
+        raise

@@ -1,0 +1,218 @@
+"""Keys and values of prompts on disk: the next prompt that begins alike is read from where it differs."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import re
+import time
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import numpy as np
+from mlx.utils import tree_flatten
+from mlx_lm.models.cache import KVCache, QuantizedKVCache
+
+from ..config import RopeConfig
+from ..files import read_header, sha256, weight_files
+
+NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.safetensors")  # of the model and the format; of the content
+SAMPLES, SAMPLE = 64, 2**12  # pieces of a weight file that tell models apart, and their bytes
+ENOUGH = 16  # an entry is written if it has more new tokens than a 16th of what was read from another
+STALE = 3600  # seconds after which a file that is not whole was left by a process that was killed
+
+logger = logging.getLogger("mlx_resonance")
+
+
+class PromptCache:
+    """A folder of prompts' keys and values. Processes may share it.
+
+    Every entry is a safetensors file, named by what it belongs to and by the SHA-256 of its content; it appears whole
+    or not at all. A damaged one is deleted with a warning.
+
+    Args:
+        folder: is made if it is missing.
+        key: from `cache_key`.
+        max_bytes: of all entries; those that were used least recently go first.
+
+    Raises:
+        NotADirectoryError: the folder is a file.
+    """
+
+    def __init__(self, folder: str | Path, key: str, max_bytes: int = 10 * 10**9) -> None:
+        self.folder, self.key, self.max_bytes = Path(folder).expanduser(), key, max_bytes
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"[generate] --prompt-cache {self.folder} is a file: expected a folder")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._used: Path | None = None
+        self._used_tokens = 0
+
+    def fetch(self, tokens: Sequence[int], cache: list[Any]) -> int:
+        """Fill the caches with the longest beginning of a prompt that an entry has, all but its last token at most.
+
+        Args:
+            tokens: of the prompt.
+            cache: of each layer, empty.
+
+        Returns:
+            How many tokens they hold now.
+        """
+        self._used, self._used_tokens = None, 0
+        best: tuple[int, Path] | None = None
+        for path in sorted(self.folder.glob(f"{self.key}-*.safetensors")):
+            stored = self._tokens_of(path)
+            common = common_prefix(tokens[:-1], stored)
+            if common > (best[0] if best else 0):
+                best = common, path
+        if best is None:
+            return 0
+        length, path = best
+        try:
+            if sha256(path)[:32] != path.stem.split("-")[1]:
+                raise ValueError("its content has changed")
+            arrays: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
+            for i, layer in enumerate(cache):
+                fill(layer, {name: value for name, value in arrays.items() if name.startswith(f"{i}.")}, length)
+            mx.eval([layer.state for layer in cache])
+            os.utime(path)
+        except FileNotFoundError:  # another process has made room
+            return self._empty(cache)
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            self._drop(path, error)
+            return self._empty(cache)
+        self._used, self._used_tokens = path, length
+        return length
+
+    def store(self, tokens: Sequence[int], cache: list[Any]) -> None:
+        """Keep what the caches hold, if it is more than an entry had. A full disk is a warning.
+
+        Args:
+            tokens: that the caches have the keys of; only so many of them as they hold are kept.
+            cache: of each layer.
+        """
+        length = min(cache[0].offset, len(tokens))
+        if length - self._used_tokens <= self._used_tokens // ENOUGH:
+            return
+        arrays = {"tokens": mx.array(np.array(tokens[:length], np.int32))}
+        for i, layer in enumerate(cache):
+            arrays |= {f"{i}.{name}": value[..., :length, :] for name, value in named(layer)}
+        if (size := sum(value.nbytes for value in arrays.values())) > self.max_bytes:
+            logger.warning("--prompt-cache-size: an entry of %d bytes is more than %d", size, self.max_bytes)
+            return
+        temporary = self.folder / f".{uuid.uuid4().hex}.safetensors"
+        try:
+            mx.save_safetensors(str(temporary), arrays)
+            path = self.folder / f"{self.key}-{sha256(temporary)[:32]}.safetensors"
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:
+            logger.warning("the prompt cache %s cannot be written: %s", self.folder, error)
+            temporary.unlink(missing_ok=True)
+            return
+        if self._used is not None and self._used != path and self._used_tokens == len(self._tokens_of(self._used)):
+            self._used.unlink(missing_ok=True)  # the new entry begins with all of it
+        self._used, self._used_tokens = path, length
+        self._make_room()
+
+    def _tokens_of(self, path: Path) -> list[int]:
+        """The tokens of an entry; none where it is damaged or gone."""
+        try:
+            if "tokens" not in read_header(path):
+                raise ValueError("it has no tokens")
+            return list(np.array(mx.load(str(path))["tokens"]))  # type: ignore[call-overload]
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, KeyError, RuntimeError) as error:
+            self._drop(path, error)
+            return []
+
+    def _drop(self, path: Path, error: Exception) -> None:
+        logger.warning("the prompt cache's %s is damaged, and deleted: %s", path.name, error)
+        with contextlib.suppress(OSError):
+            path.unlink()
+
+    def _empty(self, cache: list[Any]) -> int:
+        for layer in cache:
+            layer.keys = layer.values = None
+            layer.offset = 0
+        return 0
+
+    def _make_room(self) -> None:
+        entries = []
+        for path in self.folder.iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if NAME.fullmatch(path.name):
+                    status = path.stat()
+                    entries.append((status.st_mtime_ns, status.st_size, path))
+                elif re.fullmatch(r"\.[0-9a-f]{32}\.safetensors", path.name):
+                    if time.time() - path.stat().st_mtime > STALE:
+                        path.unlink()
+        total = sum(size for _, size, _ in entries)
+        for _, size, path in sorted(entries):
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+
+
+def cache_key(folder: Path, rope: RopeConfig, kv_bits: int | None, adapter_path: str | None = None) -> str:
+    """What keys and values depend on besides the tokens: the content of the model, its angles, their format.
+
+    Args:
+        folder: of the model. Of every weight file the header and 64 pieces are read.
+        rope: the settings in use.
+        kv_bits: of the caches.
+        adapter_path: folder of LoRA adapters.
+
+    Raises:
+        ValueError: the angles change with the length of a text.
+    """
+    if rope.depends_on_length:
+        raise ValueError(f"[generate] --prompt-cache: the angles of {rope.rope_type} change with the length of a text")
+    digest = hashlib.sha256(json.dumps([rope.to_hf("4"), kv_bits], sort_keys=True).encode())
+    files = [folder / "config.json", *weight_files(folder)]
+    if adapter_path is not None:
+        files += sorted(path for path in Path(adapter_path).iterdir() if path.is_file())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for i in range(SAMPLES):
+                file.seek(i * max(SAMPLE, size // SAMPLES))
+                digest.update(file.read(SAMPLE))
+    return digest.hexdigest()[:16]
+
+
+def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences have in common from the first on."""
+    length = min(len(one), len(other))
+    differ = np.nonzero(np.array(one[:length]) != np.array(other[:length]))[0]
+    return int(differ[0]) if len(differ) else length
+
+
+def named(layer: Any) -> list[tuple[str, mx.array]]:
+    """The arrays of a layer's cache, (B, H, L, …) each, under names."""
+    if not isinstance(layer, (KVCache, QuantizedKVCache)):
+        raise ValueError("[generate] --prompt-cache: a layer with a sliding window cannot be kept")
+    return tree_flatten({"keys": layer.keys, "values": layer.values})  # type: ignore[return-value]
+
+
+def fill(layer: Any, arrays: dict[str, mx.array], length: int) -> None:
+    """Give an empty cache the first `length` tokens of arrays from `named`, allocated for all that it is to hold."""
+    for name in ("keys", "values"):
+        own = {key.split(".", 1)[1]: value for key, value in arrays.items()}
+        parts = [own[name]] if name in own else [own[f"{name}.{i}"] for i in range(3)]
+        room = max(layer.step, length)
+        whole = []
+        for part in parts:
+            if part.ndim != 4 or part.shape[2] < length:
+                raise ValueError("its arrays are too short")
+            empty = mx.zeros((*part.shape[:2], room - length, part.shape[3]), part.dtype)
+            whole.append(mx.concatenate([part[..., :length, :], empty], axis=2))
+        setattr(layer, name, whole[0] if len(whole) == 1 else tuple(whole))
+    layer.offset = length
