@@ -54,8 +54,8 @@ def command(
     from ..loading import load_model, load_tokenizer
     from ..scaling import rescale
 
-    options = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
-    check_options(**options, kv_bits=kv_bits, prefill_step_size=prefill_step_size)  # type: ignore[arg-type]
+    options: dict[str, Any] = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
+    check_options(**options, kv_bits=kv_bits, prefill_step_size=prefill_step_size)
     folder = resolve(model, None, [*TOKENIZER_PATTERNS, WEIGHTS])
     config = read_config(folder)
     rope = RopeConfig.from_hf(config)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 from rich.table import Table
 from typer import Option
@@ -23,7 +23,7 @@ def command(
     from ..generation.memory import advice, gigabytes, plan_memory
 
     size = None if memory is None else parse_size(memory, "--memory")
-    options = {"kv_bits": kv_bits, "memory": size, "prefill_step_size": prefill_step_size}
+    options: dict[str, Any] = {"kv_bits": kv_bits, "memory": size, "prefill_step_size": prefill_step_size}
     plan = plan_memory(model, context, **options)
     if json:
         print_json(plan.to_dict())

@@ -1,0 +1,69 @@
+"""What keeps mlx-lm's server alive: requests that would end it, its generation thread or the connection get 4xx."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from types import SimpleNamespace
+from typing import Any
+
+
+def guard_server() -> None:
+    """Have mlx-lm's server refuse with 4xx what would end its generation thread, itself or the connection."""
+    from huggingface_hub import CacheNotFound, scan_cache_dir
+    from mlx_lm import server
+
+    handler, generator, provider = server.APIHandler, server.ResponseGenerator, server.ModelProvider
+    post, complete, tokenize, load = (
+        handler.do_POST, handler.handle_completion, generator._tokenize, provider.load_default,
+    )  # fmt: skip
+
+    def do_POST(self: Any) -> None:
+        try:
+            post(self)
+        except Exception as error:
+            if hasattr(self, "_headers_buffer"):  # the answer has begun
+                raise
+            self._set_completion_headers(400)
+            self.end_headers()
+            self.wfile.write(json.dumps({"error": str(error)}).encode())
+
+    def handle_completion(self: Any, request: Any, stop_words: Any) -> None:
+        self.stream_options = {"include_usage": False} | (self.stream_options or {})
+        chat = [(message.get("role"), message.get("content") or "") for message in request.messages]
+        right = all(isinstance(role, str) and isinstance(content, (str, list)) for role, content in chat)
+        if not right or not isinstance(request.prompt, str) or not (chat or request.request_type == "text"):
+            raise ValueError("expected a text as prompt, or messages that have a role and content")
+        if not isinstance(stop_words, list) or not all(isinstance(word, str) for word in stop_words):
+            raise ValueError("stop must be a text or a list of texts")
+        for key, value in self.body.items():
+            limit = 2**64 if key == "seed" else 2**31
+            if isinstance(value, (int, float)) and not (abs(value) < limit and (key != "seed" or value >= 0)):
+                raise ValueError(f"{key} = {value} is out of range")
+        complete(self, request, stop_words)
+
+    def _tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
+        if args.sampling.top_k >= tokenizer.vocab_size:
+            raise ValueError(f"top_k must be less than the {tokenizer.vocab_size} tokens of the vocabulary")
+        if args.logits.logit_bias and not set(args.logits.logit_bias) <= set(tokenizer.get_vocab().values()):
+            raise ValueError("logit_bias has tokens that are not in the vocabulary")
+        return tokenize(self, tokenizer, request, args)
+
+    def scan() -> Any:
+        try:
+            return scan_cache_dir()
+        except CacheNotFound:  # nothing was ever downloaded: /v1/models has a folder to name all the same
+            return SimpleNamespace(repos=())
+
+    def load_default(self: Any) -> None:
+        try:
+            load(self)
+        except (OSError, ValueError, RuntimeError) as error:  # in a thread: mlx-lm would go on and answer nothing
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            sys.stderr.flush()
+            os._exit(2)
+
+    handler.do_POST, handler.handle_completion = do_POST, handle_completion
+    generator._tokenize, provider.load_default = _tokenize, load_default
+    server.scan_cache_dir = scan

@@ -1,0 +1,147 @@
+"""mlx-lm's commands on a checkpoint of a resonance rope type, as a user runs them.
+
+Not run here: `evaluate` downloads its tasks, and `perplexity` reads its text with the package datasets, from the hub.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+SCRIPTS = Path(sys.executable).parent
+# 700 tokens: the checkpoint was trained on 512.
+PROMPT = (
+    "import os\n\n\ndef walk(top, depth=0):\n    for name in sorted(os.listdir(top)):\n        yield name\n\n\n" * 20
+)
+
+
+@pytest.fixture(scope="session")
+def extended(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny checkpoint converted with Resonance-YaRN × 8."""
+    from mlx_resonance.convert import convert
+
+    folder = tmp_path_factory.mktemp("lm") / "stdlib-llama-8x"
+    convert(stdlib_llama, folder, rope="yarn", factor=8, dtype="float32")
+    return folder
+
+
+def execute(script: str, *arguments: object, stdin: str = "") -> subprocess.CompletedProcess[str]:
+    """A console script of this environment, offline."""
+    return subprocess.run(
+        [SCRIPTS / script, *map(str, arguments)],
+        input=stdin,
+        capture_output=True,
+        text=True,
+        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    )
+
+
+def lm(*arguments: object, stdin: str = "") -> str:
+    """The output of `mlx-resonance lm …`, which must succeed."""
+    done = execute("mlx-resonance", "lm", *arguments, stdin=stdin)
+    assert done.returncode == 0, done.stderr
+    assert "rope_type" not in done.stderr  # transformers warns of types that it does not know
+    return done.stdout
+
+
+def rope_type(folder: Path) -> Any:
+    return json.loads((folder / "config.json").read_text())["rope_scaling"]["rope_type"]
+
+
+def test_generate_gives_the_text_of_our_own(run: Any, extended: Path) -> None:
+    options = ("generate", "--model", extended, "--max-tokens", 32, "--prompt", PROMPT)
+    own = json.loads(run(*options, "--json")[1])
+    assert own["prompt_tokens"] > 512 and own["generation_tokens"] == 32
+    assert lm(*options, "--verbose", "False") == own["text"] + "\n"
+
+
+def test_stock_mlx_lm_refuses_the_rope_type(extended: Path) -> None:
+    done = execute("mlx_lm", "generate", "--model", extended, "--max-tokens", 1, "--prompt", "import")
+    assert done.returncode != 0 and "resonance_yarn" in done.stderr.splitlines()[-1]
+
+
+def test_lora_then_fuse(extended: Path, tmp_path: Path) -> None:
+    import mlx_resonance
+
+    import mlx.core as mx
+
+    for name in ("train", "valid"):
+        lines = [json.dumps({"text": f"import os\n\n\ndef function_{i}():\n    return {i}\n"}) for i in range(4)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+    adapters, fused = tmp_path / "adapters", tmp_path / "fused"
+    lm(
+        "lora", "--train", "--model", extended, "--data", tmp_path, "--adapter-path", adapters, "--iters", 2,
+        "--batch-size", 2, "--num-layers", 1, "--val-batches", 1, "--learning-rate", 1e-3,
+    )  # fmt: skip
+    lm("fuse", "--model", extended, "--adapter-path", adapters, "--save-path", fused)
+    assert rope_type(extended) == rope_type(fused) == "resonance_yarn"
+    tokens = mx.array([[1, 2, 3, 4]])
+    models = [mlx_resonance.load(folder)[0] for folder in (extended, fused)]
+    before, after = (model(tokens) for model in models)
+    adapted = mlx_resonance.load(extended, adapter_path=str(adapters))[0](tokens)
+    assert mx.abs(after - before).max().item() > 1e-4
+    assert mx.allclose(after, adapted, atol=1e-4)
+
+
+def test_cache_prompt_keeps_what_our_own_model_does(extended: Path, tmp_path: Path) -> None:
+    import mlx_resonance
+    from mlx_resonance.generation import prompt_tokens
+
+    import mlx.core as mx
+    from mlx_lm.models.cache import load_prompt_cache, make_prompt_cache
+
+    file = tmp_path / "cache.safetensors"
+    lm("cache_prompt", "--model", extended, "--prompt", "-", "--prompt-cache-file", file, stdin=PROMPT)
+    model, tokenizer = mlx_resonance.load(extended)
+    own = make_prompt_cache(model)
+    model(mx.array([prompt_tokens(tokenizer, PROMPT)]), own)
+    for theirs, ours in zip(load_prompt_cache(str(file)), own, strict=True):
+        assert theirs.offset == ours.offset > 512
+        for one, other in zip(theirs.state[:2], ours.state[:2], strict=True):  # keys and values
+            assert mx.allclose(one, other, atol=1e-3)
+
+
+@pytest.fixture
+def run_lm(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """run_lm(argument, …) -> exit code, stdout, stderr, in this process; what `install` has done is undone."""
+    from mlx_lm.models import rope_utils
+
+    monkeypatch.setattr(rope_utils, "initialize_rope", rope_utils.initialize_rope)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    return lambda *arguments: run("lm", *arguments)
+
+
+def test_arguments_and_exit_codes_are_mlx_lms(run_lm: Any) -> None:
+    code, out, err = run_lm("generate", "--help")
+    assert (code, err) == (0, "") and out.startswith("usage: mlx-resonance lm generate ") and "--top-k" in out
+    code, out, err = run_lm("generate", "--max-tokens", "many")
+    assert (code, out) == (2, "") and err.splitlines()[-1].startswith("mlx-resonance lm generate: error: argument ")
+
+
+@pytest.mark.parametrize("arguments", [(), ("frobnicate", "--model", "x")])
+def test_no_or_an_unknown_subcommand_is_one_line_and_exit_2(run_lm: Any, arguments: tuple[str, ...]) -> None:
+    code, out, err = run_lm(*arguments)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ")
+    assert all(repr(name) in err for name in ("chat", "convert", "fuse", "generate", "lora", "server"))
+
+
+@pytest.mark.parametrize("kind", ["missing", "no weights", "config is not JSON"])
+def test_a_folder_that_cannot_be_loaded_is_one_line_and_exit_2(
+    run_lm: Any, extended: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = tmp_path / "damaged"
+    if kind != "missing":
+        shutil.copytree(extended, folder)
+        if kind == "no weights":
+            (folder / "model.safetensors").unlink()
+        else:
+            (folder / "config.json").write_text("{")
+    code, out, err = run_lm("generate", "--model", folder)
+    assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ")
