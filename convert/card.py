@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 from mlx_resonance.config import RopeConfig
+from mlx_resonance.files import file_of
 
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError  # type: ignore[import-untyped]
 
+KEPT = ("license", "license_name", "license_link", "language", "tags", "base_model")
+MAX_CARD = 2**20  # bytes
 TEXT = """
 # {name}
 
@@ -30,32 +34,44 @@ The rotary wavelengths are whole numbers of tokens (arXiv 2403.00071). A runtime
 """
 
 
-def read_card(path: Path) -> ModelCardData:
-    """The metadata of a card; empty where there is none, or one that the hub would refuse."""
-    if path.is_file():
-        try:
-            return ModelCard.load(path).data
-        except (ValueError, YAMLError):
-            pass
-    return ModelCardData()
+def read_card(folder: Path) -> dict[str, Any]:
+    """Licence, language, tags and base models of a checkpoint's card: texts, or lists of texts, that are there.
+
+    Raises:
+        ValueError: README.md is a link out of the folder.
+    """
+    path = file_of(folder, "README.md")
+    if not path.is_file() or path.stat().st_size > MAX_CARD:
+        return {}
+    try:
+        data = ModelCard.load(path).data
+    except (ValueError, TypeError, YAMLError):  # front matter that the hub would refuse
+        return {}
+    return {key: value for key in KEPT if _is_text(value := getattr(data, key, None))}
+
+
+def _is_text(value: Any) -> bool:
+    """A short text, or a list of such: YAML's references can make a kilobyte into gigabytes."""
+    texts = value if isinstance(value, list) else [value]
+    return 0 < len(texts) < 100 and all(isinstance(text, str) and len(text) < 200 for text in texts)
 
 
 def base_models(folder: Path) -> list[str]:
     """What the card of a checkpoint names as the models that it was made from."""
-    base = read_card(folder / "README.md").base_model
-    return [str(name) for name in (base if isinstance(base, list) else [base]) if name]
+    base = read_card(folder).get("base_model", [])
+    return base if isinstance(base, list) else [base]
 
 
-def write_card(folder: Path, source: str | Path, source_card: Path, rope: RopeConfig) -> None:
-    """Write README.md, keeping the licence and language of the source's card.
+def write_card(folder: Path, source: str | Path, card: dict[str, Any], rope: RopeConfig) -> None:
+    """Write README.md, keeping the licence, language and tags of the source's card.
 
     Args:
         folder: where to write; its name, less `.partial`, is the title.
         source: folder or hub id that was converted.
-        source_card: the source's README.md, which may be missing.
+        card: from `read_card` of the source.
         rope: the settings that were written.
     """
-    data = read_card(source_card)
+    data = ModelCardData(**{key: value for key, value in card.items() if key != "base_model"})
     data.library_name = "mlx"
     data.pipeline_tag = "text-generation"
     data.tags = sorted({*map(str, data.tags or []), "mlx", *(["resonance-rope"] if rope.is_resonant else [])})

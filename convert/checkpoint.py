@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import logging
 import os
@@ -13,22 +14,30 @@ from typing import Any
 
 from mlx_resonance import __version__
 from mlx_resonance.config import RopeConfig
-from mlx_resonance.files import INDEX, TOKENIZER_PATTERNS, TOKENIZERS, file_of, has_tokenizer, parse_size, sha256
+from mlx_resonance.files import (
+    INDEX,
+    TOKENIZER_PATTERNS,
+    TOKENIZERS,
+    file_of,
+    has_tokenizer,
+    parse_size,
+    sha256,
+    user_path,
+)
 from mlx_resonance.loading import check_config
 from mlx_resonance.scaling import largest_shift, new_rope
 
-from .card import write_card
+from .card import read_card, write_card
 from .journal import NAME as RECORD
 from .journal import fingerprint, workspace
 from .plan import Plan, disk_needed, make_plan
 from .quantization import check_arguments
-from .report import quantization_report
+from .report import quantization_report, read_text
 from .source import TORCH_INDEX, Source, open_source
-from .verify import VerificationError, rope_table
+from .verify import DTYPES, VerificationError, rope_table
 from .verify import verify as verify_result
 from .weights import Progress, write_weights
 
-DTYPES = ("float32", "float16", "bfloat16")
 NOT_COPIED = {"config.json", INDEX, TORCH_INDEX, RECORD}
 UNHASHED = {RECORD, "README.md"}  # one holds the hashes, the other is for its reader to write in
 DOWNLOADS = "source"  # in OUT.partial: weight files that are deleted as they are consumed
@@ -142,7 +151,9 @@ def convert(
         ValueError: an argument or a file of the source is wrong, or an earlier run had other ones.
         VerificationError: the result is not what it should be; it stays in `mlx_path`.partial.
     """
-    target = Path(mlx_path).expanduser()
+    target = user_path(mlx_path)
+    if glob.escape(str(target)) != str(target):
+        raise ValueError(f"[convert] {target}: mlx-lm does not find files in a folder with any of *?[ in its name")
     if os.path.lexists(target):
         raise FileExistsError(f"[convert] {target} exists: choose another --mlx-path, or delete it")
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
@@ -154,7 +165,8 @@ def convert(
     if verify and consume_source:
         raise ValueError("[convert] --verify reads the source again, which --consume-source deletes: choose one")
 
-    text = None if quant_report is None else _read_text(Path(quant_report).expanduser(), quantize, consume_source)
+    if quant_report is not None and (not quantize or consume_source):
+        raise ValueError("[convert] --quant-report compares with the source: it needs --quantize, not --consume-source")
 
     partial = target.with_name(target.name + ".partial")
     source = open_source(src, revision, partial / DOWNLOADS if consume_source or dry_run else None)
@@ -163,6 +175,8 @@ def convert(
     if tokenizer and not has_tokenizer(source.folder):
         names = ", ".join(TOKENIZERS)
         raise FileNotFoundError(f"[convert] {src} has no tokenizer: expected one of {names} (--no-tokenizer goes on)")
+    ids = None if quant_report is None else read_text(user_path(quant_report), source.folder, source.config)
+    card = read_card(source.folder)
     before = RopeConfig.from_hf(check_config(source.config, source.tensors))
     after = new_rope(before, rope, factor, original_max_position_embeddings, resonance)
     quantization = (q_bits, q_group_size, q_mode, quant_predicate) if quantize else None
@@ -182,7 +196,7 @@ def convert(
         write_weights(source, plan, journal, allow_nan, progress)
         if kept is not None and (journal.folder / kept).exists():
             shutil.rmtree(journal.folder / kept)
-        _write_small_files(source, plan, journal.folder, src)
+        _write_small_files(source, plan, journal.folder, src, card)
         errors = {k: v for entry in journal.finished.values() for k, v in entry.get("quantization_error", {}).items()}
         sizes = {name: entry["bytes"] for name, entry in sorted(journal.finished.items())}
         made = replace(made, sizes=sizes, quantization_error=errors)
@@ -190,29 +204,22 @@ def convert(
         files = {path.name: sha256(path) for path in small if path.name not in journal.finished}
         journal.record |= {"rope": rope_table(plan.rope), "files": files}
         journal.write()
-        if text is not None:
-            made = replace(made, quant_report=quantization_report(journal.folder, source, text))
+        if ids is not None:
+            made = replace(made, quant_report=quantization_report(journal.folder, source, ids))
             journal.record["quant_report"] = made.quant_report
             journal.write()
         if verify:
             checks = verify_result(journal.folder, source, progress=progress)
             if checks.problems:
-                raise VerificationError(f"[convert] {journal.folder} is not right: {checks.problems[0]}")
+                journal.record["refused"] = checks.problems[0]
+                journal.write()
+                raise VerificationError(
+                    f"[convert] {journal.folder} is not right: {checks.problems[0]} (see --restart)"
+                )
             made = replace(made, checks=checks.to_dict())
             journal.record["checks"] = made.checks
             journal.write()
     return made
-
-
-def _read_text(path: Path, quantize: bool, consume_source: bool) -> str:
-    if not quantize or consume_source:
-        raise ValueError("[convert] --quant-report compares with the source: it needs --quantize, not --consume-source")
-    if not path.is_file():
-        raise FileNotFoundError(f"[convert] --quant-report: no file {path}")
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"[convert] --quant-report: {path} is not UTF-8 text: {error}") from None
 
 
 def _identity(source: Source) -> dict[str, Any]:
@@ -223,7 +230,7 @@ def _identity(source: Source) -> dict[str, Any]:
     return {"name": source.name, "commit": None, **fingerprint([*files, *_tokenizer_files(source.folder)])}
 
 
-def _write_small_files(source: Source, plan: Plan, folder: Path, src: str | Path) -> None:
+def _write_small_files(source: Source, plan: Plan, folder: Path, src: str | Path, card: dict[str, Any]) -> None:
     """config.json, tokenizer and card."""
     text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
@@ -233,7 +240,7 @@ def _write_small_files(source: Source, plan: Plan, folder: Path, src: str | Path
         shutil.copyfile(file, target)
     if not has_tokenizer(folder):
         logger.warning("%s has no tokenizer: the converted model takes token ids only", src)
-    write_card(folder, src, source.folder / "README.md", plan.rope)
+    write_card(folder, src, card, plan.rope)
 
 
 def _versions() -> dict[str, str]:

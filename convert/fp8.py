@@ -68,12 +68,10 @@ def scales(
     Raises:
         ValueError: another kind of quantization, or scales that do not fit.
     """
-    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else quantization
+    method = quantization.get("quant_method") if isinstance(quantization, Mapping) else f"{quantization!r:.40}"
     original = f", {' or '.join(originals)}" if originals else ""
     refusal = f"[convert] the weights are quantized with {method}, which is not read: convert the original{original}"
-    if method not in METHODS:
-        raise ValueError(refusal)
-    block = _block(method, quantization)
+    block = _block(method, quantization) if method in METHODS else ()
     if block == ():
         raise ValueError(refusal)
     dtype = {"float16": "F16", "float32": "F32"}.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
@@ -94,8 +92,12 @@ def _block(method: str, quantization: Mapping[str, Any]) -> tuple[int, ...] | No
     block = quantization.get("weight_block_size")
     if method == "compressed-tensors":
         groups = quantization.get("config_groups")
-        weights = [group.get("weights") for group in groups.values()] if isinstance(groups, Mapping) else []
-        if not weights or any((w or {}).get("type") != "float" or w.get("num_bits") != 8 for w in weights):
+        all_groups = list(groups.values()) if isinstance(groups, Mapping) else []
+        found = [group.get("weights") if isinstance(group, Mapping) else None for group in all_groups]
+        weights: list[Mapping[str, Any]] = [entry for entry in found if isinstance(entry, Mapping)]
+        if not weights or len(weights) < len(all_groups):
+            return ()
+        if any(entry.get("type") != "float" or entry.get("num_bits") != 8 for entry in weights):
             return ()
         block = weights[0].get("block_structure") if weights[0].get("strategy") == "block" else None
         if len({str(w.get("block_structure")) for w in weights}) > 1:

@@ -15,10 +15,14 @@ import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
+from mlx_resonance.files import WEIGHTS, read_json, sha256
+
 NAME = "conversion.json"
+MAX_RECORD = 2**24  # bytes
 TEMPORARY = ".tmp"  # ends the name of a file that is not whole yet
 
 
@@ -50,7 +54,7 @@ class Journal:
         ordered = self.record | {"weights": dict(sorted(self.finished.items()))}
         temporary = self.folder / (NAME + TEMPORARY)
         with temporary.open("w", encoding="utf-8") as file:
-            file.write(json.dumps(ordered, indent=2) + "\n")
+            file.write(json.dumps(ordered, indent=2, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self.folder / NAME)
@@ -117,15 +121,18 @@ def _open(partial: Path, wanted: dict[str, Any], restart: bool, keep: str | None
     journal = Journal(partial, wanted)
     # Killed before its journal was there, a run leaves an empty folder, or the journal's temporary file.
     if not names <= {NAME + TEMPORARY}:
-        earlier = _read(partial / NAME)
-        if earlier is None:
-            raise FileExistsError(f"[convert] {partial} is in the way: this is where the work is done")
+        try:
+            earlier = read_record(partial)
+        except (OSError, ValueError):
+            raise FileExistsError(f"[convert] {partial} is in the way: this is where the work is done") from None
         if not restart:
             for part in ("source", "settings"):
                 _compare(partial, part, earlier[part], wanted[part])
+            if "refused" in earlier:
+                raise ValueError(f"[convert] {partial} was refused ({earlier['refused']}): --restart begins anew")
             for name, entry in earlier["weights"].items():
                 path = partial / name
-                if path.is_file() and path.stat().st_size == entry["bytes"]:
+                if path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]:
                     journal.finished[name] = entry
     for path in partial.iterdir():  # what a killed run had not finished
         if path.name not in journal.finished and path.name != NAME and (restart or path.name != keep):
@@ -134,15 +141,35 @@ def _open(partial: Path, wanted: dict[str, Any], restart: bool, keep: str | None
     return journal
 
 
-def _read(path: Path) -> dict[str, Any] | None:
-    """A journal; None for what no run has written, for they write it whole: such a folder is not ours to touch."""
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    parts = ("source", "settings", "weights")
-    ours = isinstance(record, dict) and all(isinstance(record.get(part), dict) for part in parts)
-    return record if ours else None
+def read_record(folder: Path) -> dict[str, Any]:
+    """The record of a conversion, finished or not.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is not one that a run has written. They write it whole: it is somebody else's, or was edited.
+    """
+    path = folder / NAME
+    if path.is_symlink() or not path.is_file():
+        raise FileNotFoundError(f"[verify] {folder} has no {NAME}: expected a folder that convert has written")
+    record = read_json(path, MAX_RECORD)
+    wrong = ValueError(f"[verify] {path} is no record of a conversion")
+    if not all(isinstance(record.get(part), dict) for part in ("source", "settings", "weights")):
+        raise wrong
+    for name, entry in record["weights"].items():
+        if (
+            not isinstance(entry, dict)
+            or type(entry.get("bytes")) is not int
+            or not isinstance(entry.get("sha256"), str)
+        ):
+            raise wrong
+        errors = entry.get("quantization_error", {})
+        if not fnmatch(name, WEIGHTS) or Path(name).name != name or type(entry.get("bytes")) is not int:
+            raise wrong
+        if not isinstance(errors, dict):
+            raise wrong
+        if not all(error is None or isinstance(error, (int, float)) for error in errors.values()):
+            raise wrong
+    return record
 
 
 def _compare(partial: Path, part: str, earlier: dict[str, Any], wanted: dict[str, Any]) -> None:

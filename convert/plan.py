@@ -108,6 +108,7 @@ def make_plan(
         ValueError: config.json and the weights do not fit together, or the settings do not fit them.
     """
     config, model, names = check_tensors(source, rope)
+    config = {key: value for key, value in config.items() if value is not None or not key.startswith("quantization")}
     if dtype is not None:
         config |= {"dtype": dtype, "torch_dtype": dtype}
     settings: dict[str, quantization.Settings] = {}
@@ -166,8 +167,8 @@ def check_tensors(source: Source, rope: RopeConfig) -> tuple[dict[str, Any], nn.
     """
     config, model_config = for_models(check_config(source.config, source.tensors), rope)
     kind, tensors = config["model_type"], source.tensors
-    lazy = {name: mx.zeros(info.shape, TYPES[info.dtype]) for name, info in tensors.items()}
     try:
+        lazy = {name: mx.zeros(info.shape, TYPES[info.dtype]) for name, info in tensors.items()}
         model_class: Any  # nn.Module's own constructor takes nothing
         args_class: Any
         model_class, args_class = model_classes(config)

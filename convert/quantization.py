@@ -10,6 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
+from mlx_resonance.loading import QUANTIZATIONS
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
@@ -17,8 +19,8 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
-MODES = ("affine", "mxfp4", "nvfp4", "mxfp8")
-AFFINE_BITS, AFFINE_GROUPS = (2, 3, 4, 5, 6, 8), (32, 64, 128)
+MODES = tuple(QUANTIZATIONS)
+AFFINE_BITS, AFFINE_GROUPS = QUANTIZATIONS["affine"]
 AT_ONCE = 2**20  # elements; in a 4-bit float MLX on the CPU needs 70 bytes for each
 SAMPLE = 4  # of so many rows of a large weight one is dequantized for its error: all would take as long as quantizing
 PARTS = ("weight", "scales", "biases")
@@ -187,8 +189,11 @@ def largest_error(value: mx.array, parts: list[mx.array], settings: Settings) ->
         unit, smallest = ROUNDOFF[scales.dtype]
         steps = 2 ** settings["bits"]
         step, bias = mx.abs(scales.astype(mx.float32)), mx.abs(parts[2].astype(mx.float32))
-        bound = step * (1 + steps * unit) * (1 + 2 * unit) + bias * unit + (steps + 1) * smallest
-        return mx.broadcast_to(1.001 * bound[..., None], groups.shape).reshape(value.shape)
+        code = mx.abs(groups - parts[2].astype(mx.float32)[..., None]) / step[..., None]
+        inside = (code > 0.5) & (code < steps - 1.5)
+        rounding = step * steps * unit + bias * unit + (steps + 1) * smallest
+        bound = mx.where(inside, 0.5, 1.0) * step[..., None] * (1 + 2 * unit) + rounding[..., None]
+        return (1.001 * bound).reshape(value.shape)
     mantissa, smallest, top = {4: (1, 0.5, 6.0), 8: (3, 2.0**-9, 448.0)}[settings["bits"]]
     # Half the distance to the next number of the format; powers of two as scales cut off up to a factor of 1.47 at the
     # top (log2 is rounded in the type of the weights), E4M3 as scales a sixteenth, or half their smallest number.

@@ -14,13 +14,14 @@ from mlx.utils import tree_flatten, tree_map
 
 from .plan import check_tensors, model_tensors
 from .quantization import dequantize, group_parts, settings_of
-from .source import SafetensorsFile, Source
+from .source import Source, mlx_folder
 
 WINDOW, WINDOWS = 512, 16  # tokens; the first so many of the text
+LONGEST_TOKEN = 16  # characters, that a token of a text has at most in the mean
 POSITIONS = 256  # whose logits are in memory at once
 
 
-def quantization_report(folder: Path, source: Source, text: str) -> dict[str, Any]:
+def quantization_report(folder: Path, source: Source, ids: list[int]) -> dict[str, Any]:
     """Compare a quantized checkpoint with its source, both with the rope settings of the former, in float32.
 
     Layer by layer: no more than one is in memory, whatever the size of the model.
@@ -28,22 +29,17 @@ def quantization_report(folder: Path, source: Source, text: str) -> dict[str, An
     Args:
         folder: the quantized checkpoint, with a tokenizer.
         source: what it was made from.
-        text: to read, in windows of 512 tokens or the context before scaling, each from its beginning; 16 at most.
+        ids: of a text, from `read_text`. They are read in windows of 512 tokens or the context before scaling, each
+            from its beginning.
 
     Returns:
         `tokens` predicted, `window`; `perplexity` of both; `kl_divergence` of the quantized model's next token from
         the source's, in nats, the mean and the largest; `same_top_token`, how often the likeliest one is the same.
-
-    Raises:
-        ValueError: the text has fewer than two tokens.
+        None stands for what is not finite.
     """
-    files = [SafetensorsFile(path) for path in sorted(folder.glob("model*.safetensors"))]
-    quantized = Source(folder.name, None, folder, files)
+    quantized = mlx_folder(folder)
     rope, _ = model_tensors(quantized)
-    ids = load_tokenizer(folder, quantized.config).encode(text)
     window = min(WINDOW, rope.trained_length or WINDOW, len(ids))
-    if window < 2:
-        raise ValueError("[convert] --quant-report needs a text of at least two tokens")
     count = min(len(ids) // window, WINDOWS)
     tokens = mx.array(ids[: count * window]).reshape(count, window)
     models = [Streamed(checkpoint, check_tensors(source, rope)[1]) for checkpoint in (source, quantized)]
@@ -59,9 +55,10 @@ def quantization_report(folder: Path, source: Source, text: str) -> dict[str, An
         chosen = [mx.sum(mx.take_along_axis(log, targets[part, None], axis=-1)) for log in logs]
         values = [float(value.item()) for value in (*chosen, mx.sum(divergence), same)]  # type: ignore[arg-type]
         sums = [total + value for total, value in zip(sums, values, strict=True)]
-        largest = max(largest, float(mx.max(divergence).item()))  # type: ignore[arg-type]
+        found = float(mx.max(divergence).item())  # type: ignore[arg-type]
+        largest = found if math.isnan(found) or found > largest else largest
     n = targets.size
-    before, after = (_rounded(math.exp(min(-total / n, 700))) for total in sums[:2])
+    before, after = (_rounded(math.exp(min(-total / n, 700)) if math.isfinite(total) else total) for total in sums[:2])
     return {
         "tokens": n,
         "window": window,
@@ -69,6 +66,30 @@ def quantization_report(folder: Path, source: Source, text: str) -> dict[str, An
         "kl_divergence": {"mean": _rounded(sums[2] / n), "largest": _rounded(largest)},
         "same_top_token": _rounded(sums[3] / n),
     }
+
+
+def read_text(path: Path, folder: Path, config: dict[str, Any]) -> list[int]:
+    """The tokens of a text file, as far as the report reads it.
+
+    Args:
+        path: of the file.
+        folder, config: of the checkpoint that has the tokenizer.
+
+    Raises:
+        FileNotFoundError: there is no such file, or no tokenizer.
+        ValueError: it is not UTF-8, or has fewer than two tokens.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"[convert] --quant-report: no file {path}")
+    try:
+        with path.open(encoding="utf-8") as file:
+            text = file.read(WINDOW * WINDOWS * LONGEST_TOKEN)
+    except UnicodeDecodeError as error:
+        raise ValueError(f"[convert] --quant-report: {path} is not UTF-8 text: {error}") from None
+    ids: list[int] = load_tokenizer(folder, config).encode(text)[: WINDOW * WINDOWS]
+    if len(ids) < 2:
+        raise ValueError(f"[convert] --quant-report needs a text of at least two tokens, {path} has {len(ids)}")
+    return ids
 
 
 class Streamed:
@@ -137,5 +158,5 @@ class OnDemand:
         return mx.concatenate(rows)
 
 
-def _rounded(value: float) -> float:
-    return float(f"{value:.6g}")
+def _rounded(value: float) -> float | None:
+    return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -17,6 +17,7 @@ from mlx_resonance.files import (
     read_config,
     read_header,
     resolve,
+    user_path,
     weight_files,
 )
 from mlx_resonance.loading import unite
@@ -57,7 +58,10 @@ class SafetensorsFile:
 
     def read(self, tensor: str) -> mx.array:
         """One tensor, lazy."""
-        tensors: dict[str, mx.array] = mx.load(str(self.path), format="safetensors")  # type: ignore[assignment]
+        try:
+            tensors: dict[str, mx.array] = mx.load(str(self.path), format="safetensors")  # type: ignore[assignment]
+        except RuntimeError as error:
+            raise ValueError(f"[convert] MLX cannot read {self.path}: {error}") from None
         return tensors[tensor]
 
     def release(self) -> None:
@@ -130,7 +134,7 @@ class Source:
                 raise ValueError(f"[convert] {name} is of type {info.dtype}: supported are float32, float16, bfloat16")
         config = read_config(folder)
         self._scales: fp8.Scales = {}
-        foreign = config.get("quantization_config")
+        foreign = config.get("quantization_config") or None
         if foreign and foreign != config.get("quantization"):
             self._scales, found = fp8.scales(foreign, config, found, base_models(folder))
             del config["quantization_config"]
@@ -179,7 +183,7 @@ def open_source(src: str | Path, revision: str | None = None, downloads: Path | 
         OSError: the connection broke.
         ValueError: a file that cannot be right, or a format that is not read.
     """
-    is_folder = Path(src).expanduser().exists()
+    is_folder = user_path(src).exists()
     remote = downloads is not None and not is_folder and not _offline()
     folder = resolve(src, revision, SMALL_FILES if remote else [*SMALL_FILES, WEIGHTS])
     name, commit = (folder.resolve().name, None) if is_folder else (str(src), folder.name)
@@ -194,6 +198,23 @@ def open_source(src: str | Path, revision: str | None = None, downloads: Path | 
             raise FileNotFoundError(f"[convert] {src} has no {WEIGHTS}, and no {TORCH_WEIGHTS}")
         files = [TorchFile(path) for path in weight_files(folder, TORCH_WEIGHTS, TORCH_INDEX)]
     return Source(name, commit, folder, files)
+
+
+def mlx_folder(folder: Path) -> Source:
+    """A folder that `convert` has written. Raises as `Source`."""
+    return Source(folder.name, None, folder, [SafetensorsFile(path) for path in weight_files(folder)])
+
+
+def cached_source(name: str, commit: str) -> Source | None:
+    """A model of the hub as the cache has it; None where a file of it is not there."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
+        return Source(name, commit, folder, [SafetensorsFile(path) for path in weight_files(folder)])
+    except (LocalEntryNotFoundError, FileNotFoundError):
+        return None
 
 
 def _hub_files(repo: str, commit: str, folder: Path) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +53,12 @@ class TorchFile:
             raise ValueError(
                 f"[convert] {self.path}: torch {torch.__version__} is not safe for it, install 2.6 or later"
             )
+        if not zipfile.is_zipfile(self.path):
+            raise ValueError(f"[convert] {self.path} is damaged, or was saved by a torch before 1.6: save it anew")
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever the damage makes of the unpickler and the zip reader
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"[convert] {self.path} is no file of tensors alone, or damaged: {reason}") from None
@@ -61,6 +67,8 @@ class TorchFile:
         for name, value in state.items():
             if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
                 raise ValueError(f"[convert] {self.path}: {name} is no tensor")
+            if value.device.type != "cpu" or value.is_quantized or value.is_neg() or value.is_conj():
+                raise ValueError(f"[convert] {self.path}: {name} is no plain tensor")
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise ValueError(f"[convert] {self.path}: {name} of shape {tuple(value.shape)} is larger than its data")
         return {name: value.detach() for name, value in state.items()}

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance.config import RopeConfig
-from mlx_resonance.files import WEIGHTS, has_tokenizer, read_json, sha256, weight_files
+from mlx_resonance.files import TOKENIZER_PATTERNS, WEIGHTS, has_tokenizer, sha256, user_path
 from mlx_resonance.loading import load_tokenizer
 
 import mlx.core as mx
@@ -15,13 +15,15 @@ import numpy as np
 
 from .compare import compare
 from .journal import NAME as RECORD
+from .journal import read_record
 from .plan import model_tensors
 from .portable import scaled_by
 from .quantization import group_parts, settings_of
 from .reference import compare_logits
-from .source import SafetensorsFile, Source, open_source
+from .source import Source, cached_source, mlx_folder, open_source
 from .weights import Progress
 
+DTYPES = ("float32", "float16", "bfloat16")
 CLOSE = 5e-3  # of the largest logit: transformers' own error with float32 angles
 
 
@@ -85,24 +87,23 @@ def verify(
         FileNotFoundError: no such folder, or it was not made by `convert`; or the source is missing.
         ValueError: a file of the source cannot be right.
     """
-    folder = Path(path).expanduser()
-    if not (folder / RECORD).is_file():
-        raise FileNotFoundError(f"[verify] {folder} has no {RECORD}: expected a folder that convert has written")
-    record = read_json(folder / RECORD)
-    if not all(isinstance(record.get(part), dict) for part in ("source", "settings", "weights", "files", "rope")):
-        raise ValueError(f"[verify] {folder / RECORD} is no record of a conversion")
+    folder = user_path(path)
+    record = _read_whole_record(folder)
+    name, commit = record["source"].get("name"), record["source"].get("commit")
     if isinstance(source, (str, Path)):
-        source = open_source(source, revision or record["source"].get("commit"))
+        source = open_source(source, revision or commit)
+    elif source is None and isinstance(name, str) and isinstance(commit, str):
+        source = cached_source(name, commit)
     found = Verification(folder, None if source is None else source.name)
     _check_files(folder, record, found)
     try:
-        ours = Source(folder.name, None, folder, [SafetensorsFile(file) for file in weight_files(folder)])
+        ours = mlx_folder(folder)
         rope, names = model_tensors(ours)
         _check_rope(rope, record["rope"], found)
         if has_tokenizer(folder):
             load_tokenizer(folder, ours.config)
     except (ValueError, FileNotFoundError) as error:  # then there is no model to look into
-        found.problems.append(str(error))
+        found.problems.append(" ".join(str(error).split()))
         return found
     _check_tensors(ours, source, names, record, found, progress)
     found.logits = compare_logits(ours, rope)
@@ -117,19 +118,33 @@ def rope_table(rope: RopeConfig) -> dict[str, Any]:
     return {"wavelengths": frequencies.wavelengths.tolist(), "attention_scale": frequencies.attention_scale}
 
 
-def _check_files(folder: Path, record: dict[str, Any], found: Verification) -> None:
-    expected = {name: entry.get("sha256") for name, entry in record["weights"].items()} | record["files"]
-    for name, digest in expected.items():
-        if Path(name).name != name and not name.startswith("additional_chat_templates/"):
+def _read_whole_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished conversion. Raises as `read_record`, for what only a finished one has too."""
+    record = read_record(folder)
+    files, rope, settings = record.get("files"), record.get("rope"), record["settings"]
+    if not isinstance(files, dict) or not isinstance(rope, dict) or not isinstance(rope.get("wavelengths"), list):
+        raise ValueError(f"[verify] {folder / RECORD} is no record of a finished conversion")
+    numbers = [*rope["wavelengths"], rope.get("attention_scale"), settings.get("query_key_factor")]
+    right = all(type(number) in (int, float) for number in numbers)
+    if not right or settings.get("dtype") not in (None, *DTYPES):
+        raise ValueError(f"[verify] {folder / RECORD} is no record of a finished conversion")
+    for name, digest in files.items():
+        if Path(name).name != name or name in ("", "..") or not isinstance(digest, str):
             raise ValueError(f"[verify] {folder / RECORD} names {name!r}: expected files of the same folder")
+    return record
+
+
+def _check_files(folder: Path, record: dict[str, Any], found: Verification) -> None:
+    expected = {name: entry["sha256"] for name, entry in record["weights"].items()} | record["files"]
+    for name, digest in expected.items():
         if not (folder / name).is_file():
             found.problems.append(f"{name} is missing")
         elif sha256(folder / name) != digest:
             found.problems.append(f"{name} has changed: its SHA-256 is not the recorded one")
         else:
             found.files += 1
-    for path in sorted(folder.glob(WEIGHTS)):
-        if path.name not in record["weights"]:
+    for path in sorted({path for pattern in (WEIGHTS, *TOKENIZER_PATTERNS) for path in folder.glob(pattern)}):
+        if path.name not in expected and path.name != RECORD:
             found.problems.append(f"{path.name} is not on record")
 
 

@@ -20,8 +20,9 @@ BYTES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
 }  # fmt: skip
-MAX_HEADER = 100_000_000  # bytes, the limit of the safetensors library
-MAX_JSON = 2**25  # bytes; the largest index on the hub has a third of that
+# Bytes of JSON: parsed, it may take thirty times the memory. Headers and indices have 100 or 200 for each tensor.
+MAX_HEADER, MAX_INDEX, MAX_CONFIG = 10_000_000, 2**24, 2**20
+MAX_OBJECTS = 10**5  # in a header: one for each tensor
 
 
 class TensorInfo(NamedTuple):
@@ -40,7 +41,7 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None, patterns: list[st
         FileNotFoundError: neither a folder nor a model that can be downloaded.
         OSError: the connection broke, and did not come back; the next call goes on from there.
     """
-    folder = Path(path_or_hf_repo).expanduser()
+    folder = user_path(path_or_hf_repo)
     if folder.is_dir():
         return folder
     name = str(path_or_hf_repo)
@@ -72,6 +73,15 @@ def hub_errors(name: str) -> Iterator[None]:
         raise OSError(f"[load] {name}: the connection broke ({_first_line(error)}): the same command goes on") from None
 
 
+def user_path(path: str | Path) -> Path:
+    """A path with ~ as the home folder. Raises ValueError where there is no such user, or for a name of other bytes."""
+    try:
+        str(path).encode("utf-8")
+        return Path(path).expanduser()
+    except (RuntimeError, UnicodeEncodeError) as error:
+        raise ValueError(f"[load] {str(path)!r} is no path: {_first_line(error)}") from None
+
+
 def file_of(folder: Path, name: str) -> Path:
     """A file of a checkpoint's folder, there or not.
 
@@ -79,11 +89,10 @@ def file_of(folder: Path, name: str) -> Path:
         ValueError: it is a link that leads out of the folder; links of the hub's cache lead to its `blobs`.
     """
     path = folder / name
-    if path.is_symlink():
-        root = folder.resolve()
-        root = root.parents[1] if root.parent.name == "snapshots" else root
-        if not path.resolve().is_relative_to(root):
-            raise ValueError(f"[load] {path} is a link out of its folder, to {path.resolve()}: put the file there")
+    root = folder.resolve()
+    root = root.parents[1] if root.parent.name == "snapshots" else root
+    if not path.resolve().is_relative_to(root):
+        raise ValueError(f"[load] {path} is a link out of its folder, to {path.resolve()}: put the file there")
     return path
 
 
@@ -98,16 +107,12 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises ValueError where the file holds something else."""
-    if path.stat().st_size > MAX_JSON:
-        raise ValueError(f"[load] {path} has {path.stat().st_size} bytes: expected at most {MAX_JSON}")
-
-    def refuse(constant: str) -> NoReturn:
-        raise ValueError(f"{constant} is no number of JSON")
-
+def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
+    """A JSON object. Raises ValueError where the file holds something else, or more than `limit` bytes."""
+    if path.stat().st_size > limit:
+        raise ValueError(f"[load] {path} has {path.stat().st_size} bytes: expected at most {limit}")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+        value = json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"[load] {path} is not JSON: {error}") from None
     if not isinstance(value, dict):
@@ -146,7 +151,7 @@ def indexed_files(folder: Path, index: str = INDEX) -> list[str] | None:
     path = file_of(folder, index)
     if not path.is_file():
         return None
-    weight_map = read_json(path).get("weight_map")
+    weight_map = read_json(path, MAX_INDEX).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise ValueError(f"[load] {path} has no weight_map of tensor and file names")
     names = sorted(set(weight_map.values()))
@@ -173,15 +178,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             raise ValueError(f"[load] {path} is not a whole safetensors file: {size} bytes, header of {length}")
         raw = file.read(length)
 
+    objects = 0
+
     def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        nonlocal objects
+        objects += 1
         result = dict(pairs)
         if len(result) < len(pairs):
             raise ValueError("a name stands twice")
+        if objects > MAX_OBJECTS:
+            raise ValueError(f"it has more than {MAX_OBJECTS} objects")
         return result
 
     try:
-        entries = json.loads(raw, object_pairs_hook=unique)
-        entries.pop("__metadata__", None)
+        entries = json.loads(raw.decode("utf-8"), object_pairs_hook=unique, parse_constant=_refuse_constant)
+        metadata = entries.pop("__metadata__", None) or {}  # MLX writes null
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata is not of texts")
         tensors = check_header(entries, str(path))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if str(error).startswith("[load]"):
@@ -204,7 +217,10 @@ def check_header(entries: Mapping[str, Any], path: str) -> dict[str, TensorInfo]
         (start, end), shape, dtype = entry["data_offsets"], entry["shape"], entry["dtype"]
         if dtype not in BYTES:
             raise ValueError(f"[load] {path}: the type {dtype} of {name} is not known; known are {', '.join(BYTES)}")
-        if not all(type(number) is int and number >= 0 for number in (start, end, *shape)):
+        if (
+            not all(type(number) is int and number >= 0 for number in (start, end, *shape))
+            or max(shape, default=0) >= 2**31
+        ):
             raise ValueError(f"{name} has no shape and place of whole numbers")
         if end - start != BYTES[dtype] * math.prod(shape):
             raise ValueError(f"{name} has {end - start} bytes, which are no {dtype} of shape {shape}")
@@ -234,6 +250,10 @@ def sha256(path: Path) -> str:
         while block := file.read(2**22):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _refuse_constant(constant: str) -> NoReturn:
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _first_line(error: Exception) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import importlib
 import logging
 import re
@@ -35,9 +36,17 @@ from .scaling import rescale
 
 SUPPORTED = ("llama", "mistral", "qwen2", "qwen3")
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+# mlx-lm's modes, the bits and the group sizes of each.
+QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),
+}
+FALSE_IS_NONE = ("quantization_config", "sliding_window")
 COUNTS = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
-    "head_dim",
+    "head_dim", "sliding_window",
 }  # fmt: skip
 
 
@@ -88,6 +97,8 @@ def load_model(folder: Path, *, lazy: bool = False, rope: RopeConfig | None = No
 
     Raises: as `load`.
     """
+    if glob.escape(str(folder)) != str(folder):
+        raise ValueError(f"[load] {folder}: mlx-lm does not find files in a folder with any of *?[ in its name")
     config = check_checkpoint(folder)
     rope = rope or RopeConfig.from_hf(config)
     config, for_mlx_lm = for_models(config, rope)
@@ -128,7 +139,8 @@ def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerWrapper:
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     eos = generation.get("eos_token_id") or config.get("eos_token_id")
     try:
-        return mlx_lm.utils.load_tokenizer(folder, eos_token_ids=eos)
+        no_code = {"trust_remote_code": False}  # transformers would ask whether to run it
+        return mlx_lm.utils.load_tokenizer(folder, no_code, eos_token_ids=eos)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise ValueError(f"[load] the tokenizer of {folder} cannot be loaded: {error}") from None
 
@@ -175,9 +187,34 @@ def check_config(config: dict[str, Any], tensors: Collection[str]) -> dict[str, 
         required = entry.default is MISSING and entry.default_factory is MISSING
         if required and entry.name not in ("rope", "rope_theta") and config.get(entry.name) is None:
             raise ValueError(f"[load] config.json has no {entry.name}, which a {kind} model needs")
+    if config.get("hidden_act") not in (None, "silu"):
+        raise ValueError(f"[load] hidden_act = {config['hidden_act']!r}: the models here have silu")
+    # What is false, 0 or empty here is not there; mlx-lm and transformers each see something else in it.
+    config = config | {key: config[key] or None for key in ("quantization", *FALSE_IS_NONE) if key in config}
     _check_counts(config, tensors)
+    _check_quantization(config.get("quantization"), tensors)
     _check_window(config, RopeConfig.from_hf(config))
     return {"tie_word_embeddings": "lm_head.weight" not in tensors} | config
+
+
+def _check_quantization(settings: Any, tensors: Collection[str]) -> None:
+    """Refuse what MLX would not refuse in one line, or not at all: it divides by a group size of 0."""
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        raise ValueError(f"[load] quantization must be an object, got {settings!r:.80}")
+    common = {key: settings[key] for key in ("group_size", "bits", "mode") if key in settings}
+    for layer, own in [("", {}), *((key, value) for key, value in settings.items() if key not in common)]:
+        if own is True or (own is False and f"{layer}.scales" not in tensors):
+            continue
+        values = {"mode": "affine"} | common | own if isinstance(own, dict) else {}
+        bits, sizes = QUANTIZATIONS.get(str(values.get("mode")), ((), ()))
+        right = type(values.get("bits")) is int and type(values.get("group_size")) is int
+        if not right or values["bits"] not in bits or values["group_size"] not in sizes or len(values) > 3:
+            where = f" of {layer}" if layer else ""
+            raise ValueError(
+                f"[load] quantization{where}: expected mlx-lm's bits, group_size, mode, got {own or settings!r:.60}"
+            )
 
 
 def _check_counts(config: Mapping[str, Any], tensors: Collection[str]) -> None:

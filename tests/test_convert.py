@@ -276,7 +276,7 @@ def test_wrong_arguments_are_named(random_llama: Path, tmp_path: Path, options: 
         ({"hidden_size": 64.0}, "hidden_size"),
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
         ({"rms_norm_eps": "1e-5"}, "no llama model is like"),
-        ({"quantization": "4bit"}, "no llama model is like"),
+        ({"quantization": "4bit"}, "quantization must be an object"),
         ({"quantization_config": [1]}, "quantized"),
         ({"model_type": "mixtral"}, "llama, mistral, qwen2, qwen3"),
         ({"model_type": "mistral", "sliding_window": 64}, "sliding_window"),

@@ -14,7 +14,7 @@ from typing import Any
 
 import mlx_resonance.convert.checkpoint as checkpoint
 from mlx_resonance import load
-from mlx_resonance.convert import convert
+from mlx_resonance.convert import VerificationError, convert
 from mlx_resonance.convert.journal import workspace
 
 import pytest
@@ -25,7 +25,7 @@ OPTIONS: dict[str, Any] = {"rope": "yarn", "factor": 8, "quantize": True, "max_s
 KILLER = """
 import json, os, random, shutil, signal, sys, threading, time
 from pathlib import Path
-from mlx_resonance.convert import convert
+from mlx_resonance.convert import VerificationError, convert
 source, folder, options = sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3])
 
 def child(out, arm):
@@ -272,7 +272,7 @@ mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.p
     assert (source / "model.safetensors").stat().st_size > 600e6
     code = """
 import re, sys
-from mlx_resonance.convert import convert
+from mlx_resonance.convert import VerificationError, convert
 convert(sys.argv[1], sys.argv[2], dtype="float16", max_shard_size="40MB", quantize=sys.argv[3] == "q")
 print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").read())[1]))
 """
@@ -280,3 +280,50 @@ print(1024 * int(re.search(r"VmHWM:\\s+(\\d+) kB", open("/proc/self/status").rea
         done = run_code(code, source, tmp_path / kind, kind)
         assert done.returncode == 0, done.stderr
         assert int(done.stdout) <= 1.3 * 40e6 + 400e6
+
+
+def test_a_finished_file_that_was_damaged_is_made_again(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(random_llama, tmp_path / "out", monkeypatch)
+    path = sorted((tmp_path / "out.partial").glob("*.safetensors"))[1]
+    content = path.read_bytes()
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    convert(random_llama, tmp_path / "out", **OPTIONS)
+    convert(random_llama, tmp_path / "whole" / "out", **OPTIONS)
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+def test_what_verification_has_refused_is_not_published_by_another_run(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(sys.modules["mlx_resonance.convert.verify"], "CLOSE", -1)
+        with pytest.raises(VerificationError, match="--restart"):
+            convert(random_llama, tmp_path / "out", verify=True)
+    for verify in (False, True):
+        with pytest.raises(ValueError, match=r"was refused \(the logits.*--restart"):
+            convert(random_llama, tmp_path / "out", verify=verify)
+    convert(random_llama, tmp_path / "out", verify=True, restart=True)
+
+
+@pytest.mark.parametrize(
+    "weights",
+    [{"a": 1}, {"x.safetensors": None}, {"../model.safetensors": {"bytes": 1, "sha256": ""}},
+     {"model.safetensors": {"bytes": "1", "sha256": ""}}, {"model.safetensors": {"bytes": 1}},
+     {"model.safetensors": {"bytes": 1, "sha256": "", "quantization_error": 3}}],
+)  # fmt: skip
+def test_an_edited_journal_is_somebody_elses(random_llama: Path, tmp_path: Path, weights: Any) -> None:
+    partial = tmp_path / "out.partial"
+    partial.mkdir()
+    record = {"source": {}, "settings": {}, "weights": weights}
+    (partial / "conversion.json").write_text(json.dumps(record))
+    with pytest.raises(FileExistsError, match="in the way"):
+        convert(random_llama, tmp_path / "out")
+
+
+def test_a_pipe_as_journal_does_not_hang(random_llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "out.partial").mkdir()
+    os.mkfifo(tmp_path / "out.partial" / "conversion.json")
+    with pytest.raises(FileExistsError, match="in the way"):
+        convert(random_llama, tmp_path / "out")

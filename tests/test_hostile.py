@@ -80,6 +80,46 @@ def entry(**changes: Any) -> Any:
     return header(lambda entries: next(e for n, e in entries.items() if n != "__metadata__").update(changes))
 
 
+def same_place(folder: Path) -> None:
+    """Two tensors of the same size on the same bytes; nothing else is wrong."""
+    for path in sorted(folder.glob("*.safetensors")):
+        content = path.read_bytes()
+        length = struct.unpack("<Q", content[:8])[0]
+        entries = json.loads(content[8 : 8 + length])
+        places: dict[int, list[int]] = {}
+        for name, found in entries.items():
+            if name != "__metadata__":
+                start, end = found["data_offsets"]
+                if end - start in places:
+                    found["data_offsets"] = places[end - start]
+                    new = json.dumps(entries).encode()
+                    path.write_bytes(struct.pack("<Q", len(new)) + new + content[8 + length :])
+                    return
+                places[end - start] = [start, end]
+    raise AssertionError("no two tensors of the same size")
+
+
+def linked_folder(folder: Path) -> None:
+    (folder.parent / "secrets").mkdir()
+    (folder.parent / "secrets" / "id_rsa").write_text("secret")
+    (folder / "additional_chat_templates").symlink_to(folder.parent / "secrets")
+
+
+def card(content: str) -> Callable[[Path], None]:
+    return text("README.md", f"---\n{content}\n---\n")
+
+
+def fifo(name: str) -> Callable[[Path], None]:
+    def change(folder: Path) -> None:
+        (folder / name).unlink()
+        os.mkfifo(folder / name)
+
+    return change
+
+
+QUANTIZATION = {"group_size": 64, "bits": 4}
+
+
 def tensor(name: str, change: Callable[[mx.array], mx.array]) -> Callable[[Path], None]:
     def apply(folder: Path) -> None:
         file = json.loads((folder / INDEX).read_text())["weight_map"][name]
@@ -111,9 +151,18 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "link: config": (link("config.json"), "link out of its folder"),
     "link: tokenizer": (link("tokenizer.json"), "link out of its folder"),
     "header: length": (big_header, "header of 9223372036854775808"),
-    "header: overlap": (entry(data_offsets=[0, 4]), "damaged header"),
-    "header: out of range": (entry(data_offsets=[2**62, 2**62 + 8]), "damaged header"),
-    "header: reversed": (entry(data_offsets=[8, 0]), "damaged header"),
+    "header: size": (entry(data_offsets=[0, 4]), "has 4 bytes, which are no F32 of shape"),
+    "header: overlap": (same_place, "its tensors do not follow each other"),
+    "header: out of range": (entry(data_offsets=[2**62, 2**62 + 4 * 2048 * 64]), "do not follow each other"),
+    "header: reversed": (entry(data_offsets=[8, 0]), "has -8 bytes"),
+    "header: metadata": (header(lambda e: e.update(__metadata__={"a": 1})), "its metadata is not of texts"),
+    "header: NaN": (header(lambda e: e.update(a=float("nan"))), "NaN"),
+    "header: UTF-16": (header(lambda e: None, lambda raw: raw.decode().encode("utf-16")), "damaged header"),
+    "header: many objects": (
+        header(lambda e: e.update(__metadata__={"a": [{}] * 200_000})),
+        "more than 100000 objects",
+    ),
+    "header: beyond 2**31": (entry(shape=[2**31, 0]), "whole numbers"),
     "header: dtype": (entry(dtype="F12"), "F12"),
     "header: float64": (entry(dtype="F64"), "damaged header"),
     "header: negative": (entry(shape=[-1, -4096]), "damaged header"),
@@ -140,12 +189,29 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config: kv heads": (config(num_key_value_heads=3), "num_key_value_heads = 3"),
     "config: heads": (config(num_attention_heads=6, num_key_value_heads=6, head_dim=None), "num_attention_heads = 6"),
     "config: layers": (config(num_hidden_layers=10**9, layer_types=None), "num_hidden_layers of 1000000000"),
-    "config: layer types": (config(layer_types=["full_attention"] * 10**6), "layer_types of 1000000 layers"),
+    "config: layer types": (config(layer_types=["full_attention"] * 10**4), "layer_types of 10000 layers"),
+    "config: 18 MB": (config(layer_types=["full_attention"] * 10**6), "expected at most 1048576"),
     "config: a layer less": (config(num_hidden_layers=1, layer_types=None), "num_hidden_layers of 1 layers"),
     "config: wide": (config(hidden_size=2**31 - 4), "config.json asks for"),
     "config: wide heads": (config(head_dim=10**9), "head_dim"),
     "config: other shapes": (config(intermediate_size=96), "config.json asks for"),
     "config: vocabulary of another": (config(vocab_size=2047), "asks for (2047, 64)"),
+    "config: activation": (config(hidden_act="gelu"), "hidden_act = 'gelu'"),
+    "config: window": (config(sliding_window="x"), "sliding_window must be a positive integer"),
+    "config: a pipe": (fifo("config.json"), "no config.json"),
+    "link: folder of templates": (linked_folder, "link out of its folder"),
+    "link: card": (link("README.md"), "link out of its folder"),
+    "quantization: a list": (config(quantization=[1]), "quantization must be an object"),
+    "quantization: group size 0": (config(quantization=QUANTIZATION | {"group_size": 0}), "group_size"),
+    "quantization: group size": (config(quantization=QUANTIZATION | {"group_size": 10**30}), "group_size"),
+    "quantization: bits": (config(quantization=QUANTIZATION | {"bits": "4"}), "bits"),
+    "quantization: mode": (config(quantization=QUANTIZATION | {"mode": "x"}), "mode"),
+    "quantization: a layer": (config(quantization=QUANTIZATION | {"model.embed_tokens": "x"}), "model.embed_tokens"),
+    "quantization_config: a text": (config(quantization_config="fp8"), "quantized with 'fp8'"),
+    "quantization_config: groups": (
+        config(quantization_config={"quant_method": "compressed-tensors", "config_groups": {"a": {"weights": 3}}}),
+        "quantized with compressed-tensors",
+    ),
     "weights: shape": (tensor(NORM, lambda v: mx.ones(63)), "has shape (63,)"),
     "weights: integers": (tensor(NORM, lambda v: mx.ones(64, mx.uint32)), "is of type U32"),
     "weights: int64": (tensor(NORM, lambda v: mx.ones(64, mx.int64)), "is of type I64"),
@@ -206,6 +272,47 @@ def test_tensors_of_nan(run: Any, random_llama: Path, tmp_path: Path) -> None:
     assert sorted(tmp_path.iterdir()) == sorted([*before, tmp_path / "new.partial"])
     assert run("convert", tmp_path / "all", "--mlx-path", tmp_path / "new", "--allow-nan")[0] == 0
     assert mx.all(mx.isnan(mx.load(str(tmp_path / "new" / "model.safetensors"))[NORM])).item()
+
+
+CARDS = {
+    "tags": "tags: 5",
+    "references": "a: &a [x, x, x, x, x, x, x, x, x]\n"
+    + "".join(
+        f"{b}: &{b} [{', '.join(f'*{a}' for _ in range(9))}]\n" for a, b in zip("abcdefgh", "bcdefghi", strict=True)
+    )
+    + "tags: *i\nbase_model: *i\nlicense: *i",
+    "not YAML": "license: [",
+    "long": "license: " + "x" * 10**5,
+}
+
+
+@pytest.mark.parametrize("case", CARDS)
+def test_a_hostile_card_costs_its_metadata_only(random_llama: Path, tmp_path: Path, case: str) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "source")
+    card(CARDS[case])(folder)
+    convert(folder, tmp_path / "out")
+    assert (tmp_path / "out" / "README.md").stat().st_size < 2000
+    sparse("README.md", 3 * 10**9)(folder)
+    convert(folder, tmp_path / "again")
+
+
+@pytest.mark.parametrize("nothing", [False, 0, "", [], {}, None])
+def test_what_is_false_is_not_there(random_llama: Path, tmp_path: Path, nothing: Any) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "source")
+    config(quantization=nothing, quantization_config=nothing, sliding_window=nothing)(folder)
+    done = convert(folder, tmp_path / "out", verify=True)
+    assert done.checks is not None and isinstance(done.checks["logits"], dict)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert "quantization" not in written and "quantization_config" not in written
+
+
+@pytest.mark.parametrize("name", ["o[/foo]bar", "o*", "~nobody-at-all/x"])
+def test_odd_names_of_the_result(run: Any, random_llama: Path, tmp_path: Path, name: str) -> None:
+    """mlx-lm looks for a model's files with a pattern, and would not find them in these."""
+    target = name if name.startswith("~") else tmp_path / name
+    code, stdout, stderr = run("convert", random_llama, "--mlx-path", target)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("quantize", [False, True])

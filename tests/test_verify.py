@@ -276,6 +276,74 @@ def test_the_error_of_a_large_weight_is_that_of_a_sample() -> None:
     assert error == pytest.approx(compare(parts, settings, weight).error, rel=0.01)
 
 
+@pytest.mark.parametrize("dtype", [mx.float32, mx.float16])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_rounding_down_instead_of_to_the_nearest_is_noticed(bits: int, dtype: mx.Dtype) -> None:
+    weight = mx.array(0.02 * np.random.default_rng(0).standard_normal((16, 512))).astype(dtype)
+    settings = {"mode": "affine", "bits": bits, "group_size": 64}
+    (_, scales, biases), _ = quantize(weight, settings)
+    groups = np.array(weight.astype(mx.float32)).reshape(16, 8, 64)
+    scale, bias = (np.array(part.astype(mx.float32))[..., None] for part in (scales, biases))
+    codes = np.clip(np.floor((groups - bias) / scale), 0, 2**bits - 1).astype(np.uint32).reshape(16, -1, 32 // bits)
+    packed = mx.array((codes << (bits * np.arange(32 // bits, dtype=np.uint32))).sum(-1).astype(np.uint32))
+    assert compare([packed, scales, biases], settings, weight).wrong > 0.1 * weight.size
+
+
+@pytest.mark.parametrize("kind", ["one NaN", "infinities", "no head", "all NaN"])
+def test_a_source_that_is_not_finite_is_converted_rightly(random_llama: Path, tmp_path: Path, kind: str) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "source")
+    for file in folder.glob("*.safetensors"):
+        weights = mx.load(str(file))
+        if "model.norm.weight" in weights and kind in ("one NaN", "all NaN"):
+            weights["model.norm.weight"] = mx.array([mx.nan] * (64 if kind == "all NaN" else 1) + [1.0] * 64)[:64]
+        if f"{Q_PROJ}.weight" in weights and kind == "infinities":
+            weights[f"{Q_PROJ}.weight"] = mx.where(weights[f"{Q_PROJ}.weight"] > 0.05, mx.inf, 0.01)
+        if "lm_head.weight" in weights and kind == "no head":
+            weights["lm_head.weight"] = mx.zeros_like(weights["lm_head.weight"])
+        mx.eval(weights)
+        mx.save_safetensors(str(file), weights)
+    text = tmp_path / "text"
+    text.write_text("import os\n" * 20)
+    done = convert(folder, tmp_path / "out", verify=True, allow_nan=kind == "all NaN")
+    assert done.checks is not None and done.checks["problems"] == []
+    assert (done.checks["nan"] + done.checks["inf"] > 0) == (kind != "no head")
+    convert(folder, tmp_path / "q", quantize=True, quant_report=text, allow_nan=kind == "all NaN")
+    json.loads((tmp_path / "q" / "conversion.json").read_text(), parse_constant=pytest.fail)
+
+
+@pytest.mark.parametrize(
+    ("part", "value"),
+    [
+        ("rope", {"wavelengths": None, "attention_scale": 1}),
+        ("rope", {"wavelengths": ["a"], "attention_scale": 1}),
+        ("rope", {"wavelengths": [], "attention_scale": None}),
+        ("settings", {"dtype": "load", "query_key_factor": 1.0}),
+        ("settings", {"dtype": None, "query_key_factor": None}),
+        ("files", {"additional_chat_templates/../../x": ""}),
+        ("files", {"..": ""}),
+        ("files", 3),
+    ],
+)
+def test_an_edited_record_is_one_line(run: Any, converted: Path, tmp_path: Path, part: str, value: Any) -> None:
+    folder = shutil.copytree(converted, tmp_path / "out")
+    record = json.loads((folder / "conversion.json").read_text()) | {part: value}
+    (folder / "conversion.json").write_text(json.dumps(record))
+    code, stdout, stderr = run("verify", folder)
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
+
+
+def test_hashes_taken_out_of_the_record_are_noticed(converted: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(converted, tmp_path / "out")
+    record = json.loads((folder / "conversion.json").read_text()) | {"files": {}}
+    (folder / "conversion.json").write_text(json.dumps(record))
+    assert any("config.json is not on record" in problem for problem in verify(folder).problems)
+
+
+def test_a_config_that_transformers_does_not_take_is_said(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
+    done = convert(copy_of(random_llama, pad_token_id=10**9), tmp_path / "out", verify=True)
+    assert done.checks is not None and "transformers cannot build it" in done.checks["logits"]
+
+
 def test_compare_counts() -> None:
     value = mx.array([[1.0, mx.nan, mx.inf, 2.0]])
     found = compare([value], original=value)

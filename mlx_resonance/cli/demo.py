@@ -51,15 +51,15 @@ def command(
         model, tokenizer = load(target)
         name, text = _unseen_module(source)
         tokens = prompt_tokens(tokenizer, text)[:PROMPT_TOKENS]
-        stdout.print(f"[dim]… {name}, {len(tokens)} tokens of it; the checkpoint was trained on 512[/dim]")
-        stdout.print(tokenizer.decode(tokens[-60:]), style="dim", markup=False, end="")
+        stdout.print(f"… {name}, {len(tokens)} tokens of it; the checkpoint was trained on 512", style="dim")
+        stdout.print(tokenizer.decode(tokens[-60:]), style="dim", end="")
         options = {"max_tokens": max_tokens, "temp": temp, "seed": seed, "prefill_step_size": PREFILL}
         result = run(model, tokenizer, tokens, show=True, **options)
     print_json(result)
 
 
 def _say(line: str) -> None:
-    stdout.print(f"\n[bold]$ {line}[/bold]", soft_wrap=True)
+    stdout.print(f"\n$ {line}", style="bold", soft_wrap=True)
 
 
 def _unseen_module(checkpoint: Path) -> tuple[str, str]:

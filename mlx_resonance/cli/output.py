@@ -20,13 +20,14 @@ from rich.progress import (
 from rich.progress import Task as ProgressTask
 from rich.text import Text
 
-stdout = Console(highlight=False)
-stderr = Console(stderr=True, highlight=False)
+# A path with brackets is no markup.
+stdout = Console(highlight=False, markup=False)
+stderr = Console(stderr=True, highlight=False, markup=False)
 
 
 def print_json(value: dict[str, Any]) -> None:
     """One line, one object."""
-    print(json.dumps(value), flush=True)
+    print(json.dumps(value, allow_nan=False), flush=True)
 
 
 def fail(error: object, code: int) -> NoReturn:
