@@ -63,3 +63,10 @@ def test_held_out_loss_is_the_recorded_one(stdlib_llama: Path) -> None:
     # Twelve windows of other files than the average one, perhaps of another Python version.
     assert loss == pytest.approx(record["held_out_loss"], abs=0.6)
     assert loss < 0.6 * math.log(2048)
+
+
+def test_no_matrix_has_died(stdlib_llama: Path) -> None:
+    """An optimizer whose weight decay outweighs small gradients leaves layers that do nothing."""
+    for name, value in mx.load(str(stdlib_llama / "model.safetensors")).items():
+        size = mx.sqrt(mx.mean(mx.square(value.astype(mx.float32)))).item()
+        assert size > 0.01, f"{name}: {size}"
