@@ -44,7 +44,10 @@ def read_card(folder: Path) -> dict[str, Any]:
     if not path.is_file() or path.stat().st_size > MAX_CARD:
         return {}
     try:
-        data = ModelCard.load(path).data
+        content = path.read_text(encoding="utf-8")
+        if not content.startswith("---"):  # no front matter, of which huggingface_hub would warn
+            return {}
+        data = ModelCard(content).data
     except (ValueError, TypeError, YAMLError):  # front matter that the hub would refuse
         return {}
     return {key: value for key in KEPT if _is_text(value := getattr(data, key, None))}

@@ -29,7 +29,7 @@ from mlx_resonance.scaling import largest_shift, new_rope
 
 from .card import read_card, write_card
 from .journal import NAME as RECORD
-from .journal import fingerprint, workspace
+from .journal import Journal, fingerprint, workspace
 from .plan import Plan, disk_needed, make_plan
 from .quantization import check_arguments
 from .report import quantization_report, read_text
@@ -164,7 +164,6 @@ def convert(
         raise ValueError("[convert] --portable is for transformers too, which does not read mlx-lm's quantization")
     if verify and consume_source:
         raise ValueError("[convert] --verify reads the source again, which --consume-source deletes: choose one")
-
     if quant_report is not None and (not quantize or consume_source):
         raise ValueError("[convert] --quant-report compares with the source: it needs --quantize, not --consume-source")
 
@@ -197,29 +196,39 @@ def convert(
         if kept is not None and (journal.folder / kept).exists():
             shutil.rmtree(journal.folder / kept)
         _write_small_files(source, plan, journal.folder, src, card)
+        _record(journal, plan)
         errors = {k: v for entry in journal.finished.values() for k, v in entry.get("quantization_error", {}).items()}
         sizes = {name: entry["bytes"] for name, entry in sorted(journal.finished.items())}
         made = replace(made, sizes=sizes, quantization_error=errors)
-        small = sorted(path for path in journal.folder.iterdir() if path.is_file() and path.name not in UNHASHED)
-        files = {path.name: sha256(path) for path in small if path.name not in journal.finished}
-        journal.record |= {"rope": rope_table(plan.rope), "files": files}
-        journal.write()
         if ids is not None:
             made = replace(made, quant_report=quantization_report(journal.folder, source, ids))
             journal.record["quant_report"] = made.quant_report
-            journal.write()
         if verify:
-            checks = verify_result(journal.folder, source, progress=progress)
-            if checks.problems:
-                journal.record["refused"] = checks.problems[0]
-                journal.write()
-                raise VerificationError(
-                    f"[convert] {journal.folder} is not right: {checks.problems[0]} (see --restart)"
-                )
-            made = replace(made, checks=checks.to_dict())
-            journal.record["checks"] = made.checks
-            journal.write()
+            made = replace(made, checks=_verify(journal, source, progress))
+        journal.write()
     return made
+
+
+def _record(journal: Journal, plan: Plan) -> None:
+    """Put the wavelengths and the hashes of the small files into the record."""
+    names = [
+        path.relative_to(journal.folder).as_posix() for path in sorted(journal.folder.rglob("*")) if path.is_file()
+    ]
+    names = [name for name in names if name not in UNHASHED and name not in journal.finished]
+    files = {name: sha256(journal.folder / name) for name in names}
+    journal.record |= {"rope": rope_table(plan.rope), "files": files}
+    journal.write()
+
+
+def _verify(journal: Journal, source: Source, progress: Progress | None) -> dict[str, Any]:
+    """What verification finds, which goes into the record. Raises VerificationError where it finds a problem."""
+    checks = verify_result(journal.folder, source, progress=progress)
+    if checks.problems:
+        journal.record["refused"] = checks.problems[0]  # no later run may publish it
+        journal.write()
+        raise VerificationError(f"[convert] {journal.folder} is not right (--restart): {checks.problems[0]}")
+    journal.record["checks"] = checks.to_dict()
+    return checks.to_dict()
 
 
 def _identity(source: Source) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from mlx_resonance.config import RopeConfig
@@ -129,7 +129,8 @@ def _read_whole_record(folder: Path) -> dict[str, Any]:
     if not right or settings.get("dtype") not in (None, *DTYPES):
         raise ValueError(f"[verify] {folder / RECORD} is no record of a finished conversion")
     for name, digest in files.items():
-        if Path(name).name != name or name in ("", "..") or not isinstance(digest, str):
+        parts = PurePosixPath(name).parts
+        if len(parts) not in (1, 2) or not {"..", "/"}.isdisjoint(parts) or not isinstance(digest, str):
             raise ValueError(f"[verify] {folder / RECORD} names {name!r}: expected files of the same folder")
     return record
 

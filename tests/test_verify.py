@@ -339,6 +339,16 @@ def test_hashes_taken_out_of_the_record_are_noticed(converted: Path, tmp_path: P
     assert any("config.json is not on record" in problem for problem in verify(folder).problems)
 
 
+def test_chat_templates_in_a_folder_are_copied_and_hashed(random_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "source")
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tools.jinja").write_text("{{ messages }}")
+    convert(folder, tmp_path / "out")
+    assert verify(tmp_path / "out", folder).problems == []
+    (tmp_path / "out" / "additional_chat_templates" / "tools.jinja").write_text("{{ other }}")
+    assert any("tools.jinja has changed" in problem for problem in verify(tmp_path / "out").problems)
+
+
 def test_a_config_that_transformers_does_not_take_is_said(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
     done = convert(copy_of(random_llama, pad_token_id=10**9), tmp_path / "out", verify=True)
     assert done.checks is not None and "transformers cannot build it" in done.checks["logits"]
