@@ -31,6 +31,7 @@ def main() -> None:
     done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=True)
     seconds = round(time.perf_counter() - start, 1)
     *lines, last = done.stdout.decode().splitlines()
+    lines = [line for line in lines if "━" not in line]  # a terminal has the bar only while it moves
     figures = json.loads(last)
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=WIDTH, file=nowhere, force_terminal=True)
