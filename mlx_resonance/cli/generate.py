@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from ..distributed import processes, together
 from .output import count_bar, print_json, progress_bar, stderr
 
 if TYPE_CHECKING:
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from ..generation.batch import Request
 
 
+@together
 def command(
     model: Annotated[str, Option(help="Folder or Hugging Face hub id.")],
     prompt: Annotated[str | None, Option(help="The prompt. Default: --prompt-file, or standard input.")] = None,
@@ -44,14 +46,17 @@ def command(
         raise ValueError("[generate] give --prompts-file or one prompt, not both")
     if prompts_file is not None and (kv_bits is not None or prompt_cache is not None):
         raise ValueError("[generate] --prompts-file goes with neither --kv-bits nor --prompt-cache")
+    group = processes()
+    if group.size > 1 and not any(given is not None for given in (prompt, prompt_file, prompts_file)):
+        raise ValueError("[generate] more than one process: give --prompt or --prompt-file, not standard input")
     text = "" if prompts_file is not None else read_prompt(prompt, prompt_file)
 
     from ..config import RopeConfig
     from ..files import TOKENIZER_PATTERNS, WEIGHTS, parse_size, read_config, resolve
-    from ..generation import PromptCache, cache_key, check_context, prompt_tokens
+    from ..generation import cache_key, check_context, prompt_tokens
     from ..generation.memory import guard
     from ..generation.stream import check_options
-    from ..loading import load_model, load_tokenizer
+    from ..loading import load_tokenizer
     from ..scaling import rescale
 
     options: dict[str, Any] = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
@@ -72,13 +77,15 @@ def command(
     check_context(rope, longest, max_tokens)
     if not force:
         size = None if memory is None else parse_size(memory, "--memory")
-        guard(folder, longest + max_tokens, kv_bits=kv_bits, memory=size, prefill_step_size=prefill_step_size)
+        step = prefill_step_size
+        guard(folder, longest + max_tokens, kv_bits=kv_bits, memory=size, prefill_step_size=step, processes=group.size)
     kept = None
     if prompt_cache is not None:
         size = parse_size(prompt_cache_size, "--prompt-cache-size")
-        kept = PromptCache(prompt_cache, cache_key(folder, rope, kv_bits), size)
-    loaded, _ = load_model(folder, rope=rope)
-    if requests and output is not None:
+        kept = group.prompt_cache(prompt_cache, cache_key(folder, rope, kv_bits), size)
+    loaded = group.load(folder, rope)
+    requests, output, options["seed"] = group.start(tokens, requests, output, seed)
+    if output is not None:
         answer(loaded, tokenizer, requests, output, json, prefill_step_size=prefill_step_size, **options)
         return
     options |= {"kv_bits": kv_bits, "prefill_step_size": prefill_step_size, "prompt_cache": kept}

@@ -150,6 +150,8 @@ def finished_ids(output: Path) -> set[str | int]:
         except (ValueError, KeyError, TypeError, AssertionError):
             raise ValueError(f"[generate] {output}, line {number} is no answer: choose another --output") from None
     if len(whole) < len(content):
+        if not b'{"id": '.startswith(content[len(whole) :][:7]):
+            raise ValueError(f"[generate] {output}, its last line is no answer: choose another --output")
         with output.open("r+b") as file:
             file.truncate(len(whole))
     return ids
@@ -180,7 +182,10 @@ def read_requests(path: Path, tokenizer: TokenizerWrapper, chat: bool = False) -
         if entry["id"] in seen:
             raise ValueError(f"{where}: the id {entry['id']!r} stands twice")
         seen.add(entry["id"])
-        requests.append(Request(entry["id"], prompt_tokens(tokenizer, entry["prompt"], chat)))
+        try:
+            requests.append(Request(entry["id"], prompt_tokens(tokenizer, entry["prompt"], chat)))
+        except ValueError as error:
+            raise ValueError(f"{where}: {str(error).removeprefix('[generate] ')}") from None
     if not requests:
         raise ValueError(f"[generate] {path} has no prompts")
     return requests

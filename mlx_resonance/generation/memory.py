@@ -14,7 +14,7 @@ from ..config import LONGEST, RopeConfig
 from ..files import BYTES, TensorInfo, read_config, read_header, resolve, weight_files
 from ..loading import check_config
 from .cache import group_size
-from .prefill import BUDGET, STEP
+from .prefill import BUDGET, STEP, chunk_size
 
 RESERVE, RESERVE_PART = 3 * 2**30, 0.05  # bytes, and part of the limit, that are left to everything else
 KV_FORMATS: Mapping[str, int | None] = {"16 bit": None, "8 bit": 8, "4 bit": 4}
@@ -22,6 +22,7 @@ FUSED_DIMS = (64, 80, 128)  # heads for which Metal's attention keeps no scores
 # Numbers that a token of a chunk has in flight: so many times the hidden size, the size of its keys, and that of the
 # feed-forward layer. MLX hands out about ten operations ahead; found by measuring (benchmarks/memory.py).
 HIDDEN, KEYS, FEED_FORWARD = 12.0, 7.0, 1.6
+UNPACKED = 6.0  # bytes for each number of a layer's keys: a CPU unpacks quantized ones in 32 bits; measured as well
 
 
 @dataclass(frozen=True)
@@ -77,19 +78,21 @@ class Shape:
     bytes: int
 
     @classmethod
-    def of(cls, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Shape:
-        """From config.json and the headers of the weight files."""
+    def of(cls, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], processes: int = 1) -> Shape:
+        """From config.json and the headers of the weight files; one process's part where there are several."""
         heads = config["num_attention_heads"]
         head_dim = config.get("head_dim") or config["hidden_size"] // heads
         return cls(
-            weights=sum(info.end - info.start for info in tensors.values()),
+            weights=sum(
+                (info.end - info.start) // (processes if "_proj." in name else 1) for name, info in tensors.items()
+            ),
             layers=config["num_hidden_layers"],
-            heads=heads,
+            heads=heads // processes,
             head_dim=head_dim,
             hidden=config["hidden_size"],
-            feed_forward=config["intermediate_size"],
+            feed_forward=config["intermediate_size"] // processes,
             vocabulary=config["vocab_size"],
-            keys=head_dim * (config.get("num_key_value_heads") or heads),
+            keys=head_dim * (config.get("num_key_value_heads") or heads) // processes,
             bytes=BYTES[tensors["model.norm.weight"].dtype],
         )
 
@@ -102,15 +105,25 @@ class Shape:
 
     def prefill(self, context: int, kv_bits: int | None, step: int, budget: int) -> int:
         """The most bytes at once of reading a prompt of so many tokens, without weights and cache."""
-        chunk = min(step, context)
+        step = chunk_size(0, step, budget)
+        # Chunks and their keys: the last whole one, and what is left. Where the budget makes them shrink, as if all of
+        # it and a whole chunk were in use: by then the keys count for more.
+        whole = context // step * step
+        chunks = ((step, whole), (context - whole, context)) if step * context <= budget else ((step, context),)
+        work = max(self.chunk(min(size, keys), keys, kv_bits, budget) for size, keys in chunks)
+        return int(max(work, 3 * 4 * self.vocabulary))
+
+    def chunk(self, size: int, keys: int, kv_bits: int | None, budget: int) -> float:
+        """Bytes that a chunk of the prompt has in flight, with so many keys in all."""
         in_flight = HIDDEN * self.hidden + KEYS * self.keys + FEED_FORWARD * self.feed_forward
         rotation = 12 * (self.hidden + self.keys) if self.bytes < 4 else 0  # in float32
-        work = chunk * (in_flight * self.bytes + rotation)
+        work = size * (in_flight * self.bytes + rotation)
         if not (mx.metal.is_available() and self.head_dim in FUSED_DIMS):
-            work += min(chunk * context, budget) * (self.heads * self.bytes + 1)  # scores, and which of them are masked
+            work += min(size * keys, budget) * (self.heads * self.bytes + 1)  # scores, and which of them are masked
         if kv_bits is not None:
-            work += 2 * self.keys * context * self.bytes  # one layer's keys and values, dequantized
-        return int(max(work, 3 * 4 * self.vocabulary))
+            work += 2 * self.keys * keys * self.bytes  # one layer's keys and values, dequantized
+            work += UNPACKED * self.keys * keys if mx.default_device() == mx.cpu else 0
+        return work
 
 
 def plan_memory(
@@ -121,6 +134,7 @@ def plan_memory(
     memory: int | None = None,
     prefill_step_size: int = STEP,
     budget: int = BUDGET,
+    processes: int = 1,
 ) -> MemoryPlan:
     """What generating with a checkpoint needs. Its weights are not read.
 
@@ -130,6 +144,7 @@ def plan_memory(
         kv_bits: 8 or 4 for quantized keys and values; None for the model's type.
         memory: bytes there are; None for what the device says.
         prefill_step_size, budget: of reading the prompt, as in `prefill`.
+        processes: that the model is divided among; the plan is that of one, embedding and head are in each.
 
     Raises:
         FileNotFoundError, ValueError: as `load`; or the context is not positive, or config.json has none.
@@ -139,12 +154,14 @@ def plan_memory(
     folder = resolve(model, None, ["*.json", "model*.safetensors"])
     tensors = {name: info for file in weight_files(folder) for name, info in read_header(file).items()}
     config = check_config(read_config(folder), tensors)
-    shape = Shape.of(config, tensors)
+    shape = Shape.of(config, tensors, processes)
     context = context if context is not None else RopeConfig.from_hf(config).context_length
     if context is None:
         raise ValueError("[plan] config.json has no context length: give --context")
     if not 0 < context <= LONGEST:
         raise ValueError(f"[plan] context must lie in [1, 2**31] tokens, got {context}")
+    if prefill_step_size < 1:
+        raise ValueError(f"[plan] prefill_step_size must be at least 1, got {prefill_step_size}")
     if memory is not None and memory <= 0:
         raise ValueError(f"[plan] memory must be positive, got {memory}")
     there = memory if memory is not None else device_memory()
@@ -206,15 +223,17 @@ def guard(model: str | Path, context: int, **options: Any) -> None:
 def advice(model: str | Path, plan: MemoryPlan, **options: Any) -> str:
     """What would make a context fit that does not: flags, or the largest context that does."""
     kv_bits, step = options.get("kv_bits"), options.get("prefill_step_size", STEP)
-    parts = [
-        f"--kv-bits {bits}"
-        for name, bits in KV_FORMATS.items()
-        if bits and (kv_bits is None or bits < kv_bits) and plan.max_context.get(name, 0) >= plan.context
-    ][:1]
-    for smaller in (512, 128):
-        if smaller < step and plan_memory(model, plan.context, **options | {"prefill_step_size": smaller}).fits:
-            parts.append(f"--prefill-step-size {smaller}")
-            break
+    fewer = [bits for name, bits in KV_FORMATS.items() if bits and name in plan.max_context and bits < (kv_bits or 16)]
+    smaller = [size for size in (512, 128) if size < step]
+
+    def fits(**changes: int) -> bool:
+        return plan_memory(model, plan.context, **options | changes).fits
+
+    parts = [f"--kv-bits {bits}" for bits in fewer if fits(kv_bits=bits)][:1]
+    parts += [f"--prefill-step-size {size}" for size in smaller if fits(prefill_step_size=size)][:1]
+    if not parts:
+        both = [(bits, size) for bits in fewer for size in smaller if fits(kv_bits=bits, prefill_step_size=size)]
+        parts = [f"--kv-bits {bits} --prefill-step-size {size}" for bits, size in both[:1]]
     best = max(plan.max_context, key=plan.max_context.__getitem__)
     if not parts and plan.max_context[best] > 0:
         flag = f" with --kv-bits {KV_FORMATS[best]}" if KV_FORMATS[best] and KV_FORMATS[best] != kv_bits else ""

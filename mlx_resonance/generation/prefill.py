@@ -33,7 +33,8 @@ def prefill(
 ) -> None:
     """Put the keys and values of all tokens but the last into the caches, after those that they have.
 
-    An interrupt ends it after the chunk that is being read; the caches then hold whole chunks.
+    An interrupt ends it after the chunk that is being read; the caches then hold whole chunks. So they do after an
+    error.
 
     Args:
         model: from `load`.
@@ -50,13 +51,12 @@ def prefill(
         while done < total - 1:
             size = min(chunk_size(done, step, budget), total - 1 - done)
             model(mx.array(list(tokens[done : done + size]))[None], cache=cache)
+            done += size  # now: an interrupt is raised only when eval has come back
             mx.eval([layer.state for layer in cache])  # not the logits: the head is left out
             mx.clear_cache()
-            done += size
             if progress is not None:
                 progress(done, total)
-    except KeyboardInterrupt:
-        whole = min(layer.offset for layer in cache)
-        for layer in cache:
-            layer.trim(layer.offset - whole)
+    except BaseException:
+        for layer in cache:  # some may have counted a chunk that the others have not seen
+            layer.trim(layer.offset - done)
         raise

@@ -24,7 +24,9 @@ from ..files import read_header, sha256, weight_files
 
 NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.safetensors")  # of the model and the format; of the content
 SAMPLES, SAMPLE = 64, 2**12  # pieces of a weight file that tell models apart, and their bytes
-ENOUGH = 16  # an entry is written if it has more new tokens than a 16th of what was read from another
+# An entry is written if it has more new tokens than a 16th of what was read from another, and read if a 16th of its
+# tokens is of use: every prompt has the start token in common with it.
+ENOUGH = 16
 STALE = 3600  # seconds after which a file that is not whole was left by a process that was killed
 
 logger = logging.getLogger("mlx_resonance")
@@ -68,7 +70,7 @@ class PromptCache:
         for path in sorted(self.folder.glob(f"{self.key}-*.safetensors")):
             stored = self._tokens_of(path)
             common = common_prefix(tokens[:-1], stored)
-            if common > (best[0] if best else 0):
+            if common * ENOUGH >= len(stored) and common > (best[0] if best else 0):
                 best = common, path
         if best is None:
             return 0
@@ -96,7 +98,7 @@ class PromptCache:
             tokens: that the caches have the keys of; only so many of them as they hold are kept.
             cache: of each layer.
         """
-        length = min(cache[0].offset, len(tokens))
+        length = min(len(tokens), *(layer.offset for layer in cache))
         if length - self._used_tokens <= self._used_tokens // ENOUGH:
             return
         arrays = {"tokens": mx.array(np.array(tokens[:length], np.int32))}
@@ -107,17 +109,18 @@ class PromptCache:
             return
         temporary = self.folder / f".{uuid.uuid4().hex}.safetensors"
         try:
-            mx.save_safetensors(str(temporary), arrays)
+            mx.save_safetensors(str(temporary), arrays, {"format": "mlx"})
             path = self.folder / f"{self.key}-{sha256(temporary)[:32]}.safetensors"
             temporary.replace(path)
+            if self._used is not None and self._used != path and self._used_tokens == len(self._tokens_of(self._used)):
+                self._used.unlink(missing_ok=True)  # the new entry begins with all of it
+            self._used, self._used_tokens = path, length
+            self._make_room()
         except (OSError, RuntimeError) as error:
             logger.warning("the prompt cache %s cannot be written: %s", self.folder, error)
-            temporary.unlink(missing_ok=True)
-            return
-        if self._used is not None and self._used != path and self._used_tokens == len(self._tokens_of(self._used)):
-            self._used.unlink(missing_ok=True)  # the new entry begins with all of it
-        self._used, self._used_tokens = path, length
-        self._make_room()
+        finally:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
     def _tokens_of(self, path: Path) -> list[int]:
         """The tokens of an entry; none where it is damaged or gone."""
@@ -132,6 +135,8 @@ class PromptCache:
             return []
 
     def _drop(self, path: Path, error: Exception) -> None:
+        if not path.exists():  # another process has made room
+            return
         logger.warning("the prompt cache's %s is damaged, and deleted: %s", path.name, error)
         with contextlib.suppress(OSError):
             path.unlink()
@@ -164,7 +169,8 @@ def cache_key(folder: Path, rope: RopeConfig, kv_bits: int | None, adapter_path:
     """What keys and values depend on besides the tokens: the content of the model, its angles, their format.
 
     Args:
-        folder: of the model. Of every weight file the header and 64 pieces are read.
+        folder: of the model. Of every weight file the header and 64 pieces are read; the time of its last change
+            stands for the rest.
         rope: the settings in use.
         kv_bits: of the caches.
         adapter_path: folder of LoRA adapters.
@@ -180,7 +186,8 @@ def cache_key(folder: Path, rope: RopeConfig, kv_bits: int | None, adapter_path:
         files += sorted(path for path in Path(adapter_path).iterdir() if path.is_file())
     for path in files:
         size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
+        changed = path.stat().st_mtime_ns if size > SAMPLES * SAMPLE else 0
+        digest.update(f"{path.name} {size} {changed}".encode())
         with path.open("rb") as file:
             for i in range(SAMPLES):
                 file.seek(i * max(SAMPLE, size // SAMPLES))

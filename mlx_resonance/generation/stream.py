@@ -107,7 +107,7 @@ def _stream(
 ) -> Iterator[GenerationResponse]:
     start = time.perf_counter()
     known = 0 if prompt_cache is None else prompt_cache.fetch(tokens, cache)
-    written = list(tokens)
+    written = tokens[:-1]  # those that every layer has the keys of
     try:
         with wired_limit(model, [generation_stream]), mx.stream(generation_stream):
             prefill(model, tokens, cache, step=step, progress=progress)
@@ -116,6 +116,7 @@ def _stream(
         for response in mlx_lm.stream_generate(model, tokenizer, tokens[-1:], **options):
             if not speed:
                 speed = (len(tokens) - known) / (time.perf_counter() - start)
+                written = list(tokens)
                 if progress is not None:
                     progress(len(tokens), len(tokens))
             written.append(response.token)

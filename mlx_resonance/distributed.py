@@ -1,0 +1,162 @@
+"""More than one machine: every process that mlx.launch starts holds a part of each layer's matrices and heads."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sys
+from collections.abc import Callable, Sequence
+from functools import cache, wraps
+from hashlib import sha256
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ParamSpec
+from zlib import crc32
+
+import mlx.core as mx
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+    from .config import RopeConfig
+    from .generation import PromptCache
+    from .generation.batch import Request
+
+P = ParamSpec("P")
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # what mlx.launch, or its mpirun, tells every process
+
+
+class Processes:
+    """The processes of a run: without mlx.launch just this one, and nothing is set up.
+
+    They wait for each other in every method that says "all", so all of them must come to it.
+
+    Raises:
+        ValueError: they do not reach each other.
+    """
+
+    def __init__(self) -> None:
+        self.rank, self.size, self.agreed = 0, 1, False
+        if any(name in os.environ for name in LAUNCHED):
+            try:
+                self.group = mx.distributed.init()
+            except RuntimeError as error:
+                raise ValueError(f"[generate] the processes do not reach each other: {error}") from None
+            self.rank, self.size = self.group.rank(), self.group.size()
+
+    def least(self, value: int) -> int:
+        """The least of the numbers that all have."""
+        least = mx.distributed.all_min(mx.array(value), group=self.group, stream=mx.cpu)
+        return int(least.item())  # type: ignore[arg-type]  # no complex number
+
+    def first(self, values: Sequence[int]) -> list[int]:
+        """The numbers that the first process has, for all; below 2**31, the others' count only in their length."""
+        mine = mx.array([value if self.rank == 0 else 0 for value in values], mx.int32)
+        return mx.distributed.all_sum(mine, group=self.group, stream=mx.cpu).tolist()  # type: ignore[return-value]
+
+    def agree(self, failed: bool = False) -> bool:
+        """All go on, or none. Returns whether this one failed and is the one to say why."""
+        lowest, self.agreed = self.least(self.rank if failed else self.size), True
+        if lowest < self.size and not failed:
+            sys.exit(2)
+        return lowest == self.rank
+
+    def load(self, folder: Path, rope: RopeConfig) -> nn.Module:
+        """This process's part of a model. Raises ValueError as `load_model`, and where it cannot be divided."""
+        from mlx.utils import tree_flatten
+
+        from .loading import load_model
+
+        model, config = load_model(folder, lazy=self.size > 1, rope=rope)
+        if self.size == 1:
+            return model
+        why = f"[generate] {folder} cannot be divided among {self.size} processes"
+        if not hasattr(model, "shard"):
+            raise ValueError(f"{why}: mlx-lm divides no {config['model_type']} models")
+        for key in ("num_attention_heads", "num_key_value_heads"):
+            if (config.get(key) or 0) % self.size:
+                raise ValueError(f"{why}: {key} is {config[key]}")
+        try:
+            model.shard(self.group)
+        except ValueError as error:  # no whole number of features, or of quantized weights that share a scale
+            raise ValueError(f"{why}: {error}") from None
+        for _, weight in tree_flatten(model.parameters()):  # type: ignore[str-unpack]
+            mx.eval(weight)  # one by one: a whole matrix is read, and gone before the next
+        return model
+
+    def start(
+        self, tokens: list[int], requests: list[Request], output: Path | None, seed: int | None
+    ) -> tuple[list[Request], Path | None, int | None]:
+        """All are ready: the first one's seed, its unanswered requests, and nowhere to write for the others.
+
+        Raises:
+            ValueError: they have not read the same prompts: steps that do not match would wait forever.
+        """
+        from .generation.batch import finished_ids
+
+        if self.size == 1:
+            return requests, output, seed
+        done = set()
+        if output is not None and self.rank == 0:
+            output.open("a").close()  # what is wrong with it is known before the others begin
+            done = finished_ids(output)
+        read = crc32(repr([tokens, *(request.tokens for request in requests)]).encode()) >> 1  # below 2**31
+        self.agree()
+        if self.least(read) != -self.least(-read):
+            raise ValueError("[generate] the processes have read different prompts")
+        if seed is None:
+            seed = self.first([secrets.randbelow(2**31)])[0]
+        if output is not None:
+            missing = self.first([request.id not in done for request in requests])
+            if self.rank > 0:
+                requests = [request for request, wanted in zip(requests, missing, strict=True) if wanted]
+                output = Path(os.devnull)
+        return requests, output, seed
+
+    def prompt_cache(self, folder: Path, key: str, max_bytes: int) -> PromptCache:
+        """As PromptCache; every process keeps the keys and values of its own heads."""
+        from .generation import PromptCache
+
+        if self.size == 1:
+            return PromptCache(folder, key, max_bytes)
+        least = self.least
+
+        class Part(PromptCache):
+            def fetch(self, tokens: Sequence[int], cache: list[Any]) -> int:
+                known = super().fetch(tokens, cache)
+                common = least(known)  # an entry may be missing, or be shorter, on another machine
+                for layer in cache:
+                    layer.trim(known - common)
+                return common
+
+        return Part(folder, sha256(f"{key} {self.rank} {self.size}".encode()).hexdigest()[:16], max_bytes)
+
+
+processes = cache(Processes)
+
+
+def together(command: Callable[P, None]) -> Callable[P, None]:
+    """Of a command that all processes run, only the first writes; an error is said once, and ends all of them."""
+
+    @wraps(command)
+    def run(*args: P.args, **kwargs: P.kwargs) -> None:
+        if (all_of_them := processes()).size == 1:
+            return command(*args, **kwargs)
+        voice = sys.stderr
+        if all_of_them.rank > 0:
+            sys.stdout = sys.stderr = open(os.devnull, "w")
+        try:
+            command(*args, **kwargs)
+            from mlx_lm.generate import generation_stream
+
+            mx.synchronize(generation_stream)  # a step that began before the text's end is known needs all of them
+            all_of_them.agree()
+        except Exception as error:
+            # Once all have agreed to begin, a wrong request is wrong in each, and the first says so.
+            alike = isinstance(error, (ValueError, NotImplementedError))
+            if all_of_them.agree(failed=True) if not all_of_them.agreed else not alike:
+                sys.stderr = voice
+            if isinstance(error, RuntimeError) and "[ring]" in str(error):
+                raise ConnectionError(f"[generate] another process has ended: {error}") from None
+            raise
+
+    return run
