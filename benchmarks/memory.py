@@ -49,7 +49,8 @@ def make(folder: Path, shape: tuple[Any, ...]) -> Path:
         shutil.copy(ASSETS / name, folder / name)
     model = Model(ModelArgs.from_dict(config))
     model.update(tree_map(lambda value: value.astype(dtype), model.parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
+    weights = dict(tree_flatten(model.parameters()))
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder
 
 

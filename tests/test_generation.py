@@ -21,23 +21,21 @@ def loaded(random_llama: Path) -> Any:
     return load(random_llama)
 
 
-def test_options_reach_mlx_lm(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_reach_mlx_lm(stdlib_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = load(stdlib_llama)
     calls: dict[str, Any] = {}
     monkeypatch.setattr(stream.mlx_lm, "stream_generate", lambda *_, **options: calls.update(options) or iter(()))
     monkeypatch.setattr(stream, "make_sampler", lambda **options: options)
-    progress = print
-    options = {"max_tokens": 9, "kv_bits": 4, "prefill_step_size": 7, "progress": progress}
-    list(stream_generate(*loaded, TEXT, temp=0.5, top_p=0.25, **options))
-    assert calls == {
-        "max_tokens": 9,
-        "kv_bits": 4,
-        "quantized_kv_start": 0,
-        "prefill_step_size": 7,
-        "prompt_progress_callback": progress,
-        "sampler": {"temp": 0.5, "top_p": 0.25},
-    }
-    list(stream_generate(*loaded, TEXT, max_tokens=9))
+    list(stream_generate(model, tokenizer, TEXT, temp=0.5, top_p=0.25, max_tokens=9, kv_bits=4, prefill_step_size=7))
+    assert calls.keys() == {"max_tokens", "sampler", "prompt_cache"} and calls["max_tokens"] == 9
+    assert calls["sampler"] == {"temp": 0.5, "top_p": 0.25}
+    length = len(prompt_tokens(tokenizer, TEXT))
+    for cache in calls["prompt_cache"]:  # quantized, for all that it will hold, and all but the last token read
+        assert (type(cache).__name__, cache.bits, cache.step) == ("QuantizedKVCache", 4, length + 9)
+        assert cache.offset == length - 1
+    list(stream_generate(model, tokenizer, TEXT, max_tokens=9))
     assert calls["sampler"] == {"temp": 0.0, "top_p": 0.0}  # mlx-lm's value for "all tokens"
+    assert type(calls["prompt_cache"][0]).__name__ == "KVCache"
 
 
 def test_progress_counts_the_prompt(loaded: Any) -> None:

@@ -36,6 +36,7 @@ def command(
     force: Annotated[bool, Option("--force", help="Go on though it does not fit into memory.")] = False,
     prompts_file: Annotated[Path | None, Option(metavar="JSONL", help="Many prompts: id and prompt a line.")] = None,
     output: Annotated[Path | None, Option(metavar="JSONL", help="Where their answers go.")] = None,
+    batch_size: Annotated[int, Option(help="Most answers to --prompts-file at once.")] = 32,
     ignore_chat_template: Annotated[bool, Option("--ignore-chat-template", help="Give the prompt as it is.")] = False,
     json: Annotated[bool, Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
@@ -46,6 +47,8 @@ def command(
         raise ValueError("[generate] give --prompts-file or one prompt, not both")
     if prompts_file is not None and (kv_bits is not None or prompt_cache is not None):
         raise ValueError("[generate] --prompts-file goes with neither --kv-bits nor --prompt-cache")
+    if batch_size < 1:
+        raise ValueError(f"[generate] batch_size must be at least 1, got {batch_size}")
     group = processes()
     if group.size > 1 and not any(given is not None for given in (prompt, prompt_file, prompts_file)):
         raise ValueError("[generate] more than one process: give --prompt or --prompt-file, not standard input")
@@ -54,6 +57,7 @@ def command(
     from ..config import RopeConfig
     from ..files import TOKENIZER_PATTERNS, WEIGHTS, parse_size, read_config, resolve
     from ..generation import cache_key, check_context, prompt_tokens
+    from ..generation.batch import read_requests
     from ..generation.memory import guard
     from ..generation.stream import check_options
     from ..loading import load_tokenizer
@@ -69,8 +73,6 @@ def command(
     chat = not ignore_chat_template
     requests = []
     if prompts_file is not None:
-        from ..generation.batch import read_requests
-
         requests = read_requests(prompts_file, tokenizer, chat)
     tokens = [] if requests else prompt_tokens(tokenizer, text, chat)
     longest = max((len(request.tokens) for request in requests), default=len(tokens))
@@ -78,7 +80,8 @@ def command(
     if not force:
         size = None if memory is None else parse_size(memory, "--memory")
         step = prefill_step_size
-        guard(folder, longest + max_tokens, kv_bits=kv_bits, memory=size, prefill_step_size=step, processes=group.size)
+        parts = {"processes": group.size, "sequences": max(1, min(batch_size, len(requests)))}
+        guard(folder, longest + max_tokens, kv_bits=kv_bits, memory=size, prefill_step_size=step, **parts)
     kept = None
     if prompt_cache is not None:
         size = parse_size(prompt_cache_size, "--prompt-cache-size")
@@ -86,7 +89,8 @@ def command(
     loaded = group.load(folder, rope)
     requests, output, options["seed"] = group.start(tokens, requests, output, seed)
     if output is not None:
-        answer(loaded, tokenizer, requests, output, json, prefill_step_size=prefill_step_size, **options)
+        options |= {"prefill_step_size": prefill_step_size, "batch_size": batch_size}
+        answer(loaded, tokenizer, requests, output, json, **options)
         return
     options |= {"kv_bits": kv_bits, "prefill_step_size": prefill_step_size, "prompt_cache": kept}
     result = run(loaded, tokenizer, tokens, show=not json, **options)

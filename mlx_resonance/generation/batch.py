@@ -14,7 +14,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .prefill import STEP
+from .prefill import PREFILL_BATCH, STEP
 from .stream import check_context, prompt_tokens
 
 BATCH = 32  # answers that are written at once
@@ -74,7 +74,7 @@ def generate_batch(
         stop_tokens=[[token] for token in tokenizer.eos_token_ids],
         sampler=make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0),
         completion_batch_size=batch_size,
-        prefill_batch_size=min(8, batch_size),
+        prefill_batch_size=min(PREFILL_BATCH, batch_size),
         prefill_step_size=prefill_step_size,
     )
     try:

@@ -14,7 +14,7 @@ from ..config import LONGEST, RopeConfig
 from ..files import BYTES, TensorInfo, read_config, read_header, resolve, weight_files
 from ..loading import check_config
 from .cache import group_size
-from .prefill import BUDGET, STEP, chunk_size
+from .prefill import BUDGET, PREFILL_BATCH, STEP, chunk_size
 
 RESERVE, RESERVE_PART = 3 * 2**30, 0.05  # bytes, and part of the limit, that are left to everything else
 KV_FORMATS: Mapping[str, int | None] = {"16 bit": None, "8 bit": 8, "4 bit": 4}
@@ -135,6 +135,7 @@ def plan_memory(
     prefill_step_size: int = STEP,
     budget: int = BUDGET,
     processes: int = 1,
+    sequences: int = 1,
 ) -> MemoryPlan:
     """What generating with a checkpoint needs. Its weights are not read.
 
@@ -145,6 +146,7 @@ def plan_memory(
         memory: bytes there are; None for what the device says.
         prefill_step_size, budget: of reading the prompt, as in `prefill`.
         processes: that the model is divided among; the plan is that of one, embedding and head are in each.
+        sequences: of a batch; the plan's kv and prefill are those of all of them.
 
     Raises:
         FileNotFoundError, ValueError: as `load`; or the context is not positive, or config.json has none.
@@ -169,7 +171,7 @@ def plan_memory(
 
     def needed(tokens: int, bits: int | None) -> int:
         work = shape.prefill(tokens, bits, prefill_step_size, budget)
-        return shape.weights + tokens * shape.kv_per_token(bits) + work
+        return shape.weights + sequences * tokens * shape.kv_per_token(bits) + min(sequences, PREFILL_BATCH) * work
 
     def most(bits: int | None) -> int:
         low, high = 0, LONGEST  # needed() grows with the tokens
@@ -184,8 +186,8 @@ def plan_memory(
         context=context,
         weights=shape.weights,
         kv_per_token=per_token,
-        kv=context * per_token,
-        prefill=total - shape.weights - context * per_token,
+        kv=sequences * context * per_token,
+        prefill=total - shape.weights - sequences * context * per_token,
         total=total,
         limit=limit,
         fits=total <= limit,
@@ -223,6 +225,11 @@ def guard(model: str | Path, context: int, **options: Any) -> None:
 def advice(model: str | Path, plan: MemoryPlan, **options: Any) -> str:
     """What would make a context fit that does not: flags, or the largest context that does."""
     kv_bits, step = options.get("kv_bits"), options.get("prefill_step_size", STEP)
+    if (count := options.get("sequences", 1)) > 1:
+        for size in (16, 8, 4, 2, 1):
+            if size < count and plan_memory(model, plan.context, **options | {"sequences": size}).fits:
+                return f"--batch-size {size}"
+        return "shorter prompts, or a smaller model"
     fewer = [bits for name, bits in KV_FORMATS.items() if bits and name in plan.max_context and bits < (kv_bits or 16)]
     smaller = [size for size in (512, 128) if size < step]
 

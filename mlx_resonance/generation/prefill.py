@@ -13,6 +13,7 @@ STEP = 2048  # tokens
 # Queries times keys of one launch of attention, for each head: what macOS lets a GPU work at without a break. 2048
 # queries reach it at 65 k keys.
 BUDGET = 2**27
+PREFILL_BATCH = 8  # prompts of a batch that are read at once
 
 Progress = Callable[[int, int], None]
 

@@ -1,0 +1,222 @@
+"""The memory plan against what MLX measures, and the guard that refuses what does not fit."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance import load, plan_memory
+from mlx_resonance.generation import memory
+from mlx_resonance.generation.memory import guard
+
+import mlx.core as mx
+import pytest
+
+spec = importlib.util.spec_from_file_location(
+    "memory_benchmark", Path(__file__).parents[1] / "benchmarks" / "memory.py"
+)
+assert spec is not None and spec.loader is not None
+benchmark = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(benchmark)
+
+KEYS = {"context", "weights", "kv_per_token", "kv", "prefill", "total", "limit", "fits", "max_context"}
+SHAPES = {
+    "stdlib-llama": (256, 576, 5, 4, 2, 2048, mx.float32),
+    "wide": (512, 1536, 4, 8, 8, 4096, mx.float32),
+    "large vocabulary": (256, 704, 3, 4, 4, 32_000, mx.float32),
+    "bfloat16": (256, 704, 4, 8, 4, 2048, mx.bfloat16),
+}
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of which only headers are read: 1.6 GB of weights that take no disk, 16 layers of 8 key heads."""
+    folder = tmp_path_factory.mktemp("big")
+    config = {
+        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16,
+        "num_attention_heads": 16, "num_key_value_heads": 8, "vocab_size": 32_000, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "max_position_embeddings": 2**20, "tie_word_embeddings": True,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    shapes = {"model.embed_tokens.weight": [32_000, 2048], "model.norm.weight": [2048]}
+    for i in range(16):
+        attention = {"q_proj": [2048, 2048], "k_proj": [1024, 2048], "v_proj": [1024, 2048], "o_proj": [2048, 2048]}
+        feed_forward = {"gate_proj": [5632, 2048], "up_proj": [5632, 2048], "down_proj": [2048, 5632]}
+        shapes |= {f"model.layers.{i}.self_attn.{name}.weight": shape for name, shape in attention.items()}
+        shapes |= {f"model.layers.{i}.mlp.{name}.weight": shape for name, shape in feed_forward.items()}
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            shapes[f"model.layers.{i}.{name}.weight"] = [2048]
+    header, place = {}, 0
+    for name, shape in shapes.items():
+        size = 2 * math.prod(shape)
+        header[name] = {"dtype": "F16", "shape": shape, "data_offsets": [place, place + size]}
+        place += size
+    raw = json.dumps(header).encode()
+    with (folder / "model.safetensors").open("wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        file.truncate(8 + len(raw) + place)
+    return folder
+
+
+@pytest.mark.parametrize("name", SHAPES)
+def test_the_plan_is_within_a_tenth_of_the_peak(name: str, tmp_path: Path) -> None:
+    path = benchmark.make(tmp_path / "model", SHAPES[name])
+    model, tokenizer = load(path)
+    slow = SHAPES[name][-1] == mx.bfloat16 and mx.default_device() == mx.cpu
+    for context, step in ((512, 256), (1536, 512)) if slow else ((768, 512), (3072, 512), (3072, 2048)):
+        for kv_bits in (None, 8, 4):
+            planned = plan_memory(path, context, kv_bits=kv_bits, prefill_step_size=step).total
+            found = benchmark.measured(model, tokenizer, context, step, kv_bits)
+            assert planned == pytest.approx(found, rel=0.1), (context, step, kv_bits)
+
+
+def test_its_parts(big: Path) -> None:
+    plan = plan_memory(big, 10_000, memory=100 * 10**9)
+    assert plan.weights == pytest.approx(1.64e9, rel=0.01)
+    assert plan.kv_per_token == 2 * 16 * 8 * 128 * 2 and plan.kv == 10_000 * plan.kv_per_token
+    assert plan.total == plan.weights + plan.kv + plan.prefill and plan.fits
+    assert plan_memory(big, memory=100 * 10**9).context == 2**20
+    # 8 bits, and 16 of scale and 16 of bias for 64 of them
+    assert plan_memory(big, 1, kv_bits=8).kv_per_token / plan.kv_per_token == (8 + 32 / 64) / 16
+    assert plan_memory(big, 1, kv_bits=4).kv_per_token / plan.kv_per_token == (4 + 32 / 64) / 16
+
+
+@pytest.mark.parametrize(("there", "reserve"), [(16 * 10**9, 3 * 2**30), (200 * 10**9, 10 * 10**9)])
+def test_the_reserve(big: Path, there: int, reserve: int) -> None:
+    assert plan_memory(big, 1, memory=there).limit == there - reserve
+
+
+@pytest.mark.parametrize("there", [8, 12, 64])
+def test_the_largest_context_is_exactly_the_largest(big: Path, there: int) -> None:
+    there = there * 10**9
+    for name, kv_bits in (("16 bit", None), ("8 bit", 8), ("4 bit", 4)):
+        most = plan_memory(big, 1, memory=there).max_context[name]
+        assert most > 1
+        assert plan_memory(big, most, kv_bits=kv_bits, memory=there).fits
+        assert not plan_memory(big, most + 1, kv_bits=kv_bits, memory=there).fits
+    plan = plan_memory(big, 1, memory=there)
+    assert plan.max_context["4 bit"] > plan.max_context["8 bit"] > plan.max_context["16 bit"]
+    assert set(plan_memory(big, 1, memory=4 * 10**9).max_context.values()) == {0}
+
+
+def refusal(folder: Path, context: int, **options: Any) -> str:
+    with pytest.raises(ValueError, match=r"^\[generate\] .* need .* there are .*--force") as error:
+        guard(folder, context, **options)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("there", [5.2, 6, 8, 16, 32])
+@pytest.mark.parametrize("kv_bits", [None, 8, 4])
+@pytest.mark.parametrize("step", [128, 2048, 8192])
+def test_what_the_guard_advises_fits(big: Path, there: float, kv_bits: int | None, step: int) -> None:
+    """Each of its alternatives, for contexts around and far past what fits."""
+    options: dict[str, Any] = {"kv_bits": kv_bits, "memory": int(there * 10**9), "prefill_step_size": step}
+    most = plan_memory(big, 1, **options).max_context
+    name = "16 bit" if kv_bits is None else f"{kv_bits} bit"
+    if most[name]:
+        guard(big, most[name], **options)
+    for context in {most[name] + 1, most["8 bit"] + 1, most["4 bit"], most["4 bit"] + 1, 3 * most["4 bit"] + 10}:
+        if context <= most[name]:
+            continue
+        message = refusal(big, context, **options)
+        plan = plan_memory(big, context, **options)
+        for size in (plan.total, plan.weights, plan.kv, plan.prefill, plan.limit):
+            assert memory.gigabytes(size) in message
+        for way in message.rsplit(": ", 1)[1].removesuffix(" (--force goes on)").split(" or "):
+            changed, tokens = dict(options), context
+            if found := re.search(r"--kv-bits (\d+)", way):
+                changed["kv_bits"] = int(found[1])
+            if found := re.search(r"--prefill-step-size (\d+)", way):
+                changed["prefill_step_size"] = int(found[1])
+            if found := re.search(r"at most (\d+) tokens", way):
+                tokens = int(found[1])
+            assert (changed, tokens) != (options, context) or "smaller model" in way, way
+            assert plan_memory(big, tokens, **changed).fits or "smaller model" in way, way
+            if "smaller model" in way:
+                changed |= {"kv_bits": 4, "prefill_step_size": min(128, step)}
+                assert not plan_memory(big, 1, **changed).fits
+
+
+def test_the_guard_advises_both_flags_where_one_is_not_enough(big: Path) -> None:
+    options = {"memory": 8 * 10**9, "prefill_step_size": 8192}
+    context = plan_memory(big, 1, **options | {"prefill_step_size": 128}).max_context["4 bit"]
+    assert "--kv-bits 4 --prefill-step-size 128 (" in refusal(big, context, **options)
+
+
+def test_the_guard_of_the_command(random_llama: Path, run: Any) -> None:
+    common = ["generate", "--model", random_llama, "--prompt", "import os", "--max-tokens", 4, "--json"]
+    code, out, err = run(*common, "--memory", "3GB")
+    assert (code, out) == (2, "") and err.count("\n") == 1
+    assert "need" in err and "--force" in err and "smaller model" in err
+    code, out, err = run(*common, "--memory", "3GB", "--force")
+    assert code == 0 and json.loads(out)["generation_tokens"] == 4, err
+    assert run(*common, "--memory", "3.3GB")[0] == 0
+    assert run(*common, "--memory", "4000 mb")[0] == 0
+
+
+def test_plan_prints_what_the_design_says(random_llama: Path, run: Any) -> None:
+    code, out, err = run("plan", "--model", random_llama, "--context", 100, "--json")
+    plan = json.loads(out)
+    assert code == 0 and not err.replace("[ResonanceRoPE]", "").startswith("error") and out.count("\n") == 1
+    assert set(plan) == KEYS and plan["context"] == 100 and plan["fits"] is True
+    assert set(plan["max_context"]) == {"16 bit"}  # its heads of 16 have no quantized form
+    code, out, _ = run("plan", "--model", random_llama)
+    assert code == 0 and "128 tokens" in out and "It fits." in out
+    code, out, _ = run("plan", "--model", random_llama, "--memory", "3GB")
+    assert code == 0 and "It does not fit: take a smaller model" in out and "nothing fits" in out
+
+
+def test_plan_names_the_largest_context_of_every_format(big: Path, run: Any) -> None:
+    most = plan_memory(big, 1, memory=12 * 10**9).max_context
+    code, out, _ = run("plan", "--model", big, "--context", most["8 bit"], "--memory", "12GB")
+    assert code == 0 and all(f"in {name}: up to {count} tokens" in out for name, count in most.items())
+    assert "It does not fit: --kv-bits 8" in out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--context", 0], r"context must lie in \[1, 2\*\*31\] tokens, got 0"),
+        (["--context", -5], "got -5"),
+        (["--context", 2**31 + 1], "got 2147483649"),
+        (["--kv-bits", 3], "kv_bits must be 4 or 8, got 3"),
+        (["--kv-bits", 8], "multiple of 32 features, got 16"),
+        (["--memory", "lots"], "--memory must be a size such as 500MB or 5GB, got 'lots'"),
+        (["--memory", "-1GB"], "--memory must be a size"),
+        (["--prefill-step-size", 0], "prefill_step_size must be at least 1, got 0"),
+    ],
+)
+def test_a_wrong_argument_of_plan_is_one_line(random_llama: Path, run: Any, options: list[Any], message: str) -> None:
+    code, out, err = run("plan", "--model", random_llama, *options)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and re.search(message, err), err
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--kv-bits", 5], "kv_bits must be 4 or 8, got 5"),
+        (["--kv-bits", 4], "multiple of 32 features, got 16"),
+        (["--memory", "16"], "--memory must be a size"),
+        (["--prefill-step-size", 0], "prefill_step_size must be at least 1"),
+        (["--max-tokens", 500], "exceed the checkpoint's context of 128 tokens: .*--factor 4"),
+    ],
+)
+def test_a_wrong_argument_of_generate_is_one_line(
+    random_llama: Path, run: Any, options: list[Any], message: str
+) -> None:
+    common = ["--model", random_llama, "--prompt", "import os", "--max-tokens", 4]
+    code, out, err = run("generate", *common, *options)
+    assert (code, out) == (2, "") and err.count("\n") == 1 and re.search(message, err), err
+
+
+def test_the_factor_that_is_named_is_enough(random_llama: Path, run: Any) -> None:
+    common = ["generate", "--model", random_llama, "--prompt", "import os\n" * 60, "--max-tokens", 4]
+    code, _, err = run(*common)
+    factor = re.search(r"--factor (\d+)", err)
+    assert code == 2 and factor is not None
+    assert run(*common, "--factor", factor[1])[0] == 0
+    assert run(*common, "--factor", int(factor[1]) - 1)[0] == 2

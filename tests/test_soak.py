@@ -1,0 +1,78 @@
+"""Two hundred requests in one process: no wrong token, and no memory that stays behind."""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance import load, stream_generate
+from mlx_resonance.generation import PromptCache
+
+import mlx.core as mx
+
+from .checkpoints import in_float32, prompt
+
+REQUESTS, SETTLED, NEW = 200, 20, 12
+
+
+def resident() -> int:
+    """Bytes of this process in memory; 0 where the system does not say."""
+    if sys.platform != "linux":
+        return 0
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_two_hundred_requests(stdlib_llama: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(in_float32(stdlib_llama, tmp_path / "model"), factor=4)
+    chance = random.Random(0)
+    documents = [prompt(tokenizer, 400, start=1000 * i) for i in range(4)]
+    lengths = [20, 75, 140, 260, 400]
+    expected = {
+        (i, length): [r.token for r in stream_generate(model, tokenizer, tokens[:length], max_tokens=NEW)]
+        for i, tokens in enumerate(documents)
+        for length in lengths
+    }
+
+    def interrupt(*_: int) -> None:
+        if chance.random() < 0.4:
+            raise KeyboardInterrupt
+
+    size = 400 * 2 * 5 * 2 * 64 * 4  # bytes of a document
+    ends = dict.fromkeys(("whole", "closed", "interrupted"), 0)
+    evictions, known = 0, set[str]()
+    active = process = 0
+    for number in range(REQUESTS):
+        i, length = chance.randrange(4), chance.choice(lengths)
+        kind = chance.choice(["whole", "whole", "closed", "interrupt"])
+        kept = PromptCache(tmp_path / "kept", "0123456789abcdef", int(1.5 * size)) if chance.random() < 0.7 else None
+        options: dict[str, Any] = {"max_tokens": NEW, "prefill_step_size": chance.choice([16, 64, 2048])}
+        options |= {"progress": interrupt} if kind == "interrupt" else {}
+        responses = stream_generate(model, tokenizer, documents[i][:length], prompt_cache=kept, **options)
+        stop, answer = chance.randrange(1, NEW), []
+        try:
+            for response in responses:
+                answer.append(response.token)
+                if kind == "closed" and len(answer) == stop:
+                    break
+        except KeyboardInterrupt:
+            ends["interrupted"] += 1
+        else:
+            ends["closed" if kind == "closed" else "whole"] += 1
+            wanted = expected[i, length]
+            assert answer == (wanted[:stop] if kind == "closed" else wanted), number
+        responses.close()
+        del responses
+        if (tmp_path / "kept").exists():
+            now = {path.name for path in (tmp_path / "kept").iterdir()}
+            evictions += len(known - now)
+            known = now
+        if number + 1 in (SETTLED, REQUESTS):
+            gc.collect()
+            mx.clear_cache()
+            before, active, process = (active, process), mx.get_active_memory(), resident()
+    assert active <= 1.02 * before[0] and process <= 1.02 * before[1], (before, active, process)
+    assert min(ends.values()) >= 20 and evictions >= 20, (ends, evictions)
