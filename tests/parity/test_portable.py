@@ -84,11 +84,11 @@ def test_stock_runtimes_agree(tmp_path: Path, kind: str, rope: str) -> None:
 
 def test_the_same_file_without_the_scale_is_another_model(tmp_path: Path) -> None:
     """The bound above would notice: here YaRN's scale is a tenth larger than LongRoPE's."""
-    from mlx_resonance.convert import checkpoint
+    from mlx_resonance.convert import plan
 
     source("Llama", tmp_path / "source", context=1024)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(checkpoint, "scale_queries_and_keys", lambda weights, scale: weights)
+        patch.setattr(plan, "scaled_by", lambda names: set())
         convert(tmp_path / "source", tmp_path / "portable", portable=True, tokenizer=False, rope="yarn", factor=32)
     convert(tmp_path / "source", tmp_path / "ours", tokenizer=False, rope="yarn", factor=32)
     tokens = mx.array(TOKENS[:500])[None]
