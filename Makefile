@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := benchmarks/parity.py benchmarks/rotary.py benchmarks/convert.py
+BENCHMARKS := $(addprefix benchmarks/,parity.py rotary.py convert.py memory.py generate.py)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help

@@ -152,7 +152,7 @@ def together(command: Callable[P, None]) -> Callable[P, None]:
             all_of_them.agree()
         except Exception as error:
             # Once all have agreed to begin, a wrong request is wrong in each, and the first says so.
-            alike = isinstance(error, (ValueError, NotImplementedError))
+            alike = isinstance(error, ValueError)
             if all_of_them.agree(failed=True) if not all_of_them.agreed else not alike:
                 sys.stderr = voice
             if isinstance(error, RuntimeError) and "[ring]" in str(error):

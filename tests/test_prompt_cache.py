@@ -18,6 +18,7 @@ from mlx_resonance.generation import PromptCache, cache_key, prompt_cache
 import mlx.core as mx
 import numpy as np
 import pytest
+from mlx_lm.models.cache import RotatingKVCache
 
 from .checkpoints import COMMAND, in_float32, prompt, source
 
@@ -323,3 +324,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused(random_llama: Path, tmp_pa
     common = ["--model", random_llama, "--prompt", "import os", "--max-tokens", 2]
     code, out, err = run("generate", *common, "--prompt-cache", tmp_path / "file")
     assert (code, out) == (2, "") and err.count("\n") == 1 and (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_layer_with_a_window_is_refused_before_anything_is_read(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="sliding window"):
+        PromptCache(tmp_path, "0" * 16).fetch([1, 2, 3], [RotatingKVCache(8)])

@@ -48,7 +48,7 @@ def main() -> None:
         code = app(arguments, standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    # NotImplementedError: mlx-lm cannot quantize the keys of layers with a sliding window.
+    # NotImplementedError: `lm generate --kv-bits` cannot quantize the keys of layers with a sliding window.
     except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, NotImplementedError) as error:
         fail(error, 2)
     except OSError as error:

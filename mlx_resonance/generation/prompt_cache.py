@@ -65,6 +65,8 @@ class PromptCache:
         Returns:
             How many tokens they hold now.
         """
+        for layer in cache:  # before anything is read, not when it is to be kept
+            named(layer)
         self._used, self._used_tokens = None, 0
         best: tuple[int, Path] | None = None
         for path in sorted(self.folder.glob(f"{self.key}-*.safetensors")):
