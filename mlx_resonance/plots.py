@@ -89,6 +89,41 @@ def plot_angle_errors(positions: Sequence[int], errors: Mapping[str, Sequence[fl
         figure.savefig(path)
 
 
+def plot_posgen(
+    curves: Mapping[str, Mapping[str, np.ndarray]], seed_length: int, train_length: int, path: str | Path
+) -> None:
+    """Accuracy over the position, one panel per subtask, one line per encoding; the training length is marked.
+
+    Args:
+        curves: of `accuracy_curves`.
+        seed_length: digits before the first predicted one.
+        train_length: digits of a training row.
+        path: the image to write; its suffix gives the format.
+
+    Raises:
+        ValueError: matplotlib does not write that format.
+    """
+    path = _image(path)
+    colors = {"rope": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+        axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+        for axis, (subtask, lines) in zip(axes, curves.items(), strict=True):
+            for encoding, accuracy in lines.items():
+                base = encoding.removeprefix("resonance_")
+                # In semi-recursive sequences every other token is easy: two neighbours make one point.
+                smooth = 100 * np.convolve(accuracy, [0.5, 0.5], mode="valid")
+                positions = seed_length + np.arange(len(smooth)) + 1.5
+                style = "--" if base == encoding else "-"
+                axis.plot(positions, smooth, style, color=colors[base], label=encoding, linewidth=1)
+            axis.axvline(train_length + 0.5, color="black", linewidth=0.8, linestyle=":")
+            axis.set(title=subtask, xlabel="position", ylim=(0, 103))
+        axes[0].set_ylabel("accuracy, %, mean of two neighbours")
+        handles, names = axes[0].get_legend_handles_labels()
+        figure.legend(handles, names, loc="outside lower center", ncols=4)
+        figure.savefig(path)
+
+
 def _image(path: str | Path) -> Path:
     path = Path(path)
     formats = sorted(Figure().canvas.get_supported_filetypes())

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +41,58 @@ def warmup_cosine(peak: float, steps: int, warmup_steps: int, end: float = 0.0) 
     )
 
 
-def save_checkpoint(path: Path, step: int, model: nn.Module, optimizer: optim.Optimizer) -> None:
+def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0.1) -> Callable[[mx.array], mx.array]:
+    """A value that goes from `start` to `peak` and on to `end`, along half a cosine each.
+
+    Args:
+        start, peak, end: the values of the first step, of the turn, of the last step.
+        steps: number of steps in all.
+        rise: part of the steps before the turn.
+
+    Returns:
+        A schedule: step number to value.
+
+    Source: torch `optim/lr_scheduler.py`, OneCycleLR with anneal_strategy="cos"; arXiv 1708.07120.
+    """
+    turn, last = rise * steps - 1, steps - 1
+
+    def anneal(a: float, b: float, part: mx.array) -> mx.array:
+        return b + (a - b) / 2 * (mx.cos(math.pi * part) + 1)
+
+    def schedule(step: mx.array) -> mx.array:
+        step = step.astype(mx.float32)
+        before = anneal(start, peak, step / turn if turn else mx.ones_like(step))
+        return mx.where(step <= turn, before, anneal(peak, end, (step - turn) / max(last - turn, 1e-9)))
+
+    return schedule
+
+
+class OneCycleAdamW(optim.AdamW):
+    """AdamW under torch's one-cycle policy: as the learning rate rises, the momentum beta_1 falls, and back.
+
+    Args:
+        peak: the highest learning rate; the first is a 25th of it, the last a 250 000th.
+        steps: number of steps in all.
+        rise: part of the steps before the highest learning rate.
+        weight_decay: decoupled, times the learning rate.
+
+    Source: torch `optim/adamw.py` with `optim/lr_scheduler.py`, OneCycleLR and its defaults.
+    """
+
+    def __init__(self, peak: float, steps: int, rise: float = 0.1, weight_decay: float = 0.01) -> None:
+        rate = one_cycle(peak / 25, peak, peak / 25 / 1e4, steps, rise)
+        super().__init__(rate, weight_decay=weight_decay, bias_correction=True)
+        self._maybe_schedule("beta_1", one_cycle(0.95, 0.85, 0.95, steps, rise))
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        """One parameter's update, with the momentum of this step."""
+        self.betas = [self.state["beta_1"], 0.999]
+        return super().apply_single(gradient, parameter, state)
+
+
+def save_checkpoint(
+    path: Path, step: int, model: nn.Module, optimizer: optim.Optimizer, carried: Mapping[str, mx.array] | None = None
+) -> None:
     """Write everything the next step depends on, atomically: weights, optimizer state, step number.
 
     Args:
@@ -48,16 +100,19 @@ def save_checkpoint(path: Path, step: int, model: nn.Module, optimizer: optim.Op
         step: number of steps that are done.
         model: the model being trained.
         optimizer: its optimizer.
+        carried: other arrays that belong to the run.
     """
-    state = {"model": model.trainable_parameters(), "optimizer": optimizer.state}
     partial_path = path.with_suffix(".partial.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
-    mx.save_safetensors(str(partial_path), dict(tree_flatten(state)), metadata={"step": str(step)})
+    arrays = _state(model, optimizer, carried)
+    mx.save_safetensors(str(partial_path), arrays, metadata={"step": str(step)})
     os.replace(partial_path, path)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) -> int:
-    """Restore what `save_checkpoint` wrote.
+def load_checkpoint(
+    path: Path, model: nn.Module, optimizer: optim.Optimizer, carried: dict[str, mx.array] | None = None
+) -> int:
+    """Restore what `save_checkpoint` wrote, `carried` in place.
 
     Returns:
         The number of steps that were done.
@@ -67,17 +122,21 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer: optim.Optimizer) ->
     """
     loaded: Any = mx.load(str(path), return_metadata=True)
     arrays, metadata = loaded
-    expected: dict[str, mx.array] = dict(
-        tree_flatten({"model": model.trainable_parameters(), "optimizer": optimizer.state})
-    )
-    for name, value in expected.items():
+    for name, value in _state(model, optimizer, carried).items():
         if name not in arrays or arrays[name].shape != value.shape:
             found = arrays[name].shape if name in arrays else "nothing"
             raise ValueError(f"[load_checkpoint] {path}: expected {name} of shape {value.shape}, found {found}")
     state: Any = tree_unflatten(list(arrays.items()))
     model.update(state["model"])
     optimizer.state = state["optimizer"]
+    if carried is not None:
+        carried |= {name: arrays[f"carried.{name}"] for name in carried}
     return int(metadata["step"])
+
+
+def _state(model: nn.Module, optimizer: optim.Optimizer, carried: Mapping[str, mx.array] | None) -> dict[str, mx.array]:
+    state = {"model": model.trainable_parameters(), "optimizer": optimizer.state}
+    return dict(tree_flatten(state)) | {f"carried.{name}": value for name, value in (carried or {}).items()}
 
 
 def train(
@@ -90,8 +149,9 @@ def train(
     seed: int = 0,
     checkpoint: Path | None = None,
     checkpoint_every: int = 100,
-    max_grad_norm: float = 1.0,
+    max_grad_norm: float | None = 1.0,
     on_step: Callable[[int, float], None] | None = None,
+    carried: dict[str, mx.array] | None = None,
 ) -> None:
     """Train `model` in place for `steps` steps, going on from `checkpoint` when that file exists.
 
@@ -107,21 +167,24 @@ def train(
         seed: MLX's random state at step n is a function of this and n (dropout, sampling inside the loss).
         checkpoint: a `.safetensors` file to write and to resume from; None to keep nothing.
         checkpoint_every: steps between two checkpoints; the last step always writes one.
-        max_grad_norm: gradients are scaled down to this global norm.
-        on_step: called after every step with the number of steps done and the step's loss.
+        max_grad_norm: gradients are scaled down to this global norm; None leaves them.
+        on_step: called after every step with the number of steps done and the step's loss, before a checkpoint.
+        carried: arrays that belong to the run, such as the best weights so far: `on_step` may put others of the same
+            shape in their place, and checkpoints keep them.
 
     Raises:
         FloatingPointError: the loss became NaN or infinite.
     """
     optimizer.init(model.trainable_parameters())
-    done = load_checkpoint(checkpoint, model, optimizer) if checkpoint and checkpoint.exists() else 0
+    done = load_checkpoint(checkpoint, model, optimizer, carried) if checkpoint and checkpoint.exists() else 0
     state = [model.state, optimizer.state, mx.random.state]
     loss_and_grad = nn.value_and_grad(model, loss)
 
     @partial(mx.compile, inputs=state, outputs=state)
     def step(*arrays: mx.array) -> mx.array:
         value, gradients = loss_and_grad(model, *arrays)
-        gradients, _ = optim.clip_grad_norm(gradients, max_grad_norm)
+        if max_grad_norm is not None:
+            gradients, _ = optim.clip_grad_norm(gradients, max_grad_norm)
         optimizer.update(model, gradients)
         return value
 
@@ -133,8 +196,8 @@ def train(
         done += 1
         if not mx.isfinite(value).item():
             raise FloatingPointError(f"[train] the loss is {value.item()} at step {done}")
-        if checkpoint and (done % checkpoint_every == 0 or done == steps):
-            save_checkpoint(checkpoint, done, model, optimizer)
         if on_step:
             on_step(done, float(np.array(value)))
+        if checkpoint and (done % checkpoint_every == 0 or done == steps):
+            save_checkpoint(checkpoint, done, model, optimizer, carried)
     model.eval()

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from .. import __version__
-from . import convert, demo, generate, inspect, lm, plan, verify
+from . import convert, demo, generate, inspect, lm, plan, posgen, verify
 from .output import fail
 
 app = typer.Typer(
@@ -22,6 +22,7 @@ app.command("verify")(verify.command)
 app.command("inspect")(inspect.command)
 app.command("plan")(plan.command)
 app.command("generate")(generate.command)
+app.add_typer(posgen.app, name="posgen")
 app.command("demo")(demo.command)
 app.command("lm", context_settings=lm.CONTEXT)(lm.command)
 

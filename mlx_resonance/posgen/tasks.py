@@ -1,0 +1,98 @@
+"""PosGen's tasks: sequences in which every token follows from a fixed number of earlier ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+Int32Array = NDArray[np.int32]
+
+SUBTASKS = ("recursive", "cot", "semi-recursive")
+ARITHMETICS = ("mod_addition", "pow_sin", "pow_sin_2pi")
+
+
+@dataclass(frozen=True)
+class Task:
+    """A rule that makes the next token from the last `near` tokens and `far` tokens further back.
+
+    The far tokens are, in a `recursive` sequence, those just before the near ones; in a `cot` (chain of thought)
+    sequence the first of the sequence; in a `semi-recursive` one a window that moves on by one token after every two.
+
+    Args:
+        subtask: one of `SUBTASKS`.
+        arithmetic: one of `ARITHMETICS`: what is done with the sum of the near and far tokens.
+        modulus: number of digits, at least 2.
+        near: number of near tokens (k in the paper), at least 1.
+        far: number of far tokens (j in the paper), at least 0.
+
+    Raises:
+        ValueError: an argument is none of these.
+
+    Source: arXiv 2403.00071, section 5; sheryc/resonance_rope `src/data/components/`.
+    """
+
+    subtask: str
+    arithmetic: str = "mod_addition"
+    modulus: int = 17
+    near: int = 3
+    far: int = 1
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("subtask", self.subtask, SUBTASKS),
+            ("arithmetic", self.arithmetic, ARITHMETICS),
+        ):
+            if value not in known:
+                raise ValueError(f"[posgen] {name} must be one of {', '.join(known)}, got {value!r}")
+        for name, number, least in (("modulus", self.modulus, 2), ("near", self.near, 1), ("far", self.far, 0)):
+            if number < least:
+                raise ValueError(f"[posgen] {name} must be at least {least}, got {number}")
+
+    @property
+    def seed_length(self) -> int:
+        """Number of tokens that a sequence starts from, near + far."""
+        return self.near + self.far
+
+    def results(self) -> Int32Array:
+        """The next token for every sum of near and far tokens, shape ((near + far)·modulus + 1,)."""
+        functions = {
+            "mod_addition": lambda s: s % self.modulus,
+            "pow_sin": lambda s: math.floor(math.pow(math.sin(s), 2) * self.modulus),
+            "pow_sin_2pi": lambda s: math.floor(
+                abs(math.sin(2 * math.pi * (s % self.modulus) / self.modulus)) * self.modulus
+            ),
+        }
+        # pow_sin_2pi of a quarter turn is the modulus itself: no digit, but [UNK], as in the official tables.
+        largest = self.seed_length * self.modulus
+        return np.array([functions[self.arithmetic](s) for s in range(largest + 1)], dtype=np.int32)
+
+    def extend(self, seeds: Int32Array, length: int) -> Int32Array:
+        """Sequences from their first tokens on.
+
+        Args:
+            seeds: shape (N, near + far), tokens in [0, modulus).
+            length: tokens of a sequence, at least near + far.
+
+        Returns:
+            int32, shape (N, length).
+
+        Raises:
+            ValueError: the length is shorter than the seed.
+        """
+        start, near, far = self.seed_length, self.near, self.far
+        if length < start:
+            raise ValueError(f"[posgen] length must be at least near + far = {start} tokens, got {length}")
+        results = self.results()
+        # Positions first: a step reads and writes whole rows of memory.
+        tokens = np.empty((length, len(seeds)), dtype=np.int32)
+        tokens[:start] = seeds.T
+        near_sum = tokens[far:start].sum(axis=0)
+        for position in range(start, length):
+            first = {"recursive": position - start, "cot": 0, "semi-recursive": (position - start) // 2}[self.subtask]
+            total = near_sum + tokens[first] if far == 1 else near_sum + tokens[first : first + far].sum(axis=0)
+            np.take(results, total, out=tokens[position])
+            near_sum += tokens[position] - tokens[position - near]
+        return np.ascontiguousarray(tokens.T)
