@@ -172,7 +172,7 @@ def test_a_sweep_runs_everything_once(swept) -> None:
         (subtask, encoding, seed) for subtask in SUBTASKS for encoding in ENCODINGS for seed in (1, 2)
     }
     assert len(lines) == 48
-    assert read_results(output)[0] == json.loads(json.dumps(header("smoke", SMOKE, TASK)))
+    assert read_results(output)[0] == {"posgen": 1} | json.loads(json.dumps(header("smoke", SMOKE, TASK)))
     assert [path.name for path in output.parent.iterdir()] == [output.name]
     before = output.read_bytes()
     assert run_sweep(output, "smoke", SMOKE, TASK, seeds=(1, 2), on_run=lambda *_: pytest.fail("ran")) == lines
@@ -357,9 +357,9 @@ BAD = {
     "sweep --preset smoke --encoding alibi --output {}/s.jsonl": "encoding must be one of",
     "sweep --preset smoke --subtask nested --output {}/s.jsonl": "subtask must be one of",
     "sweep --preset smoke --modulus 3 --near 2 --output {}/s.jsonl": "as many different seeds",
-    "sweep --preset smoke --output {}/notes.txt": "not the results of a sweep",
+    "sweep --preset smoke --output {}/notes.txt": "no file of posgen results",
     "report {}/none.jsonl": "none.jsonl",
-    "report {}/notes.txt": "not the results of a sweep",
+    "report {}/notes.txt": "no file of posgen results",
     "eval {}/none": "none",
     "eval {}": "run.json",
 }

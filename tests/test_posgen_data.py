@@ -512,3 +512,27 @@ def test_least_that_is_not_refused():
         [[0, 0]],
         [[1, 1]],
     ]
+
+
+@pytest.mark.parametrize(("subtask", "every"), [("recursive", 1), ("cot", 1), ("semi-recursive", 2)])
+def test_a_rule_of_two_terms_serves_all_but_the_first_token(subtask: str, every: int) -> None:
+    """Two sums that follow one another share all terms but two, so x[n] = 2·x[n - 1] - x[n - 1 - window] mod modulus.
+
+    The window is near + far tokens in a recursive sequence and near tokens where the far ones stay the same: always
+    in a chain of thought, at every second token of a semi-recursive sequence. A model that learns this instead of the
+    sum is right in 59 of 60, or half, of the training positions.
+    """
+    task = Task(subtask)
+    rows = make_table(task, "disjoint", 300, 256)
+    window = task.seed_length if subtask == "recursive" else task.near
+    guess = (2 * rows[:, task.seed_length : -1] - rows[:, task.seed_length - window : -1 - window]) % task.modulus
+    right = (guess == rows[:, task.seed_length + 1 :]).mean(axis=0)
+    assert (right[::every] == 1).all()
+    if every == 2:
+        assert right[1::2].mean() < 0.1
+
+
+def test_the_disjoint_rows_are_those_of_the_committed_results() -> None:
+    """NumPy does not promise its random streams for ever: should this fail, the results are of other rows."""
+    table = make_table(Task("cot"), "disjoint", 10600, 256)
+    assert sha256(table) == "4c420998f1d2deaa81860ebad4084d65f16226053cd5be3139aafbb64dd42ab2"

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..records import Record
 from .settings import BASES, ENCODINGS
-from .sweep import Line
 from .tasks import SUBTASKS
 
 # arXiv 2403.00071v2, Table 1: accuracy in % past the training length, mean of 5 seeds.
@@ -21,7 +21,7 @@ PAPER = {
 RESAMPLES = 10_000
 
 
-def summarize(lines: Sequence[Line]) -> dict[str, Any]:
+def summarize(lines: Sequence[Record]) -> dict[str, Any]:
     """Figures of one results file, accuracies in %.
 
     Args:
@@ -75,7 +75,7 @@ def paired_bootstrap(differences: NDArray[np.float64]) -> dict[str, Any]:
     return result
 
 
-def accuracy_curves(lines: Sequence[Line]) -> dict[str, dict[str, NDArray[np.float64]]]:
+def accuracy_curves(lines: Sequence[Record]) -> dict[str, dict[str, NDArray[np.float64]]]:
     """Teacher-forced accuracy per predicted position, mean over seeds, by subtask and encoding; in [0, 1]."""
     curves: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
     for line in lines:
@@ -87,7 +87,7 @@ def accuracy_curves(lines: Sequence[Line]) -> dict[str, dict[str, NDArray[np.flo
     }
 
 
-def _statistics(lines: Sequence[Line]) -> dict[str, Any]:
+def _statistics(lines: Sequence[Record]) -> dict[str, Any]:
     def mean(name: str) -> float:
         return float(np.mean([100 * line[name] for line in lines]))
 

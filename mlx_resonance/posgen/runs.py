@@ -11,8 +11,9 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from ..files import read_json, user_path
+from ..records import check_same
 from .settings import Settings, settings_from
-from .sweep import header, see_same
+from .sweep import KIND, header
 from .tasks import Task
 from .train import Best, Progress, Run, results, run_training
 
@@ -50,7 +51,7 @@ def train_into(
     record = folder / RUN
     if record.exists():
         found = read_json(record)
-        see_same(record, found, wanted)
+        check_same(record, KIND, found, wanted)
         if "result" in found:
             return found["result"]
     elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -147,9 +147,9 @@ PRESETS = {
         split="disjoint",
         sizes=(10000, 100, 500),
         epochs=4,
-        batch_size=40,
-        learning_rate=4e-3,
-        validate_every=125,
+        batch_size=25,
+        learning_rate=3e-3,
+        validate_every=200,
         generated_rows=100,
     ),
     # Seconds: for tests of the machinery; it learns nothing.
