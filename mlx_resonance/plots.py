@@ -37,7 +37,7 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
     Raises:
         ValueError: matplotlib does not write that format.
     """
-    path = _image(path)
+    path = image_path(path)
     pairs = np.arange(len(inspection.in_use.wavelengths))
     unrounded = inspection.unrounded
     lengths = inspection.train_length, inspection.test_length
@@ -71,7 +71,7 @@ def plot_angle_errors(positions: Sequence[int], errors: Mapping[str, Sequence[fl
     Raises:
         ValueError: matplotlib does not write that format.
     """
-    path = _image(path)
+    path = image_path(path)
     lines = {
         "mlx_lm_yarn": ("mlx-lm YarnRoPE", GREEN, "--"),
         "mx_fast_rope": ("mx.fast.rope, our wavelengths", ORANGE, "-"),
@@ -103,7 +103,7 @@ def plot_posgen(
     Raises:
         ValueError: matplotlib does not write that format.
     """
-    path = _image(path)
+    path = image_path(path)
     colors = {"rope": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 3.4), layout="constrained")
@@ -124,7 +124,34 @@ def plot_posgen(
         figure.savefig(path)
 
 
-def _image(path: str | Path) -> Path:
+def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarray, path: str | Path) -> None:
+    """How often a hidden number was found, by length of the prompt and depth in it.
+
+    Args:
+        lengths, depths: of the grid, in tokens and %.
+        found: of `accuracy`, shape (depths, lengths), in [0, 1].
+        path: the image to write; its suffix gives the format.
+
+    Raises:
+        ValueError: matplotlib does not write that format.
+    """
+    path = image_path(path)
+    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
+        figure = Figure(figsize=(1.5 + 0.7 * max(len(lengths), 4), 1.5 + 0.45 * len(depths)), layout="constrained")
+        axis = figure.subplots()
+        image = axis.imshow(100 * found, cmap="cividis", vmin=0, vmax=100, aspect="auto")
+        for (row, column), value in np.ndenumerate(found):
+            color = "black" if value > 0.5 else "white"
+            axis.text(column, row, f"{100 * value:.0f}", ha="center", va="center", color=color)
+        axis.set_xticks(range(len(lengths)), [f"{length:,}" for length in lengths])
+        axis.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
+        axis.set(xlabel="tokens", ylabel="depth of the key")
+        figure.colorbar(image, label="found, %")
+        figure.savefig(path)
+
+
+def image_path(path: str | Path) -> Path:
+    """A path that a figure can be written to. Raises ValueError where matplotlib does not write its format."""
     path = Path(path)
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in formats:

@@ -7,7 +7,7 @@ import sys
 import typer
 
 from .. import __version__
-from . import convert, demo, generate, inspect, lm, plan, posgen, verify
+from . import convert, demo, eval, generate, inspect, lm, plan, posgen, verify
 from .output import fail
 
 app = typer.Typer(
@@ -23,6 +23,7 @@ app.command("inspect")(inspect.command)
 app.command("plan")(plan.command)
 app.command("generate")(generate.command)
 app.add_typer(posgen.app, name="posgen")
+app.add_typer(eval.app, name="eval")
 app.command("demo")(demo.command)
 app.command("lm", context_settings=lm.CONTEXT)(lm.command)
 

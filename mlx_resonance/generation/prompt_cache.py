@@ -182,6 +182,11 @@ def cache_key(folder: Path, rope: RopeConfig, kv_bits: int | None, adapter_path:
     """
     if rope.depends_on_length:
         raise ValueError(f"[generate] --prompt-cache: the angles of {rope.rope_type} change with the length of a text")
+    return model_digest(folder, rope, kv_bits, adapter_path)
+
+
+def model_digest(folder: Path, rope: RopeConfig, kv_bits: int | None, adapter_path: str | None = None) -> str:
+    """What a model's results depend on: arguments as of `cache_key`, any rope."""
     digest = hashlib.sha256(json.dumps([rope.to_hf("4"), kv_bits], sort_keys=True).encode())
     files = [folder / "config.json", *weight_files(folder)]
     if adapter_path is not None:

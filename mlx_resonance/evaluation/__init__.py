@@ -1,0 +1,1 @@
+"""What a checkpoint does with long texts: perplexity, passkey, long-text tasks."""

@@ -1,0 +1,155 @@
+"""The passkey test: prompts of exact length, the key where it should be, trials that a killed run goes on with."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance import load
+from mlx_resonance.evaluation import passkey
+from mlx_resonance.evaluation.passkey import ANSWER_TOKENS, Grid, accuracy, first_integer, passkey_prompt, run_passkey
+
+import numpy as np
+import pytest
+
+GRID = Grid((200, 300), (0, 50, 100), repetitions=2)
+
+
+@pytest.fixture(scope="module")
+def loaded(stdlib_llama: Path) -> Any:
+    return load(str(stdlib_llama))
+
+
+@pytest.mark.parametrize("length", [160, 200, 511, 4096])
+@pytest.mark.parametrize("depth", [0, 33, 100])
+def test_prompt_has_its_length_and_the_key_its_depth(loaded: Any, length: int, depth: int) -> None:
+    _, tokenizer = loaded
+    prompt = passkey_prompt(tokenizer, length, depth, 31415)
+    assert len(prompt) + ANSWER_TOKENS == length
+    assert prompt[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in prompt[1:]
+    text = tokenizer.decode(prompt)
+    assert text.count("31415") == 2 and text.endswith("What is the pass key? The pass key is")
+    before, after = re.split(r"\nThe pass key is 31415\. Remember it\. 31415 is the pass key\.\n", text)
+    filler = len(before) - before.index("there.") - 7, after.index("\nWhat is")
+    assert filler[0] / sum(filler) == pytest.approx(depth / 100, abs=0.05)
+
+
+def test_too_short_a_length_says_how_many_tokens_are_needed(loaded: Any) -> None:
+    _, tokenizer = loaded
+    with pytest.raises(ValueError, match="at least") as error:
+        passkey_prompt(tokenizer, 60, 0, 50000)
+    needed = int(re.search(r"at least (\d+)", str(error.value))[1])
+    assert len(passkey_prompt(tokenizer, needed, 0, 50000)) + ANSWER_TOKENS == needed
+    with pytest.raises(ValueError, match="holds no filler"):
+        passkey_prompt(tokenizer, needed - 1, 0, 50000)
+
+
+def test_keys_depend_on_their_cell_alone() -> None:
+    keys = {cell: GRID.key(*cell) for cell in GRID.cells()}
+    assert len(set(keys.values())) > 10 and all(1 <= key <= 50000 for key in keys.values())
+    larger = Grid((300, 100, 200), (0, 25, 50, 100), repetitions=3)
+    assert {cell: larger.key(*cell) for cell in keys} == keys
+    assert Grid((200,), (0,), 1, seed=1).key(200, 0, 0) != keys[200, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("answer", "number"),
+    [(" 123.", 123), ("is 00045, not 9", 45), ("1 2 3", 1), ("12,345", 12), ("none", None), ("", None), ("-7", 7)],
+)
+def test_first_integer(answer: str, number: int | None) -> None:
+    assert first_integer(answer) == number
+
+
+def know(depths: set[int]) -> Any:
+    """A stand-in for `generate` that finds the keys at these depths, and says 7 to the others."""
+
+    def generate(_: Any, tokenizer: Any, prompt: list[int], **options: Any) -> str:
+        for length, depth, repetition in GRID.cells():
+            key = GRID.key(length, depth, repetition)
+            if depth in depths and prompt == passkey_prompt(tokenizer, length, depth, key):
+                return f" {key}. And {key + 1}"
+        return " 7, or so"
+
+    return generate
+
+
+def test_a_grid_is_tried_once_and_goes_on(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passkey, "generate", know({0, 100}))
+    whole = run_passkey(*loaded, GRID, tmp_path / "whole.jsonl", {"model": "m"})
+    assert accuracy(GRID, whole).tolist() == [[1, 1], [0, 0], [1, 1]]
+    assert [(trial["length"], trial["depth"], trial["repetition"]) for trial in whole] == GRID.cells()
+
+    def kill(done: int, *_: Any) -> None:
+        if done == 5:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run_passkey(*loaded, GRID, tmp_path / "part.jsonl", {"model": "m"}, kill)
+    tried = []
+    monkeypatch.setattr(passkey, "generate", lambda *a, **k: tried.append(1) or know({0, 100})(*a, **k))
+    assert run_passkey(*loaded, GRID, tmp_path / "part.jsonl", {"model": "m"}) == whole
+    assert len(tried) == len(whole) - 5
+    assert (tmp_path / "part.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    part = Grid((300,), (50,), 1)
+    assert run_passkey(*loaded, part, tmp_path / "whole.jsonl", {"model": "m"}) == [
+        trial for trial in whole if (trial["length"], trial["depth"], trial["repetition"]) == (300, 50, 0)
+    ]
+    with pytest.raises(ValueError, match="model is m there, n now"):
+        run_passkey(*loaded, GRID, tmp_path / "whole.jsonl", {"model": "n"})
+
+
+def test_accuracy_has_depths_down_and_lengths_across() -> None:
+    grid = Grid((300, 200), (50, 0), repetitions=2)
+    trials = [{"length": 200, "depth": 0, "found": True}, {"length": 300, "depth": 50, "found": True}] * 2
+    np.testing.assert_array_equal(accuracy(grid, trials), [[0, 1], [1, 0]])
+
+
+def test_command(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    output, figure = tmp_path / "trials.jsonl", tmp_path / "grid.png"
+    arguments = (
+        "eval",
+        "passkey",
+        "--model",
+        stdlib_llama,
+        "--lengths",
+        "200,160",
+        "--repetitions",
+        "1",
+        "--depths",
+        "0,100",
+    )
+    code, out, _ = run(*arguments, "--output", output, "--plot", figure, "--json")
+    result = json.loads(out)
+    assert code == 0 and result["lengths"] == [160, 200] and np.shape(result["accuracy"]) == (2, 2)
+    assert result["trials"] == 4 == len(output.read_text().splitlines()) - 1 and figure.stat().st_size > 5000
+    before = output.read_bytes()
+    code, out, _ = run(*arguments, "--output", output)
+    assert code == 0 and "160" in out and "100 %" in out and output.read_bytes() == before
+    code, _, err = run(*arguments, "--output", output, "--factor", "2")
+    assert code == 2 and "results of other settings" in err and output.read_bytes() == before
+    assert run(*arguments, "--output", tmp_path / "longer.jsonl", "--factor", "2", "--seed", "3")[0] == 0
+
+
+BAD = {
+    "--lengths 600": "exceed the checkpoint's context of 512",
+    "--lengths 60": "holds no filler",
+    "--lengths a,b": "--lengths must be whole numbers",
+    "--lengths 0": "positive numbers of tokens",
+    "--lengths 200 --depths 101": "depths must lie in [0, 100]",
+    "--lengths 200 --repetitions 0": "repetitions must be at least 1",
+    "--lengths 200 --seed -1": "seed must lie in",
+    "--lengths 200 --kv-bits 3": "kv_bits must be 4 or 8",
+    "--lengths 200 --plot grid.tiff2": "suffix must be one of",
+    "--lengths 200 --memory 1MB": "there are",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input(run: Any, stdlib_llama: Path, tmp_path: Path, arguments: str) -> None:
+    output = tmp_path / "trials.jsonl"
+    code, out, err = run("eval", "passkey", "--model", stdlib_llama, "--output", output, *arguments.split())
+    assert (code, out) == (2, "") and BAD[arguments] in err and len(err.splitlines()) == 1
+    assert os.listdir(tmp_path) == []
