@@ -45,9 +45,10 @@ def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0
     """A value that goes from `start` to `peak` and on to `end`, along half a cosine each.
 
     Args:
-        start, peak, end: the values of the first step, of the turn, of the last step.
+        start, peak, end: the values of the first step, of the turn, of the last step. There is no rise where
+            `rise` is no more than one step.
         steps: number of steps in all.
-        rise: part of the steps before the turn.
+        rise: part of the steps before the turn, below 1.
 
     Returns:
         A schedule: step number to value.
@@ -86,8 +87,10 @@ class OneCycleAdamW(optim.AdamW):
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         """One parameter's update, with the momentum of this step."""
-        self.betas = [self.state["beta_1"], 0.999]
-        return super().apply_single(gradient, parameter, state)
+        fixed, self.betas = self.betas, [self.state["beta_1"], self.betas[1]]
+        updated = super().apply_single(gradient, parameter, state)
+        self.betas = fixed  # what the compiler traced must not stay
+        return updated
 
 
 def save_checkpoint(

@@ -104,7 +104,7 @@ def evaluate(
     length: Annotated[int | None, Option(help="Digits of a test row; scaling goes with it.")] = None,
     json: Json = False,
 ) -> None:
-    """Test a trained model again, at another length or with another encoding."""
+    """Test a trained model at another length, with another encoding."""
     from ..posgen.runs import evaluate_from
     from ..posgen.settings import settings_from
 
@@ -134,7 +134,7 @@ def sweep(
     epochs: Epochs = None,
     json: Json = False,
 ) -> None:
-    """Train and test all subtasks, encodings and seeds that the file has no result of."""
+    """Train and test what the results file does not have yet."""
     from ..posgen.report import summarize
     from ..posgen.settings import ENCODINGS, sweep_seeds
     from ..posgen.sweep import run_sweep
@@ -169,7 +169,7 @@ def report(
     plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw accuracy over the position.")] = None,
     json: Json = False,
 ) -> None:
-    """Show a sweep's table beside the paper's, and what resonance changes."""
+    """Show a sweep's table beside the paper's."""
     from ..posgen.report import accuracy_curves, summarize
     from ..posgen.sweep import read_results
 
@@ -223,7 +223,7 @@ def _progress(bar: Any, encoding: str, settings: Settings) -> Callable[[int, flo
 def _print_result(result: dict[str, Any], settings: Settings) -> None:
     from ..posgen.report import PAPER
 
-    inside, outside = f"up to {settings.train_length}", f"up to {settings.test_length}"
+    inside, outside = f"up to {settings.train_length}", f"{settings.train_length + 1} to {settings.test_length}"
     table = Table("accuracy, %", inside, outside, box=None, pad_edge=False)
     table.add_row("teacher-forced", *(f"{100 * result[name]:.2f}" for name in ("id", "ood")))
     table.add_row("written from the seed", *(f"{100 * result[name]:.2f}" for name in ("generated_id", "generated_ood")))

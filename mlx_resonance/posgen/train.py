@@ -207,7 +207,7 @@ def _batch(run: Run, rows: np.ndarray, step: int) -> tuple[mx.array, mx.array]:
     epoch, i = divmod(step, run.settings.steps_per_epoch)
     size = run.settings.batch_size
     chosen = np.stack([_order(seed, epoch, len(rows))[i * size : (i + 1) * size] for seed in run.seeds])
-    keys = [[seed, 64 * step] for seed in run.seeds]  # a step drops out fewer than 64 times
+    keys = [[seed, 1024 * step] for seed in run.seeds]  # a step drops out 2 + 4·layers times
     return mx.array(rows[chosen]), mx.array(np.array(keys, dtype=np.uint32))
 
 

@@ -1,0 +1,302 @@
+"""PosGen's decoders: the official one is torch's twin, seeds share nothing, what is written is what is predicted."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+from mlx_resonance import ResonanceRoPE
+from mlx_resonance.posgen import evaluate, model
+from mlx_resonance.posgen.data import make_table, tokens
+from mlx_resonance.posgen.evaluate import generated, teacher_forced
+from mlx_resonance.posgen.model import Decoder, Dropout
+from mlx_resonance.posgen.settings import PRESETS, Settings
+from mlx_resonance.posgen.tasks import SUBTASKS, Task
+from mlx_resonance.posgen.train import Run, run_training
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from mlx.utils import tree_flatten
+
+from . import oracle, posgen_torch
+
+VOCABULARY = 17 + 5
+SMOKE, OFFICIAL = PRESETS["smoke"], PRESETS["official"]
+COT = Task("cot")
+
+
+def rows(count: int, length: int) -> np.ndarray:
+    """Token ids of real sequences, `count` of every subtask, shape (3 · count, 1 + length)."""
+    return np.concatenate([tokens(make_table(Task(name), "disjoint", count, length), 17) for name in SUBTASKS])
+
+
+def rope(settings: Settings, encoding: str) -> ResonanceRoPE:
+    return Run(COT, settings, (encoding,), (0,)).rope(encoding, scaled=True)
+
+
+def torch_tables(settings: Settings, encoding: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines of an encoding that is scaled to the test length, by the oracle."""
+    dims, base, scale = settings.model.head_dim, 10000.0, 1.0
+    wavelengths = oracle.rope_wavelengths(dims, base)
+    if encoding.endswith("yarn"):
+        factor = (settings.test_length + 1) / (settings.train_length + 1)
+        original = settings.original_max_position_embeddings
+        wavelengths = oracle.yarn_wavelengths(dims, base, factor, original, beta_fast=2, beta_slow=1)
+        scale = oracle.yarn_attention_scale(factor)
+    if encoding.startswith("resonance"):
+        wavelengths = oracle.resonate(wavelengths)
+    return posgen_torch.tables(oracle.angles(range(length), wavelengths), scale)
+
+
+def twin(decoder: Decoder, index: int) -> posgen_torch.Decoder:
+    result = posgen_torch.Decoder(decoder.config, VOCABULARY)
+    result.load_state_dict(posgen_torch.translated(tree_flatten(decoder.parameters()), index))
+    return result.eval()
+
+
+def both_seeds(ids: np.ndarray) -> mx.array:
+    return mx.array(np.stack([ids, ids]))
+
+
+@pytest.fixture(scope="module")
+def official() -> Decoder:
+    return Decoder(OFFICIAL.model, VOCABULARY, [3, 5])
+
+
+@pytest.fixture
+def smoke() -> Decoder:
+    return Decoder(SMOKE.model, VOCABULARY, [3, 5])
+
+
+# --- the other side
+
+
+@pytest.mark.parametrize("encoding", ["rope", "yarn", "resonance_rope", "resonance_yarn"])
+def test_official_logits_are_torchs(official: Decoder, encoding: str) -> None:
+    ids = rows(1, 256)
+    cos, sin = torch_tables(OFFICIAL, encoding, 257)
+    ours = np.array(official(both_seeds(ids), rope(OFFICIAL, encoding)))
+    assert ours.shape == (2, 3, 257, VOCABULARY)
+    for index in range(2):
+        with torch.no_grad():
+            theirs = twin(official, index)(torch.tensor(ids), cos, sin).numpy()
+        error = np.abs(ours[index] - theirs).max()
+        print(f"{encoding}, decoder {index}: error {error:.2g} of logits up to {np.abs(theirs).max():.2g}")
+        assert error < 3e-5
+
+
+def test_torchs_own_attention_is_the_written_out_one(smoke: Decoder) -> None:
+    """The benchmark times both."""
+    other, ids = twin(smoke, 0), torch.tensor(rows(1, 24))
+    cos, sin = torch_tables(SMOKE, "yarn", 25)
+    with torch.no_grad():
+        expected = other(ids, cos, sin)
+        other.fused = True
+        torch.testing.assert_close(other(ids, cos, sin), expected, rtol=0, atol=1e-5)
+
+
+class Recorded(Dropout):
+    """Dropout that remembers what it multiplied with."""
+
+    factors: list[np.ndarray]
+
+    def __call__(self, x: mx.array) -> mx.array:
+        factor = super().__call__(mx.ones_like(x))
+        self.factors.append(np.array(mx.stop_gradient(factor)))
+        return x * factor
+
+
+@pytest.mark.parametrize("dropout", [False, True])
+@pytest.mark.parametrize("preset", ["smoke", "two official layers"])
+def test_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch, preset: str, dropout: bool) -> None:
+    """With dropout, torch's twin drops what ours dropped: at the same places, in the same order."""
+    settings = SMOKE if preset == "smoke" else replace(OFFICIAL, model=replace(OFFICIAL.model, layers=2))
+    decoder = Decoder(settings.model, VOCABULARY, [3, 5])
+    ids, turning, start = rows(1, 24), rope(settings, "resonance_yarn"), COT.seed_length
+    Recorded.factors = []
+    monkeypatch.setattr(model, "Dropout", Recorded)
+    keys = mx.array([[3, 0], [5, 0]], dtype=mx.uint32) if dropout else None
+
+    def loss(decoder: Decoder) -> mx.array:
+        logits = decoder(both_seeds(ids[:, :-1]), turning, dropout_keys=keys, start=start)
+        return nn.losses.cross_entropy(logits, both_seeds(ids[:, start + 1 :])).mean(axis=(1, 2)).sum()
+
+    ours, gradients = nn.value_and_grad(decoder, loss)(decoder)
+    assert len(Recorded.factors) == (2 + 4 * settings.model.layers if dropout else 0)
+    cos, sin = torch_tables(settings, "resonance_yarn", 24)
+    total = 0.0
+    for index in range(2):
+        left = [torch.tensor(factor[index]) for factor in Recorded.factors]
+        monkeypatch.setattr(F, "dropout", lambda x, rate, left=left: x * left.pop(0) if dropout else x)
+        other = twin(decoder, index)
+        logits = other(torch.tensor(ids[:, :-1]), cos, sin, start)
+        theirs = F.cross_entropy(logits.flatten(0, 1), torch.tensor(ids[:, start + 1 :]).long().flatten())
+        theirs.backward()
+        total += theirs.item()
+        found = posgen_torch.translated(tree_flatten(gradients), index)
+        expected = {name: weight.grad for name, weight in other.named_parameters() if weight.requires_grad}
+        assert set(found) == set(expected)
+        for name, gradient in expected.items():
+            assert gradient.abs().max() > 1e-6, name
+            torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5 * gradient.abs().max().item())
+    assert ours.item() == pytest.approx(total, rel=1e-5)
+
+
+# --- seeds and initial values
+
+
+def test_initial_values_are_t5s(official: Decoder) -> None:
+    config = OFFICIAL.model
+    inner = config.heads * config.head_dim
+    deviations = {
+        "q": (config.hidden_size * config.head_dim) ** -0.5,
+        "k": config.hidden_size**-0.5,
+        "v": config.hidden_size**-0.5,
+        "o": inner**-0.5,
+        "wi": config.hidden_size**-0.5,
+        "wo": config.intermediate_size**-0.5,
+        "embedding": 1.0,
+    }
+    drawn = []
+    for name, value in tree_flatten(official.parameters()):
+        for array in np.array(value):
+            if name.endswith("weight"):
+                assert (array == 1).all(), name
+                continue
+            deviation = deviations[name.rpartition(".")[-1]]
+            assert abs(array.mean()) < 5 * deviation / math.sqrt(array.size), name
+            assert array.std() == pytest.approx(deviation, rel=5 / math.sqrt(2 * array.size)), name
+            drawn.append(array.ravel()[:10_000] / deviation)
+    # No two arrays are the same draw, of one decoder or of two.
+    assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < 6 / math.sqrt(10_000)
+
+
+def test_initial_values_depend_on_their_own_seed_alone(smoke: Decoder) -> None:
+    alone = dict(tree_flatten(Decoder(SMOKE.model, VOCABULARY, [5]).parameters()))
+    for name, value in tree_flatten(smoke.parameters()):
+        assert mx.array_equal(value[1], alone[name][0]), name
+        assert name.endswith("weight") or not mx.array_equal(value[0], value[1]), name
+
+
+def test_seeds_share_no_gradient(smoke: Decoder) -> None:
+    ids, turning = both_seeds(rows(1, 24)), rope(SMOKE, "rope")
+    gradients = nn.value_and_grad(smoke, lambda smoke: smoke(ids, turning)[0].square().sum())(smoke)[1]
+    for name, value in tree_flatten(gradients):
+        assert mx.any(value[0] != 0), name
+        assert not mx.any(value[1] != 0), name
+
+
+def test_the_official_feed_forward_is_not_trained(official: Decoder) -> None:
+    names = {name for name, _ in tree_flatten(official.trainable_parameters())}
+    frozen = {name for name, _ in tree_flatten(official.parameters())} - names
+    parts = ("feed_forward_norm.weight", "feed_forward.wi", "feed_forward.wo")
+    assert frozen == {f"layers.{i}.{part}" for i in range(6) for part in parts}
+
+    small = replace(OFFICIAL.model, layers=1)
+    run = Run(COT, replace(OFFICIAL, model=small, sizes=(8, 2, 2), batch_size=8, epochs=2), ("rope",), (3, 5))
+    before = dict(tree_flatten(run.model().parameters()))
+    for name, value in tree_flatten(run_training(run)[0].parameters()):
+        for index in range(2):
+            same = mx.array_equal(value[index], before[name][index]).item()
+            assert same == (name in frozen), name
+
+
+# --- dropout
+
+
+def test_seeds_together_drop_what_each_would_alone() -> None:
+    x = mx.random.normal((2, 3, 7, 5), key=mx.random.key(0))
+    keys = mx.array([[3, 64], [5, 64]], dtype=mx.uint32)
+    together, alone = Dropout(0.1, keys), Dropout(0.1, keys[1:])
+    for _ in range(3):
+        assert mx.array_equal(together(x)[1], alone(x[1:])[0])
+
+
+def test_every_call_and_every_key_drops_anew() -> None:
+    x = mx.ones((1, 1000))
+    drop = Dropout(0.5, mx.array([[3, 0]], dtype=mx.uint32))
+    draws = [drop(x), drop(x)]
+    draws += [Dropout(0.5, mx.array([key], dtype=mx.uint32))(x) for key in ([3, 64], [5, 0])]
+    assert np.abs(np.corrcoef(np.concatenate(draws)) - np.eye(4)).max() < 0.2
+
+
+def test_dropout_keeps_the_mean() -> None:
+    count = 10**6
+    dropped = np.array(Dropout(0.1, mx.array([[3, 0]], dtype=mx.uint32))(mx.ones((1, count))))
+    assert set(np.unique(dropped)) == {np.float32(0), np.float32(1 / 0.9)}
+    assert dropped.mean() == pytest.approx(1, abs=5 * math.sqrt(0.1 / 0.9 / count))
+
+
+def test_logits_with_dropout(smoke: Decoder) -> None:
+    ids, turning = both_seeds(rows(1, 24)), rope(SMOKE, "rope")
+    keys = mx.array([[3, 64], [5, 64]], dtype=mx.uint32)
+    dropped = smoke(ids, turning, dropout_keys=keys)
+    assert mx.array_equal(dropped, smoke(ids, turning, dropout_keys=keys))
+    assert mx.abs(dropped - smoke(ids, turning, dropout_keys=keys + 64)).max().item() > 0.1
+    assert mx.abs(dropped - smoke(ids, turning)).max().item() > 0.1
+    alone = Decoder(SMOKE.model, VOCABULARY, [5])(ids[1:], turning, dropout_keys=keys[1:])
+    np.testing.assert_allclose(dropped[1], alone[0], rtol=0, atol=1e-5)
+    without = Decoder(replace(SMOKE.model, dropout=0.0), VOCABULARY, [3, 5])
+    assert mx.array_equal(without(ids, turning, dropout_keys=keys), smoke(ids, turning))
+
+
+# --- one token after the other
+
+
+@pytest.mark.parametrize("changed", [0, 5, 24])
+def test_a_token_changes_no_logits_before_it(smoke: Decoder, changed: int) -> None:
+    ids, turning = rows(1, 24), rope(SMOKE, "resonance_yarn")
+    other = ids.copy()
+    other[:, changed] = (other[:, changed] + 1) % 17
+    one, two = smoke(both_seeds(ids), turning), smoke(both_seeds(other), turning)
+    difference = np.abs(np.array(one - two)).max(axis=(0, 1, 3))
+    assert (difference[:changed] < 1e-6).all()
+    assert (difference[changed:] > 1e-3).all()
+
+
+@pytest.mark.parametrize("start", [0, 1, 4, 24])
+def test_logits_from_a_start_on(smoke: Decoder, start: int) -> None:
+    ids, turning = both_seeds(rows(1, 24)), rope(SMOKE, "rope")
+    np.testing.assert_allclose(smoke(ids, turning, start=start), smoke(ids, turning)[:, :, start:], rtol=0, atol=1e-5)
+
+
+def slowly_written(decoder: Decoder, turning: ResonanceRoPE, ids: np.ndarray, given: int) -> np.ndarray:
+    """Token ids, shape (S, N, 1 + L), with all after the first `given` the most likely one: a whole pass for each."""
+    written = np.stack([ids, ids])
+    for position in range(given, ids.shape[1]):
+        written[:, :, position] = mx.argmax(decoder(mx.array(written[:, :, :position]), turning)[:, :, -1], axis=-1)
+    return written
+
+
+@pytest.mark.parametrize("encoding", ["rope", "resonance_yarn"])
+@pytest.mark.parametrize("prompt", [4, 12, 23])
+def test_generation_is_a_pass_for_every_token(monkeypatch: pytest.MonkeyPatch, encoding: str, prompt: int) -> None:
+    monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)  # the last chunk is a shorter one
+    decoder = Decoder(replace(SMOKE.model, layers=2), VOCABULARY, [3, 5])
+    # As they start, decoders repeat the last token: it outweighs what they attend to, and the embedding is tied.
+    decoder.norm.weight = mx.random.normal(decoder.norm.weight.shape, key=mx.random.key(1))
+    for layer in decoder.layers:
+        layer.attention.q, layer.attention.o = 4 * layer.attention.q, 4 * layer.attention.o
+    ids, turning = rows(3, 24), rope(SMOKE, encoding)
+    written = slowly_written(decoder, turning, ids, 1 + prompt)
+    assert (written[:, :, 1 + prompt :] != written[:, :, prompt:-1]).mean() > 0.4
+    expected = (written == ids)[:, :, 1 + prompt :].sum(axis=1)
+    assert np.array_equal(generated(decoder, turning, ids[:, 1:], COT, prompt), expected)
+    for index in range(2):  # rows that a decoder wrote itself: all of its tokens are right
+        counts = generated(decoder, turning, written[index, :, 1:], COT, prompt)
+        assert (counts[index] == len(ids)).all()
+        assert (counts[1 - index] < len(ids)).any()
+
+
+def test_teacher_forced_counts(monkeypatch: pytest.MonkeyPatch, smoke: Decoder) -> None:
+    monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)
+    ids, turning = rows(3, 24), rope(SMOKE, "yarn")
+    predicted = np.array(mx.argmax(smoke(both_seeds(ids), turning), axis=-1))
+    expected = (predicted[:, :, 4:-1] == ids[:, 5:]).sum(axis=1)
+    counts = teacher_forced(smoke, turning, ids[:, 1:], COT)
+    assert counts.shape == (2, 20)
+    assert np.array_equal(counts, expected)
