@@ -71,6 +71,8 @@ def shortcut(lines: list[dict[str, Any]], inside: int) -> dict[str, dict[str, fl
     result = {}
     for subtask in dict.fromkeys(line["subtask"] for line in lines):
         some = [line for line in lines if line["subtask"] == subtask and line["encoding"] in ("rope", "resonance_rope")]
+        if not some:
+            continue
         right = 100 * np.array([np.array(line["correct"][:inside]) / line["rows"] for line in some]).mean(axis=0)
         parts = {"first": right[0], "second_fourth": right[1::2].mean(), "third_fifth": right[2::2].mean()}
         result[subtask] = {name: round(float(value), 2) for name, value in parts.items()}
