@@ -10,6 +10,7 @@ import sys
 VARIABLE = "MLX_RESONANCE_BLAS"
 KEPT = 256 * 2**20  # bytes: of one array, and of free memory
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+CORE_TYPE = "OPENBLAS_CORETYPE"
 NAMES = ("libopenblas.so.0", "libopenblas.so")
 
 logger = logging.getLogger("mlx_resonance")
@@ -30,11 +31,8 @@ def load_blas() -> str | None:
     if "mlx.core" in sys.modules:
         logger.warning("MLX was imported before mlx_resonance: matrix products keep the BLAS that MLX has")
         return None
-    for name in (wanted,) if wanted else NAMES:
-        try:
-            ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
-        except OSError:
-            continue
+    name = next(filter(_loads, (wanted,) if wanted else NAMES), None)
+    if name is not None:
         return name
     logger.warning(
         "no %s found: matrix products on the CPU are about 40 times slower"
@@ -43,6 +41,37 @@ def load_blas() -> str | None:
         VARIABLE,
     )
     return None
+
+
+def _loads(name: str) -> bool:
+    """Load a library with global symbols, telling OpenBLAS the kernels to take where nobody has."""
+    core = core_type() if CORE_TYPE not in os.environ else None
+    if core is not None:
+        os.environ[CORE_TYPE] = core
+    try:
+        ctypes.CDLL(name, mode=ctypes.RTLD_GLOBAL)
+    except OSError:
+        return False
+    finally:
+        if core is not None:
+            del os.environ[CORE_TYPE]
+    return True
+
+
+def core_type(cpuinfo: str = "/proc/cpuinfo") -> str | None:
+    """The OpenBLAS kernels for an Intel CPU, by what it can do; None leaves the choice to OpenBLAS.
+
+    OpenBLAS goes by model numbers, and takes one that is newer than itself for a Prescott of 2004: Debian 12's 0.3.21
+    multiplies matrices at 12 GFLOP/s on a Xeon of 2023 so, and at 80 with these.
+    """
+    try:
+        with open(cpuinfo) as file:
+            words = set(file.read().split())
+    except OSError:
+        return None
+    if "GenuineIntel" not in words or not {"avx2", "fma"} <= words:
+        return None
+    return "SkylakeX" if {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= words else "Haswell"
 
 
 def keep_freed_memory() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+from mlx_resonance.linux import core_type
 
 import pytest
 
@@ -42,6 +45,39 @@ def test_a_system_openblas_is_used() -> None:
         pytest.skip("this system has no OpenBLAS")
     multiply = "mx.eval(mx.ones((64, 64)) @ mx.ones((64, 64)))"
     assert stderr_of(f"import mlx_resonance, mlx.core as mx; {multiply}; {PRINT_WHETHER_LOADED}") == "True"
+
+
+@pytest.mark.parametrize(
+    ("vendor", "flags", "expected"),
+    [
+        ("GenuineIntel", "fma avx2 avx512f avx512bw avx512dq avx512vl", "SkylakeX"),
+        ("GenuineIntel", "fma avx2 avx512f", "Haswell"),
+        ("GenuineIntel", "sse4_2 avx", None),
+        ("AuthenticAMD", "fma avx2", None),
+    ],
+)
+def test_kernels_for_an_intel_cpu_go_by_its_flags(
+    tmp_path: Path, vendor: str, flags: str, expected: str | None
+) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"processor\t: 0\nvendor_id\t: {vendor}\nmodel\t\t: 207\nflags\t\t: fpu {flags} vme\n")
+    assert core_type(str(cpuinfo)) == expected
+    assert core_type(str(tmp_path / "none")) is None
+
+
+def test_openblas_gets_the_kernels_and_the_environment_stays() -> None:
+    """`openblas_get_corename` of the loaded library: what a wrong guess would show."""
+    import ctypes.util
+
+    expected = core_type()
+    if ctypes.util.find_library("openblas") is None or expected is None:
+        pytest.skip("no OpenBLAS, or no Intel CPU with AVX2")
+    code = (
+        "import mlx_resonance, ctypes, os, sys; name = ctypes.CDLL(None).openblas_get_corename;"
+        "name.restype = ctypes.c_char_p; print(name().decode(), os.environ.get('OPENBLAS_CORETYPE'), file=sys.stderr)"
+    )
+    assert stderr_of(code).split() == [expected, "None"]
+    assert stderr_of(code, OPENBLAS_CORETYPE="Nehalem").split() == ["Nehalem", "Nehalem"]
 
 
 @pytest.mark.parametrize(("environment", "few"), [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)], ids=["kept", "set"])
