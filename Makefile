@@ -5,7 +5,7 @@ PYTEST_ARGS ?=
 
 VENV := .venv
 BIN := $(VENV)/bin
-BENCHMARKS := $(addprefix benchmarks/,parity.py rotary.py convert.py memory.py generate.py)
+BENCHMARKS := $(addprefix benchmarks/,parity.py rotary.py convert.py memory.py generate.py posgen.py posgen_step.py)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help

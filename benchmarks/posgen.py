@@ -66,7 +66,7 @@ def gaps(settings: Settings) -> dict[str, dict[str, float]]:
 
 def shortcut(lines: list[dict[str, Any]], inside: int) -> dict[str, dict[str, float]]:
     """In-distribution accuracy (%) of plain and resonance RoPE at the first predicted token, and at the even and odd
-    ones after it: see `tests/test_posgen_data.py`, which shows the rule of two terms that serves all but the first.
+    ones after it: see `tests/test_posgen_rules.py`, which shows the rule of two terms that serves all but the first.
     """
     result = {}
     for subtask in dict.fromkeys(line["subtask"] for line in lines):
@@ -90,12 +90,15 @@ def main() -> None:
         settings = settings_from(header["settings"])
         seed_length = header["task"]["near"] + header["task"]["far"]
         summary = summarize(lines)
-        trainings = {(line["subtask"], line["seed"], line["seconds"]): line["seconds"] for line in lines}.values()
+        trainings = {  # encodings that share one have its seconds, each
+            (line["subtask"], line["seed"], settings.training_encoding(line["encoding"]), line["seconds"])
+            for line in lines
+        }
         report[path.stem] = {
             **summary,
             "feature_gap": gaps(settings),
             "shortcut": shortcut(lines, settings.train_length - seed_length),
-            "minutes": round(sum(trainings) / 60, 1),
+            "minutes": round(sum(seconds for *_, seconds in trainings) / 60, 1),
         }
         print(f"{path.name}: {len(lines)} results\n\n{table(summary)}\n")
         print("feature gap", report[path.stem]["feature_gap"])

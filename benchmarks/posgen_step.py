@@ -26,7 +26,7 @@ from typing import Any
 
 from mlx_resonance.posgen.data import make_table, tokens
 from mlx_resonance.posgen.model import Decoder
-from mlx_resonance.posgen.settings import PRESETS, Settings
+from mlx_resonance.posgen.settings import DROPOUT_KEYS, PRESETS, Settings
 from mlx_resonance.posgen.tasks import SUBTASKS, Task
 from mlx_resonance.posgen.train import Run
 from mlx_resonance.training import OneCycleAdamW, train
@@ -70,7 +70,7 @@ def ours(settings: Settings, seeds: Sequence[int], ids: np.ndarray) -> tuple[Con
         return nn.losses.cross_entropy(logits, ids[..., start + 1 :]).mean(axis=(1, 2)).sum()
 
     def data(step: int) -> tuple[mx.array, mx.array]:
-        return stacked, mx.array(np.array([[seed, 64 * step] for seed in seeds], dtype=np.uint32))
+        return stacked, mx.array(np.array([[seed, DROPOUT_KEYS * step] for seed in seeds], dtype=np.uint32))
 
     def contender(steps: int) -> float:
         ends: list[float] = []

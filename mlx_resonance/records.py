@@ -35,7 +35,7 @@ def read_records(path: Path, kind: str) -> tuple[Record, list[Record]]:
                     lines.append(line)
     except FileNotFoundError:
         raise
-    except (ValueError, OSError) as error:  # bytes that are no text, text that is no JSON, a folder
+    except (ValueError, OSError, RecursionError) as error:  # bytes that are no text, text that is no JSON, a folder
         raise ValueError(f"[{kind}] {path} is no file of {kind} results: {error}") from None
     if not lines or lines[0].get(kind) != 1:
         raise ValueError(f"[{kind}] {path} is no file of {kind} results: its first line must say their settings")

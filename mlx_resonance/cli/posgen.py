@@ -36,30 +36,29 @@ Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 def data(
     subtask: Subtask,
     output: Annotated[Path, Option(metavar="FILE.npy", help="The int32 table, one sequence per row.")],
-    arithmetic: Arithmetic = "mod_addition",
-    modulus: Modulus = 17,
-    near: Near = 3,
-    far: Far = 1,
+    arithmetic: Arithmetic = "mod_addition", modulus: Modulus = 17, near: Near = 3, far: Far = 1,
     rows: Annotated[int, Option(help="Number of sequences.")] = 12000,
     length: Annotated[int, Option(help="Tokens of a sequence.")] = 512,
     split: Annotated[str, Option(help="official: as the paper's code; disjoint: random seeds.")] = "official",
     json: Json = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write a table of sequences."""
     import numpy as np
 
     from ..files import user_path
     from ..posgen.data import make_table
+    from ..posgen.files import whole_file
 
     output = user_path(output)
+    if output.is_dir():
+        raise ValueError(f"[posgen] {output} is a folder")
     if not output.parent.is_dir():
         raise ValueError(f"[posgen] {output}: there is no folder {output.parent}")
     if output.suffix != ".npy":
         raise ValueError(f"[posgen] {output}: the suffix must be .npy")
     table = make_table(_task(subtask, arithmetic, modulus, near, far), split, rows, length)
-    partial = output.with_suffix(".partial.npy")
-    np.save(partial, table)
-    partial.replace(output)
+    with whole_file(output) as partial:
+        np.save(partial, table)
     if json:
         print_json({"output": str(output), "split": split, "rows": rows, "length": length})
     else:
@@ -73,15 +72,9 @@ def train(
     preset: Preset = "laptop",
     seed: Annotated[int, Option(help="Of weights, order of rows and dropout.")] = 42,
     output: Annotated[Path | None, Option(metavar="DIR", help="Default: posgen-SUBTASK-ENCODING-PRESET-SEED.")] = None,
-    arithmetic: Arithmetic = "mod_addition",
-    modulus: Modulus = 17,
-    near: Near = 3,
-    far: Far = 1,
-    split: Split = None,
-    train_scaled: TrainScaled = None,
-    epochs: Epochs = None,
-    json: Json = False,
-) -> None:
+    arithmetic: Arithmetic = "mod_addition", modulus: Modulus = 17, near: Near = 3, far: Far = 1,
+    split: Split = None, train_scaled: TrainScaled = None, epochs: Epochs = None, json: Json = False,
+) -> None:  # fmt: skip
     """Train one model and test it; a run that was stopped goes on."""
     from ..posgen.runs import train_into
 
@@ -91,7 +84,7 @@ def train(
     with count_bar() as bar:
         result = train_into(folder, preset, settings, task, encoding, seed, _progress(bar, encoding, settings))
     if json:
-        print_json(result | {"output": str(folder)})
+        print_json(result | {"split": settings.split, "output": str(folder)})
     else:
         _print_result(result, settings)
         stdout.print(f"wrote {folder}")
@@ -109,31 +102,29 @@ def evaluate(
     from ..posgen.settings import settings_from
 
     result = evaluate_from(model, encoding, length)
+    settings = settings_from(result["settings"])
     if json:
-        print_json(result)
+        print_json(result | {"split": settings.split})
     else:
-        _print_result(result, settings_from(result["settings"]))
+        _print_result(result, settings)
 
 
 @app.command()
 def sweep(
     preset: Preset = "laptop",
     seeds: Annotated[int, Option(help="How many: the paper's five first.")] = 5,
-    output: Annotated[Path | None, Option(metavar="FILE.jsonl", help="Default: posgen-PRESET.jsonl.")] = None,
+    output: Annotated[
+        Path | None,
+        Option(metavar="FILE.jsonl", help="Default: posgen-PRESET.jsonl, or posgen-PRESET-train-scaled.jsonl."),
+    ] = None,
     subtask: Annotated[list[str] | None, Option(help="Only this one; may be repeated.")] = None,
     encoding: Annotated[list[str] | None, Option(help="Only this one; may be repeated.")] = None,
     together: Annotated[
         int | None, Option(help="Seeds trained side by side. Default: 1 on a CPU, all on a GPU.")
     ] = None,
-    arithmetic: Arithmetic = "mod_addition",
-    modulus: Modulus = 17,
-    near: Near = 3,
-    far: Far = 1,
-    split: Split = None,
-    train_scaled: TrainScaled = None,
-    epochs: Epochs = None,
-    json: Json = False,
-) -> None:
+    arithmetic: Arithmetic = "mod_addition", modulus: Modulus = 17, near: Near = 3, far: Far = 1,
+    split: Split = None, train_scaled: TrainScaled = None, epochs: Epochs = None, json: Json = False,
+) -> None:  # fmt: skip
     """Train and test what the results file does not have yet."""
     from ..posgen.report import summarize
     from ..posgen.settings import ENCODINGS, sweep_seeds
@@ -157,9 +148,10 @@ def sweep(
             seeds=sweep_seeds(seeds), together=together, on_run=on_run,
         )  # fmt: skip
     if json:
-        print_json({"output": str(output), "results": len(lines), **summarize(lines)})
+        print_json({"output": str(output), "split": settings.split, "results": len(lines), **summarize(lines)})
     else:
-        text = f"{output} has {len(lines)} results; `mlx-resonance posgen report {output}` shows them"
+        split = f"{settings.split} split"
+        text = f"{output} has {len(lines)} results, {split}; `mlx-resonance posgen report {output}` shows them"
         stdout.print(text, soft_wrap=True)
 
 
@@ -170,10 +162,11 @@ def report(
     json: Json = False,
 ) -> None:
     """Show a sweep's table beside the paper's."""
+    from ..files import user_path
     from ..posgen.report import accuracy_curves, summarize
     from ..posgen.sweep import read_results
 
-    header, lines = read_results(results)
+    header, lines = read_results(user_path(results))
     if not lines:
         raise ValueError(f"[posgen] {results} has no results yet")
     summary = summarize(lines)
@@ -181,10 +174,11 @@ def report(
         from ..plots import plot_posgen
 
         seed_length = header["task"]["near"] + header["task"]["far"]
-        plot_posgen(accuracy_curves(lines), seed_length, header["settings"]["train_length"], plot)
+        plot_posgen(accuracy_curves(lines), seed_length, header["settings"]["train_length"], user_path(plot))
         stderr.print(f"wrote {plot}")
     if json:
-        print_json({"preset": header["preset"], "task": header["task"], "settings": header["settings"], **summary})
+        common = {name: header[name] for name in ("preset", "task", "settings")}
+        print_json(common | {"split": header["settings"]["split"]} | summary)
     else:
         _print_report(header, summary)
 
@@ -258,7 +252,9 @@ def _print_report(header: dict[str, Any], summary: dict[str, Any]) -> None:
             names = ("id", "ood", "ood_std", "ood_variance", "paper", "generated_ood", "continued_ood")
             table.add_row(encoding, *("" if row[name] is None else f"{row[name]:.2f}" for name in names))
         stdout.print(table)
-    stdout.print("What resonance adds out of distribution; 95 % interval: paired bootstrap over seeds.")
+    if not any(summary["pairs"].values()):
+        return
+    stdout.print("What resonance adds out of distribution; 95 % interval: paired bootstrap, seeds.")
     pairs = Table(box=None, pad_edge=False)
     pairs.add_column("", min_width=22)
     for name in ("encoding", "seeds", "difference", "interval"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from itertools import combinations
+from itertools import chain, combinations
 from math import comb
 
 import numpy as np
@@ -46,8 +46,8 @@ def official_seeds(task: Task, rows: int) -> Int32Array:
             "a seed of the official split is that many different digits"
         )
     distinct = min(rows, comb(task.modulus, task.seed_length))
-    tuples = combinations(range(task.modulus), task.seed_length)
-    seeds = np.array([next(tuples) for _ in range(distinct)], dtype=np.int32)
+    digits = chain.from_iterable(combinations(range(task.modulus), task.seed_length))
+    seeds = np.fromiter(digits, dtype=np.int32, count=distinct * task.seed_length)
     return np.resize(seeds, (rows, task.seed_length))
 
 

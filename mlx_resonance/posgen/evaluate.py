@@ -15,6 +15,7 @@ from .model import Decoder
 from .tasks import Int32Array, Task
 
 ROWS_AT_ONCE = 50
+SCORES_AT_ONCE = ROWS_AT_ONCE * 257**2  # of one head and decoder: longer rows go fewer at a time
 
 Counts = NDArray[np.int64]
 
@@ -74,6 +75,7 @@ def in_and_out(counts: Counts, rows: int, inside: int) -> tuple[NDArray[np.float
 def _chunks(model: Decoder, rows: Int32Array, modulus: int) -> Any:
     ids = tokens(rows, modulus)
     seeds = model.norm.weight.shape[0]
-    for i in range(0, len(ids), ROWS_AT_ONCE):
-        chunk = ids[i : i + ROWS_AT_ONCE]
+    size = max(1, min(ROWS_AT_ONCE, SCORES_AT_ONCE // ids.shape[1] ** 2))
+    for i in range(0, len(ids), size):
+        chunk = ids[i : i + size]
         yield mx.array(np.broadcast_to(chunk, (seeds, *chunk.shape)))

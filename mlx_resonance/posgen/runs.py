@@ -10,14 +10,16 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from ..files import read_json, user_path
+from ..files import read_header, read_json, user_path
 from ..records import check_same
-from .settings import Settings, settings_from
-from .sweep import KIND, header
+from .files import partial_of, whole_file
+from .settings import Settings
+from .sweep import KIND, from_header, header
 from .tasks import Task
 from .train import Best, Progress, Run, results, run_training
 
 RUN, CHECKPOINT, WEIGHTS = "run.json", "checkpoint.safetensors", "model.safetensors"
+LONGEST = 2**13  # digits of a row: attention looks at their square
 
 
 def train_into(
@@ -43,6 +45,8 @@ def train_into(
 
     Raises:
         ValueError: an argument is wrong, or the folder has another run.
+        FileExistsError: the folder has something else.
+        OSError: the disk is full.
     """
     run = Run(task, settings, (encoding,), (seed,))
     run.splits()  # refuses what does not fit before the folder is made
@@ -53,16 +57,19 @@ def train_into(
         found = read_json(record)
         check_same(record, KIND, found, wanted)
         if "result" in found:
+            (folder / CHECKPOINT).unlink(missing_ok=True)  # the run may have been killed before it did so
             return found["result"]
-    elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    elif folder.exists() and (not folder.is_dir() or set(folder.iterdir()) - {partial_of(record)}):
         raise FileExistsError(f"[posgen] {folder} exists and has no {RUN}: choose another --output")
     folder.mkdir(parents=True, exist_ok=True)
     _write(record, wanted)
     model, best = run_training(run, folder / CHECKPOINT, on_progress)
     result = results(run, model, best)[0]
-    partial = folder / "model.partial.safetensors"
-    mx.save_safetensors(str(partial), dict(tree_flatten(model.parameters())))
-    partial.replace(folder / WEIGHTS)
+    with whole_file(folder / WEIGHTS) as partial:
+        try:
+            mx.save_safetensors(str(partial), dict(tree_flatten(model.parameters())))
+        except RuntimeError as error:  # what MLX raises when the disk is full
+            raise OSError(f"[posgen] {folder / WEIGHTS} cannot be written: {error}") from None
     _write(record, wanted | {"result": result})
     (folder / CHECKPOINT).unlink()
     return result
@@ -74,10 +81,10 @@ def evaluate_from(folder: Path, encoding: str | None = None, length: int | None 
     Args:
         folder: what `train_into` wrote.
         encoding: another one than the weights were chosen for; None for that.
-        length: digits of a test row; None for those of the training's settings. Scaling goes with it.
+        length: digits of a test row, at most 8192; None for those of the training's settings. Scaling goes with it.
 
     Returns:
-        A line as of `results`, with `test_length` and `settings`.
+        A line as of `results`, with `settings`; `step` and `validation_id` are those that the weights were chosen by.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -87,23 +94,29 @@ def evaluate_from(folder: Path, encoding: str | None = None, length: int | None 
     record = read_json(folder / RUN)
     if "result" not in record:
         raise ValueError(f"[posgen] {folder} has no finished run: `posgen train` with the same options goes on with it")
-    task = Task(record["subtask"], **record["task"])
-    settings = settings_from(record["settings"])
+    settings, task = from_header(folder / RUN, record, record.get("subtask", ""))
+    try:
+        trained, seed, step = str(record["encoding"]), int(record["seed"]), int(record["result"]["step"])
+        accuracy = float(record["result"]["validation_id"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"[posgen] {folder / RUN} does not say what a run gave: {error!r}") from None
     if length is not None:
+        if length > LONGEST:
+            raise ValueError(f"[posgen] length must be at most {LONGEST}, got {length}")
         settings = replace(settings, test_length=length)
-    chosen = encoding or record["encoding"]
-    run = Run(task, settings, (chosen,), (record["seed"],))
+    chosen = encoding or trained
+    run = Run(task, settings, (chosen,), (seed,))
     model = run.model()
+    read_header(folder / WEIGHTS)  # refuses what is not whole
     weights: Any = mx.load(str(folder / WEIGHTS))
     model.load_weights(list(weights.items()))
     model.eval()
     best = Best(run, model)
-    best.arrays[f"{chosen}.step"] = mx.array([record["result"]["step"]])
-    best.arrays[f"{chosen}.accuracy"] = mx.array([record["result"]["validation_id"]])
+    best.arrays[f"{chosen}.step"] = mx.array([step])
+    best.arrays[f"{chosen}.accuracy"] = mx.array([accuracy])
     return results(run, model, best)[0] | {"settings": settings.to_dict()}
 
 
 def _write(path: Path, record: dict[str, Any]) -> None:
-    partial = path.with_suffix(".partial.json")
-    partial.write_text(json.dumps(record) + "\n", encoding="utf-8")
-    partial.replace(path)
+    with whole_file(path) as partial:
+        partial.write_text(json.dumps(record) + "\n", encoding="utf-8")

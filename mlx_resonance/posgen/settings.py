@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from ..frequencies import (
@@ -17,6 +18,9 @@ from .model import ModelConfig
 BASES = ("rope", "linear", "ntk", "yarn")
 ENCODINGS = (*BASES, *(f"resonance_{base}" for base in BASES))
 OFFICIAL_SEEDS = (5549, 4955, 42, 3701, 49)
+DROPOUT_KEYS = 1024  # numbers that a step may use for dropout, once for each of 2 + 4·layers
+MOST_STEPS = 2**32 // DROPOUT_KEYS  # they are uint32
+MOST_SEEDS = 1000
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Settings:
         model: shape of the decoder.
         split: `official` or `disjoint`, see `make_splits`.
         sizes: rows of training, validation and test.
-        train_length, test_length: digits of a training row and of a longer one.
+        train_length, test_length: digits of a training row, and of a longer one to validate and test on.
         epochs: passes over the training rows.
         batch_size: rows of a step.
         learning_rate: the highest one of the one-cycle schedule.
@@ -59,9 +63,12 @@ class Settings:
     def __post_init__(self) -> None:
         if self.epochs < 1:
             raise ValueError(f"[posgen] epochs must be at least 1, got {self.epochs}")
-        if self.test_length < self.train_length:
+        if self.steps > MOST_STEPS:
+            most = MOST_STEPS // self.steps_per_epoch
+            raise ValueError(f"[posgen] epochs must be at most {most}, got {self.epochs}")
+        if self.test_length <= self.train_length:
             raise ValueError(
-                f"[posgen] the test length must be at least the training length {self.train_length}, "
+                f"[posgen] the test length must be more than the training length {self.train_length}, "
                 f"got {self.test_length}"
             )
 
@@ -141,7 +148,7 @@ PRESETS = {
         generated_rows=1000,
         train_scaled=True,
     ),
-    # The paper's data and lengths, a model that learns them in a minute or two on a CPU.
+    # The paper's data and lengths, a model that learns them in one to four minutes on a CPU.
     "laptop": Settings(
         model=ModelConfig(layers=2, hidden_size=64, heads=2, head_dim=64, intermediate_size=128),
         split="disjoint",
@@ -175,11 +182,12 @@ def settings_from(values: dict[str, Any]) -> Settings:
 
 
 def sweep_seeds(count: int) -> tuple[int, ...]:
-    """The paper's five seeds, then 1, 2, 3 …
+    """The paper's five seeds, then 1, 2, 3 … without them.
 
     Raises:
-        ValueError: `count` is below 1.
+        ValueError: `count` does not lie in [1, 1000].
     """
-    if count < 1:
-        raise ValueError(f"[posgen] --seeds must be at least 1, got {count}")
-    return (*OFFICIAL_SEEDS, *range(1, count))[:count]
+    if not 1 <= count <= MOST_SEEDS:
+        raise ValueError(f"[posgen] --seeds must be at least 1 and at most {MOST_SEEDS}, got {count}")
+    others = (seed for seed in range(1, MOST_SEEDS + 1) if seed not in OFFICIAL_SEEDS)
+    return tuple(islice((*OFFICIAL_SEEDS, *others), count))

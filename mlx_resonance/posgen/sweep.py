@@ -14,12 +14,12 @@ import mlx.core as mx
 
 from ..files import user_path
 from ..records import Record, append_records, open_records, read_records
-from .settings import ENCODINGS, Settings
+from .settings import ENCODINGS, Settings, settings_from
 from .tasks import SUBTASKS, Task
 from .train import Progress, Run, results, run_training
 
 KIND = "posgen"
-FIELDS = {"subtask", "encoding", "seed", "id", "ood", "correct", "rows"}
+ACCURACIES = ("id", "ood", "generated_id", "generated_ood", "continued_ood")
 
 
 def header(preset: str, settings: Settings, task: Task) -> Record:
@@ -28,17 +28,29 @@ def header(preset: str, settings: Settings, task: Task) -> Record:
     return {"preset": preset, "task": common, "settings": settings.to_dict()}
 
 
+def from_header(path: Path, found: Record, subtask: str = SUBTASKS[0]) -> tuple[Settings, Task]:
+    """What `header` was made of. Raises ValueError, naming the path, where a part of it is missing or wrong."""
+    try:
+        if "preset" not in found:
+            raise KeyError("preset")
+        return settings_from(found["settings"]), Task(subtask, **found["task"])
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"[posgen] {path} does not say the settings of a run: {error!r}") from None
+
+
 def read_results(path: Path) -> tuple[Record, list[Record]]:
     """A results file: its header and its lines.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no results file.
+        ValueError: it is no results file, or a line has something else than a result of its settings.
     """
     found, lines = read_records(path, KIND)
+    settings, task = from_header(path, found)
     for number, line in enumerate(lines, 2):
-        if missing := FIELDS - set(line):
-            raise ValueError(f"[posgen] {path}, line {number}: {', '.join(sorted(missing))} missing")
+        if wrong := _wrong(line, settings.test_length - task.seed_length):
+            value = str(line.get(wrong))[:60]
+            raise ValueError(f"[posgen] {path}, line {number}: {wrong} is missing or wrong, {value}")
     return found, lines
 
 
@@ -91,6 +103,8 @@ def run_sweep(
         together = 1 if mx.default_device().type == mx.DeviceType.cpu else len(seeds)
     if together < 1:
         raise ValueError(f"[posgen] --together must be at least 1, got {together}")
+    subtasks, encodings = list(dict.fromkeys(subtasks)), list(dict.fromkeys(encodings))  # each once
+    seeds = list(dict.fromkeys(seeds))
     output = user_path(output)
     for subtask in subtasks:  # refuses what does not fit before the file is made
         Run(replace(task, subtask=subtask), settings, (encodings[0],), tuple(seeds)).splits()
@@ -99,8 +113,11 @@ def run_sweep(
     open_records(output, KIND, header(preset, settings, task))
     wanted = (settings, task, subtasks, encodings, seeds, together)
     runs = list(runs_left(*wanted, read_results(output)[1]))
+    for run in runs_left(*wanted, []):
+        if run not in runs:  # a sweep may have been killed when its results were there and its checkpoint still was
+            _checkpoint(output, run).unlink(missing_ok=True)
     for number, run in enumerate(runs, 1):
-        checkpoint = output.with_suffix(f".{_name(run)}.safetensors")
+        checkpoint = _checkpoint(output, run)
         started = time.perf_counter()
         model, best = run_training(run, checkpoint, on_run(run, number, len(runs)) if on_run else None)
         where = {
@@ -118,7 +135,25 @@ def _key(line: Record) -> tuple[str, str, int]:
     return line["subtask"], line["encoding"], line["seed"]
 
 
-def _name(run: Run) -> str:
+def _wrong(line: Record, predicted: int) -> str | None:
+    """The first field that is not as `results` gives it; `predicted` tokens of a row were to be found."""
+    for name, known in (("subtask", SUBTASKS), ("encoding", ENCODINGS)):
+        if line.get(name) not in known:
+            return name
+    for name, least in (("seed", 0), ("rows", 1)):
+        if type(line.get(name)) is not int or line[name] < least:
+            return name
+    for name in ACCURACIES:
+        if type(line.get(name)) not in (int, float) or not 0 <= line[name] <= 1:  # NaN neither
+            return name
+    correct = line.get("correct")
+    if not isinstance(correct, list) or len(correct) != predicted:
+        return "correct"
+    return None if all(type(count) is int and 0 <= count <= line["rows"] for count in correct) else "correct"
+
+
+def _checkpoint(output: Path, run: Run) -> Path:
     """A name that no other run has: one with other settings must not go on from this one's checkpoint."""
     everything = json.dumps([vars(run.task), run.settings.to_dict(), run.encodings, run.seeds])
-    return f"{run.task.subtask}-{run.encodings[0]}-{hashlib.sha256(everything.encode()).hexdigest()[:12]}"
+    name = f"{run.task.subtask}-{run.encodings[0]}-{hashlib.sha256(everything.encode()).hexdigest()[:12]}"
+    return output.with_suffix(f".{name}.safetensors")

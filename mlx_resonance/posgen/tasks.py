@@ -12,6 +12,7 @@ Int32Array = NDArray[np.int32]
 
 SUBTASKS = ("recursive", "cot", "semi-recursive")
 ARITHMETICS = ("mod_addition", "pow_sin", "pow_sin_2pi")
+LARGEST_SUM = 2**20  # of near and far tokens: each sum has its entry in a table
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,7 @@ class Task:
     Args:
         subtask: one of `SUBTASKS`.
         arithmetic: one of `ARITHMETICS`: what is done with the sum of the near and far tokens.
-        modulus: number of digits, at least 2.
+        modulus: number of digits, at least 2; times near + far at most 2^20.
         near: number of near tokens (k in the paper), at least 1.
         far: number of far tokens (j in the paper), at least 0.
 
@@ -50,6 +51,10 @@ class Task:
         for name, number, least in (("modulus", self.modulus, 2), ("near", self.near, 1), ("far", self.far, 0)):
             if number < least:
                 raise ValueError(f"[posgen] {name} must be at least {least}, got {number}")
+        if self.modulus * self.seed_length > LARGEST_SUM:
+            raise ValueError(
+                f"[posgen] modulus times near + far must be at most 2**20, got {self.modulus} times {self.seed_length}"
+            )
 
     @property
     def seed_length(self) -> int:

@@ -18,7 +18,7 @@ from ..training import OneCycleAdamW, train
 from .data import Splits, make_splits, tokens
 from .evaluate import generated, in_and_out, teacher_forced
 from .model import Decoder
-from .settings import Settings
+from .settings import DROPOUT_KEYS, Settings
 from .tasks import Task
 
 # Steps done, loss per seed, and the accuracies of the last validation, in and out of distribution (NaN before it).
@@ -207,7 +207,7 @@ def _batch(run: Run, rows: np.ndarray, step: int) -> tuple[mx.array, mx.array]:
     epoch, i = divmod(step, run.settings.steps_per_epoch)
     size = run.settings.batch_size
     chosen = np.stack([_order(seed, epoch, len(rows))[i * size : (i + 1) * size] for seed in run.seeds])
-    keys = [[seed, 1024 * step] for seed in run.seeds]  # a step drops out 2 + 4·layers times
+    keys = [[seed, DROPOUT_KEYS * step] for seed in run.seeds]
     return mx.array(rows[chosen]), mx.array(np.array(keys, dtype=np.uint32))
 
 

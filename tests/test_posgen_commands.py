@@ -1,0 +1,224 @@
+"""PosGen's commands, on the preset that takes a second: what they write, what they refuse, what a fault leaves."""
+
+import json
+import math
+import os
+import resource
+from pathlib import Path
+
+from mlx_resonance.cli import posgen
+from mlx_resonance.cli.output import count_bar
+from mlx_resonance.posgen import runs
+from mlx_resonance.posgen.settings import PRESETS
+
+import mlx.core as mx
+import numpy as np
+import pytest
+from rich.progress import TimeRemainingColumn
+
+from .posgen_plain import sha256
+
+GOLDEN = Path(__file__).parent / "data" / "posgen.json"
+TRAIN = ("posgen", "train", "--subtask", "cot", "--encoding", "yarn", "--preset", "smoke", "--json", "--output")
+
+
+def test_data_command(run, tmp_path) -> None:
+    output = tmp_path / "table.npy"
+    arguments = "--arithmetic pow_sin --modulus 17 --near 3 --far 1 --rows 12000 --length 512".split()
+    assert run("posgen", "data", "--subtask", "semi_recursive", *arguments, "--output", output)[0] == 0
+    table = np.load(output)
+    assert table.dtype == np.int32 and table.shape == (12000, 512)
+    assert [path.name for path in tmp_path.iterdir()] == ["table.npy"]
+    assert sha256(table) == next(
+        golden["sha256_int32"] for golden in json.loads(GOLDEN.read_text())
+        if (golden["subtask"], golden["arithmetic"], golden["modulus"]) == ("semirecurrent", "pow_sin", 17)
+    )  # fmt: skip
+
+
+def test_train_and_eval_commands(run, tmp_path) -> None:
+    folder = str(tmp_path / "run")
+    arguments = ("--subtask", "recursive", "--encoding", "resonance_yarn", "--preset", "smoke", "--output", folder)
+    first = run("posgen", "train", *arguments)
+    assert first[0] == 0 and "The paper has 98.3" in first[1]
+    assert sorted(os.listdir(folder)) == ["model.safetensors", "run.json"]
+    again = json.loads(run("posgen", "train", *arguments, "--json")[1])
+    same = json.loads(run("posgen", "eval", folder, "--json")[1])
+    for name in ("id", "ood", "correct", "generated", "continued", "step"):
+        assert same[name] == again[name]
+    longer = json.loads(run("posgen", "eval", folder, "--length", "40", "--encoding", "ntk", "--json")[1])
+    assert len(longer["correct"]) == 36 and longer["settings"]["test_length"] == 40
+    assert run("posgen", "eval", folder)[0] == 0
+
+
+def test_train_command_goes_on(run, tmp_path, monkeypatch) -> None:
+    whole = json.loads(run(*TRAIN, tmp_path / "whole")[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(*TRAIN, tmp_path / "part")[0] == 130
+    assert run("posgen", "eval", str(tmp_path / "part"))[0] == 2  # not finished
+    assert "checkpoint.safetensors" in os.listdir(tmp_path / "part")
+    part = json.loads(run(*TRAIN, tmp_path / "part")[1])
+    assert {**part, "output": ""} == {**whole, "output": ""}
+    assert (tmp_path / "part/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+def test_sweep_and_report_commands(run, tmp_path) -> None:
+    output = str(tmp_path / "posgen-smoke.jsonl")
+    sweep = json.loads(run("posgen", "sweep", "--preset", "smoke", "--seeds", "2", "--output", output, "--json")[1])
+    assert sweep["results"] == 48
+    shown = run("posgen", "report", output, "--plot", str(tmp_path / "figure.png"))
+    assert shown[0] == 0 and "48.46" in shown[1] and (tmp_path / "figure.png").stat().st_size > 10_000
+    assert all(len(line) <= 80 for line in shown[1].splitlines())
+    report = json.loads(run("posgen", "report", output, "--json")[1])
+    assert report["settings"]["split"] == "disjoint" and report["table"] == sweep["table"]
+
+
+def test_every_result_says_its_split(run, tmp_path, monkeypatch) -> None:
+    """On the screen and in JSON, in the file of the run and in that of the sweep."""
+    monkeypatch.chdir(tmp_path)
+    task, small = ("--subtask", "cot", "--preset", "smoke"), ("--split", "official", "--modulus", "7")
+    commands = (
+        ("data", "--subtask", "cot", "--rows", "3", "--output", "x.npy", "--split", "official"),
+        ("train", *task, *small, "--encoding", "rope", "--output", "r"),
+        ("eval", "r"),
+        ("sweep", *task, *small, "--encoding", "rope", "--seeds", "1", "--output", "s.jsonl"),
+        ("report", "s.jsonl"),
+    )
+    for command in commands:
+        shown, found = run("posgen", *command), run("posgen", *command, "--json")
+        assert shown[0] == found[0] == 0, command
+        assert "official split" in shown[1] and json.loads(found[1])["split"] == "official", command
+    assert json.loads((tmp_path / "r/run.json").read_text())["settings"]["split"] == "official"
+    assert json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])["settings"]["split"] == "official"
+
+
+def test_the_bar_shows_loss_accuracies_and_steps() -> None:
+    bar = count_bar()
+    for _ in range(2):  # of two runs one row is left
+        show = posgen._progress(bar, "yarn", PRESETS["smoke"])
+    (row,) = bar.tasks
+    assert (row.description, row.completed, row.total) == ("compiling", 0, 6)
+    show(1, 2.5, math.nan, math.nan)
+    assert (row.description, row.completed) == ("loss 2.500", 1)
+    show(2, 1.25, 0.875, 0.5)
+    assert (row.description, row.completed) == ("loss 1.250, yarn: in 87.5 %, out 50.0 %", 2)
+    assert any(isinstance(column, TimeRemainingColumn) for column in bar.columns)
+
+
+# --- faults
+
+
+def test_a_table_that_does_not_fit_on_the_disk_is_gone(run, tmp_path) -> None:
+    (tmp_path / "old.npy").write_bytes(b"as before")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))  # Python ignores the signal
+    try:
+        code, out, err = run("posgen", "data", "--subtask", "cot", "--rows", "100", "--output", tmp_path / "old.npy")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert (code, out, len(err.splitlines())) == (1, "", 1)
+    assert os.listdir(tmp_path) == ["old.npy"] and (tmp_path / "old.npy").read_bytes() == b"as before"
+
+
+def test_weights_that_do_not_fit_on_the_disk(run, tmp_path, monkeypatch) -> None:
+    whole = run(*TRAIN, tmp_path / "whole")[1]
+
+    def full(path: str, *_) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("[write] Unable to write 647 bytes to file.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "results", lambda *_: patch.setattr(mx, "save_safetensors", full) or [{}])
+        code, out, err = run(*TRAIN, tmp_path / "r")
+    assert (code, out) == (1, "") and "model.safetensors cannot be written" in err.splitlines()[-1]
+    assert sorted(os.listdir(tmp_path / "r")) == ["checkpoint.safetensors", "run.json"]
+    again = json.loads(run(*TRAIN, tmp_path / "r")[1])
+    assert {**again, "output": ""} == {**json.loads(whole), "output": ""}
+    assert sorted(os.listdir(tmp_path / "r")) == ["model.safetensors", "run.json"]
+
+
+def test_a_run_that_was_killed_between_two_files(run, tmp_path) -> None:
+    """Before its record was whole, and before its checkpoint was gone."""
+    folder = tmp_path / "r"
+    folder.mkdir()
+    (folder / "run.partial.json").write_text("{")
+    assert run(*TRAIN, folder)[0] == 0
+    assert sorted(os.listdir(folder)) == ["model.safetensors", "run.json"]
+    (folder / "checkpoint.safetensors").touch()
+    assert run(*TRAIN, folder)[0] == 0
+    assert sorted(os.listdir(folder)) == ["model.safetensors", "run.json"]
+
+
+def test_a_broken_run_is_refused(run, tmp_path) -> None:
+    folder = tmp_path / "r"
+    assert run(*TRAIN, folder)[0] == 0
+    record, weights = json.loads((folder / "run.json").read_text()), (folder / "model.safetensors").read_bytes()
+    for change, wrong in (
+        ({"task": {}, "settings": {}}, "does not say the settings"),
+        ({"subtask": 3}, "does not say the settings"),
+        ({"seed": None}, "does not say what a run gave"),
+        ({"result": {}}, "does not say what a run gave"),
+    ):
+        (folder / "run.json").write_text(json.dumps(record | change))
+        code, out, err = run("posgen", "eval", folder)
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and wrong in err, err
+    (folder / "run.json").write_text(json.dumps(record))
+    for length, wrong in (("12", "must be more than the training length 12"), ("8193", "at most 8192")):
+        code, out, err = run("posgen", "eval", folder, "--length", length)
+        assert (code, out) == (2, "") and wrong in err
+    (folder / "model.safetensors").write_bytes(weights[:-1])
+    code, out, err = run("posgen", "eval", folder)
+    assert (code, out) == (2, "") and "truncated" in err
+    (folder / "model.safetensors").unlink()
+    assert run("posgen", "eval", folder)[0] == 2
+
+
+BAD = {
+    "data --subtask cot --modulus 1 --output {}/x.npy": "modulus must be at least 2",
+    "data --subtask cot --near 9 --far 9 --output {}/x.npy": "at most the modulus 17",
+    "data --subtask cot --length 3 --output {}/x.npy": "length must be at least near + far = 4",
+    "data --subtask nested --output {}/x.npy": "subtask must be one of recursive, cot, semi-recursive, got 'nested'",
+    "data --subtask cot --arithmetic sum --output {}/x.npy": "arithmetic must be one of",
+    "data --subtask cot --output {}/x.txt": "suffix must be .npy",
+    "data --subtask cot --output {}/none/x.npy": "no folder",
+    "data --subtask cot --rows 1000000000000 --output {}/x.npy": "at most 2**31",
+    "data --subtask cot --split random --output {}/x.npy": "split must be one of",
+    "train --subtask cot --encoding alibi --output {}/r": "encoding must be one of rope, linear, ntk, yarn",
+    "train --subtask cot --encoding rope --preset huge --output {}/r": "preset must be one of",
+    "train --subtask cot --encoding rope --preset smoke --epochs 0 --output {}/r": "epochs must be at least 1",
+    "data --subtask cot --modulus 99999999999999999999 --output {}/x.npy": "at most 2**20",
+    "data --subtask cot --near 99999999999999999999 --split disjoint --output {}/x.npy": "at most 2**20",
+    "data --subtask cot --output {}/folder.npy": "folder.npy is a folder",
+    "data --subtask cot --far -1 --output {}/x.npy": "far must be at least 0",
+    "data --subtask cot --rows -5 --output {}/x.npy": "rows must be at least 1",
+    "data --subtask cot --rows nan --output {}/x.npy": "Invalid value for '--rows'",
+    "train --subtask cot --encoding rope --preset smoke --epochs 99999999999999999999 --output {}/r": "epochs must be",
+    "train --subtask cot --encoding rope --preset smoke --seed 4294967296 --output {}/r": "seed must lie in",
+    "sweep --preset smoke --seeds 99999999999999999999 --output {}/s.jsonl": "at most 1000",
+    "train --subtask cot --encoding rope --preset smoke --seed -1 --output {}/r": "seed must lie in",
+    "train --subtask cot --encoding rope --preset smoke --near 11 --output {}/r": "need near + far = 12 < train_length",
+    "train --subtask cot --encoding rope --preset smoke --output {}": "has no run.json",
+    "sweep --preset smoke --seeds 0 --output {}/s.jsonl": "--seeds must be at least 1",
+    "sweep --preset smoke --together 0 --output {}/s.jsonl": "--together must be at least 1",
+    "sweep --preset smoke --encoding alibi --output {}/s.jsonl": "encoding must be one of",
+    "sweep --preset smoke --subtask nested --output {}/s.jsonl": "subtask must be one of",
+    "sweep --preset smoke --modulus 3 --near 2 --output {}/s.jsonl": "as many different seeds",
+    "sweep --preset smoke --output {}/notes.txt": "no file of posgen results",
+    "report {}/none.jsonl": "none.jsonl",
+    "report {}/notes.txt": "no file of posgen results",
+    "eval {}/none": "none",
+    "eval {}": "run.json",
+}
+
+
+@pytest.mark.parametrize("command", BAD)
+def test_bad_input(run, tmp_path, command) -> None:
+    (tmp_path / "notes.txt").write_text("buy milk\n")
+    (tmp_path / "folder.npy").mkdir()
+    code, out, err = run("posgen", *command.format(tmp_path).split())
+    assert (code, out) == (2, "")
+    assert len(err.splitlines()) == 1 and err.startswith("error: ") and BAD[command] in err
+    assert (
+        sorted(os.listdir(tmp_path)) == ["folder.npy", "notes.txt"]
+        and (tmp_path / "notes.txt").read_text() == "buy milk\n"
+    )
