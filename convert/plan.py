@@ -173,7 +173,7 @@ def check_tensors(source: Source, rope: RopeConfig) -> tuple[dict[str, Any], nn.
         args_class: Any
         model_class, args_class = model_classes(config)
         model = model_class(args_class.from_dict(model_config))
-        set_rope(model, config, rope)
+        set_rope(model, rope)
         names = set(model.sanitize(lazy))
         if own := config.get("quantization"):
             settings = quantization.settings_of(list(names), own)

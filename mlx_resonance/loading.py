@@ -109,17 +109,18 @@ def load_model(folder: Path, *, lazy: bool = False, rope: RopeConfig | None = No
         )
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
         raise ValueError(f"[load] {folder} cannot be loaded: {type(error).__name__}: {error}") from None
-    set_rope(model, config, rope)
+    set_rope(model, rope)
     return model, config
 
 
-def set_rope(model: nn.Module, config: Mapping[str, Any], rope: RopeConfig) -> None:
-    """Have a model of `model_classes` rotate as `rope` says: ours does, mlx-lm's get a rotary module of ours."""
-    if not is_ours(config):
-        frequencies = rope.frequencies if rope.depends_on_length else rope.frequencies()
-        module = ResonanceRoPE(frequencies, bool(config.get("rope_traditional", False)))
-        for layer in model.layers:
-            layer.self_attn.rope = module
+def set_rope(model: nn.Module, rope: RopeConfig) -> None:
+    """Have a model of `model_classes` rotate as `rope` says; its weights stay."""
+    frequencies = rope.frequencies if rope.depends_on_length else rope.frequencies()
+    module = ResonanceRoPE(frequencies, bool(model.layers[0].self_attn.rope.traditional))
+    for layer in model.layers:
+        layer.self_attn.rope = module
+    if isinstance(model, llama.Model):  # it computes the angles once for all layers
+        model.model.rope = module
     model.args.rope = rope
 
 

@@ -119,8 +119,8 @@ def plot_posgen(
             axis.axvline(train_length + 0.5, color="black", linewidth=0.8, linestyle=":")
             axis.set(title=subtask, xlabel="position", ylim=(0, 103))
         axes[0].set_ylabel("accuracy, %, mean of two neighbours")
-        handles, names = axes[0].get_legend_handles_labels()
-        figure.legend(handles, names, loc="outside lower center", ncols=4)
+        handles = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
+        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
         figure.savefig(path)
 
 
@@ -147,6 +147,40 @@ def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarra
         axis.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
         axis.set(xlabel="tokens", ylabel="depth of the key")
         figure.colorbar(image, label="found, %")
+        figure.savefig(path)
+
+
+def plot_perplexity(contexts: Sequence[int], curves: Mapping[str, Sequence[float]], path: str | Path) -> None:
+    """Perplexity over the context, one line per rope: rounded ones are solid, in the colour of their dashed twin.
+
+    Args:
+        contexts: tokens, in rising order.
+        curves: by name of the rope, with the model's before it where there are several; one value for each context.
+        path: the image to write; its suffix gives the format.
+
+    Raises:
+        ValueError: matplotlib does not write that format.
+    """
+    path = image_path(path)
+    colors = {"default": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
+    twins = dict.fromkeys(name.replace("resonance_", "") for name in curves)
+    others = ("#CC79A7", "#E69F00", "#56B4E9", "black")
+    colors |= {twin: others[i % 4] for i, twin in enumerate(twin for twin in twins if twin not in colors)}
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6, 3.8), layout="constrained")
+        axis = figure.subplots()
+        for name, values in curves.items():
+            twin = name.replace("resonance_", "")
+            style = "o--" if twin == name else "o-"
+            axis.plot(contexts, values, style, color=colors[twin], label=name, markersize=3.5, linewidth=1.4)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
+        axis.set_xticks([], minor=True)
+        every = [value for values in curves.values() for value in values]
+        if max(every) > 5 * min(every):  # a scaling that breaks down would press the others to the bottom
+            axis.set_yscale("log")
+        axis.set(xlabel="context, tokens", ylabel="perplexity")
+        figure.legend(loc="outside lower center", ncols=4 if max(map(len, curves)) < 20 else 1)
         figure.savefig(path)
 
 

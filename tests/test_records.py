@@ -45,7 +45,11 @@ def test_other_settings_are_named(tmp_path: Path) -> None:
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", [b"{}\n", b"[1]\n", b"no JSON\n", b"[" * 100_000 + b"\n", b"\xff\xfe\n", b'{"passkey": 2}\n', b"\n"])
+@pytest.mark.parametrize(
+    "content",
+    [b"{}\n", b"[1]\n", b"no JSON\n", b"[" * 100_000 + b"\n", b"\xff\xfe\n", b'{"passkey": 2}\n', b"\n"],
+    ids=["no header", "no object", "no JSON", "deep", "no text", "another version", "blank"],
+)
 def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)

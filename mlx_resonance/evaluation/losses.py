@@ -1,0 +1,77 @@
+"""The losses of windows' tokens: read in chunks through a cache, the head computed for what is scored alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from ..generation.cache import make_cache
+from ..generation.prefill import BUDGET, STEP, chunk_size
+from ..rope import ResonanceRoPE
+
+LOGITS = 2**24  # numbers that the head makes at once
+
+
+def score(
+    model: nn.Module,
+    rows: NDArray[np.int32],
+    scored: int,
+    *,
+    step: int = STEP,
+    kv_bits: int | None = None,
+    on_tokens: Callable[[int], None] | None = None,
+) -> NDArray[np.float32]:
+    """The loss of each of the last tokens of some windows, given all tokens before it in its window.
+
+    Chunks go through a cache of keys and values, so that no attention is computed over the whole window at once; the
+    head is computed for the scored tokens alone, a few at a time.
+
+    Args:
+        model: from `load`.
+        rows: token ids, shape (B, L), start token included.
+        scored: tokens at the end of each row, at most L - 1.
+        step: most tokens of a chunk, over all rows.
+        kv_bits: keep keys and values in 4 or 8 bits.
+        on_tokens: called with the number of tokens of each chunk.
+
+    Returns:
+        Negative log-likelihoods in nats, shape (B, scored).
+    """
+    batch, length = rows.shape
+    step, budget = max(1, step // batch), max(1, BUDGET // batch)
+    for module in model.modules():
+        if isinstance(module, ResonanceRoPE):
+            module.expect(length)  # as a pass over the whole window turns its keys
+    tokens, cache = mx.array(rows), make_cache(model, length, kv_bits)
+    parts: list[NDArray[np.float32]] = []
+    done, first = 0, length - 1 - scored  # the token at `first` predicts the first scored one
+    while done < length - 1:
+        end = done + min(chunk_size(done, step, budget), length - 1 - done)
+        hidden = model.model(tokens[:, done:end], cache=cache)
+        mx.eval([layer.state for layer in cache])
+        if end > first:
+            start = max(done, first)
+            parts += _losses(model, hidden[:, start - done :], tokens[:, start + 1 : end + 1])
+        done = end
+        mx.clear_cache()
+        if on_tokens is not None:
+            on_tokens(batch * hidden.shape[1])
+    return np.concatenate(parts, axis=1)
+
+
+def _losses(model: nn.Module, hidden: mx.array, targets: mx.array) -> list[NDArray[np.float32]]:
+    """Losses (B, …) of targets (B, L), from the hidden states (B, L, hidden) of the tokens before them."""
+    args: Any = model.args
+    head = model.model.embed_tokens.as_linear if args.tie_word_embeddings else model.lm_head
+    size = max(1, LOGITS // (args.vocab_size * hidden.shape[0]))
+    losses = []
+    for start in range(0, hidden.shape[1], size):
+        logits = head(hidden[:, start : start + size]).astype(mx.float32)
+        right = mx.take_along_axis(logits, targets[:, start : start + size, None], axis=-1)[..., 0]
+        losses.append(np.array(mx.logsumexp(logits, axis=-1) - right))
+    return losses

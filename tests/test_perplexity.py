@@ -1,0 +1,321 @@
+"""Perplexity: YaRN's windows by hand and against transformers, the same numbers however computed, resumed or given."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import shutil
+import sys
+from collections.abc import Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance.config import RopeConfig
+from mlx_resonance.evaluation import perplexity
+from mlx_resonance.evaluation.losses import score
+from mlx_resonance.evaluation.perplexity import Subject, named_rope, run_perplexity, select_documents
+from mlx_resonance.evaluation.texts import read_documents
+from mlx_resonance.evaluation.windows import Document, Options, Protocol, sliding_windows, sums
+from mlx_resonance.files import read_config
+from mlx_resonance.loading import load_model, load_tokenizer, set_rope
+
+import mlx.core as mx
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM
+
+from .checkpoints import in_float32, source
+
+
+@pytest.fixture(scope="module")
+def checkpoint(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return in_float32(stdlib_llama, tmp_path_factory.mktemp("perplexity") / "model")
+
+
+@pytest.fixture(scope="module")
+def documents(checkpoint: Path) -> list[Document]:
+    tokenizer = load_tokenizer(checkpoint, read_config(checkpoint))
+    texts = [source()[start : start + size] for start, size in ((0, 900), (5000, 60), (9000, 1100))]
+    return select_documents(texts, tokenizer, 1, None)[0]
+
+
+def subject(checkpoint: Path, documents: Sequence[Document], *ropes: str, start: Sequence[int] = (0,)) -> Subject:
+    # As if it had been trained on 64 tokens: longer windows are beyond that, and dynamic angles change.
+    own = RopeConfig.from_hf(read_config(checkpoint) | {"max_position_embeddings": 64})
+    settings = [named_rope(own, rope, 4) for rope in ropes or ("default",)]
+    return Subject("m", checkpoint, settings, list(start), documents)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "windows"),
+    [
+        ((10, 6, 2), [(0, 6, 6), (2, 8, 2), (4, 10, 2)]),
+        ((9, 6, 2), [(0, 6, 6), (2, 8, 2), (4, 9, 1)]),
+        ((6, 6, 2), [(0, 6, 6)]),
+        ((3, 6, 2), [(0, 3, 3)]),
+        ((7, 3, 3), [(0, 3, 3), (3, 6, 3), (6, 7, 1)]),
+    ],
+)
+def test_windows_by_hand(arguments: tuple[int, int, int], windows: list[tuple[int, int, int]]) -> None:
+    assert sliding_windows(*arguments) == windows
+
+
+@given(st.integers(1, 300), st.integers(1, 100), st.integers(1, 100))
+def test_windows_score_every_token_once(length: int, size: int, stride: int) -> None:
+    windows = sliding_windows(length, size, min(stride, size))
+    scored = [token for begin, end, new in windows for token in range(end - new, end)]
+    assert scored == list(range(length))
+    assert all(end - new >= begin and end - begin <= size for begin, end, new in windows)
+    assert all(after.begin - before.begin == min(stride, size) for before, after in pairwise(windows))
+
+
+def test_figures_by_hand() -> None:
+    counts = sums([np.array([1, 2, 3], np.float32), np.array([6], np.float32)], last=2)
+    assert counts == {"windows": 2, "tokens": 4, "nll": 12, "window_mean_sum": 8, "last_tokens": 3, "last_nll": 11}
+    figures = perplexity.summarize([counts, {"windows": 1, "tokens": 1, "nll": 0, "window_mean_sum": 0} | counts])
+    assert figures["perplexity_windows"] == pytest.approx(math.exp(4))
+    assert figures["perplexity_tokens"] == pytest.approx(math.exp(3))
+    assert figures["perplexity_last"] == pytest.approx(math.exp(11 / 3)) and figures["windows"] == 4
+
+
+def by_transformers(
+    folder: Path, documents: Sequence[Document], start: Sequence[int], context: int, stride: int | None, last: int
+) -> tuple[float, float, float]:
+    """The protocol as transformers' users write it: labels of -100 for what is not scored; no stride: truncated."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    room, means, counts, tails = context - len(start), [], [], []
+    for document in documents:
+        ids = document.tokens.tolist() if stride else document.tokens.tolist()[:room]
+        seen = 0
+        for begin in range(0, len(ids), stride or room):
+            stop = min(begin + room, len(ids))
+            row = torch.tensor([[*start, *ids[begin:stop]]])
+            labels = row.clone()
+            labels[:, : -(stop - seen)] = -100
+            with torch.no_grad():
+                result = model(row, labels=labels)
+            means.append(result.loss.item())
+            counts.append(int((labels[:, 1:] != -100).sum()))
+            every = torch.nn.functional.cross_entropy(result.logits[0, :-1], row[0, 1:], reduction="none")
+            tails.append(every[-last:].mean().item())
+            seen = stop
+            if stop == len(ids):
+                break
+    return tuple(float(np.exp(np.average(*of))) for of in ((means,), (means, None, counts), (tails,)))
+
+
+@pytest.mark.parametrize(
+    ("rope", "start", "stride"),
+    [(rope, (0,), stride) for rope in ("default", "dynamic", "yarn") for stride in (60, None)]
+    + [("linear", (), 60), ("dynamic", (), None)],
+)
+def test_equals_transformers(
+    checkpoint: Path, documents: list[Document], tmp_path: Path, rope: str, start: Sequence[int], stride: int | None
+) -> None:
+    folder = shutil.copytree(checkpoint, tmp_path / "model")
+    config = {key: value for key, value in read_config(folder).items() if key != "rope_theta"}
+    chosen = documents if stride else [document for document in documents if len(document.tokens) >= 200]
+    measured = subject(folder, chosen, rope, start=start)
+    (folder / "config.json").write_text(json.dumps(config | measured.ropes[0].to_hf("5")))
+    protocol = Protocol((200, 100), truncate=stride is None, stride=stride or 256, last=40)
+    rows = run_perplexity([measured], protocol, tmp_path / "lines.jsonl", {})
+    for row, context in zip(rows, (100, 200), strict=True):
+        windows, tokens, last = by_transformers(folder, chosen, start, context, stride, 40)
+        assert row["context"] == context and row["documents"] == len(chosen)
+        assert row["perplexity_windows"] == pytest.approx(windows, rel=1e-3)
+        assert row["perplexity_tokens"] == pytest.approx(tokens, rel=1e-3)
+        assert row["perplexity_last"] == (None if stride else pytest.approx(last, rel=1e-3))
+
+
+@pytest.mark.parametrize("rope", ["default", "dynamic", "resonance_yarn"])
+def test_chunks_and_batches_change_nothing(
+    checkpoint: Path, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rope: str
+) -> None:
+    model, of = load_model(checkpoint)[0], subject(checkpoint, documents, rope)
+    set_rope(model, of.ropes[0])
+    rows = np.stack([documents[0].tokens[:150], documents[2].tokens[:150]])
+    count: list[int] = []
+    whole = score(model, rows, 149)
+    monkeypatch.setattr("mlx_resonance.evaluation.losses.LOGITS", 2048 * 7)
+    chunked = score(model, rows, 149, step=34, on_tokens=count.append)
+    assert count == [34] * 8 + [26] and whole.shape == (2, 149)
+    np.testing.assert_allclose(chunked, whole, atol=2e-5)
+    np.testing.assert_allclose(score(model, rows[1:], 20, step=64), whole[1:, -20:], atol=2e-5)
+    results = []
+    for number, options in enumerate((Options(batch_size=1), Options(batch_size=5), Options(step=64))):
+        output = tmp_path / f"{number}.jsonl"
+        results.append(run_perplexity([of], Protocol((128,), stride=30), output, {}, options))
+    for row in results[1:]:
+        assert row[0] == results[0][0] | {key: pytest.approx(row[0][key], rel=1e-5) for key in FIGURES}
+
+
+FIGURES = ("perplexity_windows", "perplexity_tokens")
+
+
+@pytest.mark.parametrize("protocol", [Protocol((100, 60, 150), True, last=30), Protocol((150, 100), stride=50)])
+def test_a_killed_run_goes_on_to_the_same_bytes(
+    checkpoint: Path, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: Protocol
+) -> None:
+    long = [document for document in documents if len(document.tokens) >= 150]
+    of, options, output = subject(checkpoint, long, "default", "resonance_yarn"), Options(batch_size=2), tmp_path / "x"
+    read: list[tuple[str, int, int]] = []
+    rows = run_perplexity([of], protocol, output, {"data": "d"}, options, lambda *at: read.append(at))
+    whole = output.read_bytes()
+    cells = 2 * len(protocol.contexts)
+    assert len(rows) == cells and len(whole.splitlines()) == 1 + cells * len(long)
+    assert [done for label, done, total in read if done == total] and all(done <= total for _, done, total in read)
+    if protocol.truncate:  # the longest context's tokens are read, no other
+        assert read[-1][1] == 2 * 149
+    for part in (0.3, 0.55, 0.95):
+        output.write_bytes(whole[: int(part * len(whole))])
+        assert run_perplexity([of], protocol, output, {"data": "d"}, options) == rows
+        assert output.read_bytes() == whole
+    monkeypatch.setattr(perplexity, "load_model", None)  # nothing is left to do
+    assert run_perplexity([of], protocol, output, {"data": "d"}, options) == rows
+    with pytest.raises(ValueError, match="data is d there, e now"):
+        run_perplexity([of], protocol, output, {"data": "e"}, options)
+
+
+def test_a_rope_that_is_swapped_is_the_one_that_is_loaded(checkpoint: Path) -> None:
+    model, tokens = load_model(checkpoint)[0], mx.arange(2, 300)[None]
+    own = RopeConfig.from_hf(read_config(checkpoint))
+    for name in ("resonance_yarn", "ntk", "resonance_default", "default"):
+        set_rope(model, named_rope(own, name, 4))
+        loaded = load_model(checkpoint, rope=named_rope(own, name, 4))[0]
+        assert mx.array_equal(model(tokens), loaded(tokens)) and model.args.rope == loaded.args.rope
+    scaled = named_rope(own, "yarn", 4)
+    assert named_rope(scaled, "default", None) == own and scaled.context_length == 2048
+
+
+def test_a_loss_that_is_no_number(checkpoint: Path, documents: list[Document], tmp_path: Path) -> None:
+    broken = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = mx.load(str(broken / "model.safetensors"))
+    weights["model.norm.weight"] = weights["model.norm.weight"] * math.nan
+    mx.save_safetensors(str(broken / "model.safetensors"), weights, {"format": "mlx"})
+    with pytest.raises(ValueError, match="loss of document 1 at 100 tokens is nan"):
+        run_perplexity([subject(broken, documents)], Protocol((100,), stride=50), tmp_path / "x.jsonl", {})
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of documents, good and bad ones."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.py").write_text(source()[:1500])
+    (folder / "short.txt").write_text("def f(): pass")
+    lines = [{"text": source()[:900], "n": 1}, {"text": "x = 1\n"}, {"text": source()[3000:4000]}]
+    (folder / "b.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    (folder / "empty.txt").write_text("")
+    (folder / "bytes.txt").write_bytes(b"caf\xe9")
+    (folder / "x.csv").write_text("text\na")
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n')
+    (folder / "bytes.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    (folder / "t.parquet").write_bytes(b"PAR1")
+    return folder
+
+
+def test_command(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    output, figure = tmp_path / "out" / "lines.jsonl", tmp_path / "curve.svg"
+    both = ("eval", "perplexity", "--data", data / "b.jsonl", "--data", data / "a.py", "--output", output)
+    common = (*both, "--contexts", "64,200", "--truncate", "--last", "50")
+    ropes = ("--rope", "default,resonance_yarn", "--factor", "4")
+    code, out, err = run(*common, "--model", checkpoint, *ropes, "--plot", figure, "--json")
+    result = json.loads(out)
+    assert code == 0 and "3 documents of at least 199 tokens, 1 shorter ones left out" in err
+    assert [(row["rope"], row["context"]) for row in result["results"]] == [
+        (rope, context) for rope in ("default", "resonance_yarn") for context in (64, 200)
+    ]
+    assert {row["tokens"] for row in result["results"]} == {3 * 63, 3 * 199} and result["last"] == 50
+    assert 2 < result["results"][1]["perplexity_last"] < 500 and figure.read_bytes().startswith(b"<?xml")
+    before = output.read_bytes()
+    code, out, _ = run(*common, "--model", checkpoint, *ropes, "--documents", "1")
+    assert code == 0 and "resonance_yarn" in out and "last 50" in out and output.read_bytes() == before
+    assert run(*common, "--model", checkpoint, "--rope", "default", "--stride", "9")[0] == 0  # means nothing here
+    code, _, err = run(*both, "--model", checkpoint, "--contexts", "64", "--stride", "40")
+    assert code == 2 and "truncate is True there, False now" in err
+
+
+def test_beyond(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    common = ("eval", "perplexity", "--model", checkpoint, "--data", data / "short.txt", "--contexts", "600")
+    code, out, err = run(*common, "--output", tmp_path / "x.jsonl")
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "--factor 2, or --beyond" in err
+    code, out, _ = run(*common, "--output", tmp_path / "x.jsonl", "--beyond", "--json")
+    assert code == 0 and json.loads(out)["results"][0]["windows"] == 1
+    assert run(*common, "--output", tmp_path / "x.jsonl", "--rope", "yarn", "--factor", "2")[0] == 0
+
+
+BAD = {
+    "": "Missing option '--data'",
+    "--data none.txt": "none.txt: no such file",
+    "--data empty.txt": "empty.txt is empty",
+    "--data bytes.txt": "bytes.txt is not UTF-8 text",
+    "--data x.csv": "x.csv: the suffix must be one of .txt",
+    "--data broken.jsonl": "broken.jsonl, line 2 is not JSON",
+    "--data bytes.jsonl": "bytes.jsonl, line 2 is not UTF-8 text",
+    "--data surrogate.jsonl": "surrogate.jsonl, line 1 has no 'text' that is a text",
+    "--data b.jsonl --field n": "b.jsonl, line 1 has no 'n' that is a text",
+    "--data t.parquet": "t.parquet needs pyarrow, which is not installed",
+    "--data a.py --documents 0": "documents must be at least 1",
+    "--data short.txt --min-tokens 100": "none of 1 documents has 100 tokens",
+    "--data short.txt --truncate": "none of 1 documents has 299 tokens",
+    "--data a.py --contexts 1": "contexts must be at least 2 tokens",
+    "--data a.py --contexts x": "--contexts must be whole numbers",
+    "--data a.py --contexts 256": "stride must lie in [1, 255]",
+    "--data a.py --stride 0": "stride must lie in [1, 299]",
+    "--data a.py --truncate --last 0": "last must be at least 1",
+    "--data a.py --rope yarn": "needs --factor",
+    "--data a.py --rope yarm --factor 2": "--rope must be some of default, linear",
+    "--data a.py --batch-size 0": "batch_size must be at least 1",
+    "--data a.py --prefill-step-size 0": "prefill_step_size must be at least 1",
+    "--data a.py --kv-bits 3": "kv_bits must be 4 or 8",
+    "--data a.py --memory 1MB": "there are",
+    "--data a.py --plot x.abc": "suffix must be one of",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input(
+    run: Any, checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    monkeypatch.chdir(data)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    contexts = () if "--contexts" in arguments else ("--contexts", "300")
+    output = tmp_path / "x.jsonl"
+    code, out, err = run("eval", "perplexity", "--model", checkpoint, "--output", output, *contexts, *arguments.split())
+    assert (code, out) == (2, "") and BAD[arguments] in err and len(err.splitlines()) == 1
+    assert not output.exists()
+
+
+def test_a_full_disk(run: Any, checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(perplexity, "append_records", full)
+    code, out, err = run(
+        "eval", "perplexity", "--model", checkpoint, "--data", data / "short.txt", "--contexts", "4", "--stride", "2",
+        "--output", tmp_path / "x.jsonl",
+    )  # fmt: skip
+    assert (code, out) == (1, "") and "No space left" in err and len(err.splitlines()) == 1
+
+
+def test_parquet(tmp_path: Path) -> None:
+    parquet = pytest.importorskip("pyarrow.parquet")
+    pyarrow = pytest.importorskip("pyarrow")
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"text": [*map(str, range(40)), None], "n": list(range(41))}), path)
+    texts = read_documents([path], "text")
+    assert [next(texts) for _ in range(40)] == list(map(str, range(40)))
+    with pytest.raises(ValueError, match=r"row 41 has no 'text'"):
+        next(texts)
+    with pytest.raises(ValueError, match=r"no column 'x': --field must be one of text, n"):
+        list(read_documents([path], "x"))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is no whole parquet file"):
+        list(read_documents([path], "text"))
