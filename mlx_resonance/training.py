@@ -13,7 +13,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
 
 def warmup_cosine(peak: float, steps: int, warmup_steps: int, end: float = 0.0) -> Callable[[mx.array], mx.array]:
@@ -33,11 +33,28 @@ def warmup_cosine(peak: float, steps: int, warmup_steps: int, end: float = 0.0) 
     """
     if not 0 <= warmup_steps < steps:
         raise ValueError(f"[warmup_cosine] warmup_steps must lie in [0, {steps}), got {warmup_steps}")
-    cosine = optim.cosine_decay(peak, steps - warmup_steps, end)
+    return _after_warmup(peak, warmup_steps, optim.cosine_decay(peak, steps - warmup_steps, end))
+
+
+def warmup_linear(peak: float, steps: int, warmup_steps: int) -> Callable[[mx.array], mx.array]:
+    """Learning rate that rises linearly to `peak` and falls linearly to 0: arguments as of `warmup_cosine`.
+
+    The first step has a part of the peak, where transformers' schedule wastes it at 0.
+
+    Source: jquesnelle/yarn `finetune.py`, get_linear_schedule_with_warmup; its DeepSpeed settings have WarmupDecayLR.
+    """
+    if not 0 <= warmup_steps < steps:
+        raise ValueError(f"[warmup_linear] warmup_steps must lie in [0, {steps}), got {warmup_steps}")
+    return _after_warmup(peak, warmup_steps, optim.linear_schedule(peak, 0.0, steps - warmup_steps))
+
+
+def _after_warmup(
+    peak: float, warmup_steps: int, schedule: Callable[[mx.array], mx.array]
+) -> Callable[[mx.array], mx.array]:
     if warmup_steps == 0:
-        return cosine
+        return schedule
     return optim.join_schedules(
-        [optim.linear_schedule(peak / warmup_steps, peak, warmup_steps), cosine], [warmup_steps]
+        [optim.linear_schedule(peak / warmup_steps, peak, warmup_steps), schedule], [warmup_steps]
     )
 
 
@@ -104,11 +121,18 @@ def save_checkpoint(
         model: the model being trained.
         optimizer: its optimizer.
         carried: other arrays that belong to the run.
+
+    Raises:
+        OSError: the disk is full, or another fault of it; the file is as before.
     """
     partial_path = path.with_suffix(".partial.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = _state(model, optimizer, carried)
-    mx.save_safetensors(str(partial_path), arrays, metadata={"step": str(step)})
+    try:
+        mx.save_safetensors(str(partial_path), arrays, metadata={"step": str(step)})
+    except (RuntimeError, OSError) as error:
+        partial_path.unlink(missing_ok=True)  # it would keep what is left of a full disk
+        raise OSError(f"[train] {path} cannot be written ({error}): the same command goes on from the last") from None
     os.replace(partial_path, path)
 
 
@@ -121,9 +145,12 @@ def load_checkpoint(
         The number of steps that were done.
 
     Raises:
-        ValueError: the file belongs to another model or optimizer.
+        ValueError: the file is damaged, or belongs to another model or optimizer.
     """
-    loaded: Any = mx.load(str(path), return_metadata=True)
+    try:
+        loaded: Any = mx.load(str(path), return_metadata=True)
+    except RuntimeError as error:
+        raise ValueError(f"[load_checkpoint] {path} is damaged, remove it to begin anew: {error}") from None
     arrays, metadata = loaded
     for name, value in _state(model, optimizer, carried).items():
         if name not in arrays or arrays[name].shape != value.shape:
@@ -155,6 +182,7 @@ def train(
     max_grad_norm: float | None = 1.0,
     on_step: Callable[[int, float], None] | None = None,
     carried: dict[str, mx.array] | None = None,
+    accumulate: int = 1,
 ) -> None:
     """Train `model` in place for `steps` steps, going on from `checkpoint` when that file exists.
 
@@ -174,23 +202,17 @@ def train(
         on_step: called after every step with the number of steps done and the step's loss, before a checkpoint.
         carried: arrays that belong to the run, such as the best weights so far: `on_step` may put others of the same
             shape in their place, and checkpoints keep them.
+        accumulate: cut a batch along its first axis into so many equal parts that go through the model one after the
+            other; the loss and its gradients are the means of theirs.
 
     Raises:
+        ValueError: a batch cannot be cut so.
         FloatingPointError: the loss became NaN or infinite.
     """
     optimizer.init(model.trainable_parameters())
     done = load_checkpoint(checkpoint, model, optimizer, carried) if checkpoint and checkpoint.exists() else 0
     state = [model.state, optimizer.state, mx.random.state]
-    loss_and_grad = nn.value_and_grad(model, loss)
-
-    @partial(mx.compile, inputs=state, outputs=state)
-    def step(*arrays: mx.array) -> mx.array:
-        value, gradients = loss_and_grad(model, *arrays)
-        if max_grad_norm is not None:
-            gradients, _ = optim.clip_grad_norm(gradients, max_grad_norm)
-        optimizer.update(model, gradients)
-        return value
-
+    step = _step(model, optimizer, loss, state, max_grad_norm, accumulate)
     model.train()
     while done < steps:
         mx.random.seed((seed << 32) + done)
@@ -204,3 +226,43 @@ def train(
         if checkpoint and (done % checkpoint_every == 0 or done == steps):
             save_checkpoint(checkpoint, done, model, optimizer, carried)
     model.eval()
+
+
+def _step(
+    model: nn.Module,
+    optimizer: optim.Optimizer,
+    loss: Callable[..., mx.array],
+    state: list[Any],
+    max_grad_norm: float | None,
+    accumulate: int,
+) -> Callable[..., mx.array]:
+    """One update from the arrays of one batch, compiled: in one piece, or its parts and the update."""
+    loss_and_grad = nn.value_and_grad(model, loss)
+
+    def update(gradients: Any) -> None:
+        if max_grad_norm is not None:
+            gradients, _ = optim.clip_grad_norm(gradients, max_grad_norm)
+        optimizer.update(model, gradients)
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def whole(*arrays: mx.array) -> mx.array:
+        value, gradients = loss_and_grad(model, *arrays)
+        update(gradients)
+        return value
+
+    @partial(mx.compile, inputs=state, outputs=state)
+    def add(mean: Any, *arrays: mx.array) -> Any:
+        return tree_map(lambda sum, part: sum + part / accumulate, mean, loss_and_grad(model, *arrays))
+
+    def in_parts(*arrays: mx.array) -> mx.array:
+        if any(array.shape[0] % accumulate for array in arrays):
+            shapes = ", ".join(str(array.shape) for array in arrays)
+            raise ValueError(f"[train] accumulate = {accumulate} does not divide the first axis of {shapes}")
+        mean: Any = (mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters()))
+        for part in zip(*(mx.split(array, accumulate) for array in arrays), strict=True):
+            mean = add(mean, *part)
+            mx.eval(mean, state)  # one part's activations at a time
+        update(mean[1])  # not compiled: that would keep the old weights beside the new ones
+        return mean[0]
+
+    return whole if accumulate == 1 else in_parts

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
-from mlx_resonance.training import train, warmup_cosine
+from mlx_resonance.training import train, warmup_cosine, warmup_linear
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -85,6 +86,14 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
         train(model(width=8), optimizer(), loss, batch, STEPS, checkpoint=tmp_path / "c.safetensors")
 
 
+def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "checkpoint.safetensors"
+    train(model(), optim.Adam(0.01), loss, batch, 1, checkpoint=path)
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(ValueError, match="is damaged, remove it"):
+        train(model(), optim.Adam(0.01), loss, batch, 2, checkpoint=path)
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     def broken(model: nn.Module, x: mx.array, y: mx.array) -> mx.array:
         return loss(model, x, y) * float("nan")
@@ -99,6 +108,47 @@ def test_warmup_cosine(step: int, rate: float) -> None:
     assert warmup_cosine(1.0, 100, 10)(mx.array(step)).item() == pytest.approx(rate, abs=1e-6)
 
 
-def test_warmup_longer_than_the_run_is_refused() -> None:
+@pytest.mark.parametrize(("step", "rate"), [(0, 0.1), (5, 0.55), (10, 1.0), (55, 0.5), (100, 0.0)])
+def test_warmup_linear(step: int, rate: float) -> None:
+    assert warmup_linear(1.0, 100, 10)(mx.array(step)).item() == pytest.approx(rate, abs=1e-6)
+
+
+@pytest.mark.parametrize("schedule", [warmup_cosine, warmup_linear])
+def test_warmup_longer_than_the_run_is_refused(schedule: Any) -> None:
     with pytest.raises(ValueError, match="warmup_steps"):
-        warmup_cosine(1.0, 10, 10)
+        schedule(1.0, 10, 10)
+
+
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_parts_are_the_whole_batch(max_grad_norm: float | None) -> None:
+    def run(accumulate: int) -> tuple[list[float], nn.Module]:
+        net, losses = model(), []
+        net.layers[1] = nn.Identity()  # dropout would draw other numbers
+        options = {"max_grad_norm": max_grad_norm, "accumulate": accumulate}
+        train(net, optim.SGD(0.1), loss, batch, 3, on_step=lambda _, value: losses.append(value), **options)
+        return losses, net
+
+    (wanted, whole), (found, parts) = run(1), run(4)
+    assert found == pytest.approx(wanted, rel=1e-5)
+    for (name, one), (_, other) in zip(tree_flatten(whole.parameters()), tree_flatten(parts.parameters()), strict=True):
+        assert mx.max(mx.abs(one - other)).item() < 1e-5, name
+
+
+def test_a_batch_that_cannot_be_cut_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"accumulate = 5 does not divide the first axis of \(32, 4\)"):
+        train(model(), optim.SGD(0.1), loss, batch, 1, accumulate=5)
+
+
+def test_a_full_disk_leaves_the_checkpoint_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = tmp_path / "c.safetensors"
+    train(model(), optimizer(), loss, batch, 2, checkpoint=checkpoint)
+    before = checkpoint.read_bytes()
+
+    def full(path: str, *_: Any, **__: Any) -> None:
+        Path(path).write_bytes(b"a part")
+        raise RuntimeError("[save_safetensors] Unable to write")  # what MLX says
+
+    monkeypatch.setattr(mx, "save_safetensors", full)
+    with pytest.raises(OSError, match="cannot be written"):
+        train(model(), optimizer(), loss, batch, 4, checkpoint=checkpoint)
+    assert checkpoint.read_bytes() == before and len(list(tmp_path.iterdir())) == 1

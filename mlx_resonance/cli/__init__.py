@@ -7,7 +7,7 @@ import sys
 import typer
 
 from .. import __version__
-from . import convert, demo, eval, generate, inspect, lm, plan, posgen, verify
+from . import convert, demo, eval, finetune, generate, inspect, lm, plan, posgen, verify
 from .output import fail
 
 app = typer.Typer(
@@ -24,8 +24,11 @@ app.command("plan")(plan.command)
 app.command("generate")(generate.command)
 app.add_typer(posgen.app, name="posgen")
 app.add_typer(eval.app, name="eval")
+app.command("finetune")(finetune.command)
 app.command("demo")(demo.command)
 app.command("lm", context_settings=lm.CONTEXT)(lm.command)
+
+WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
 def _version(wanted: bool) -> None:
@@ -51,9 +54,9 @@ def main() -> None:
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     # NotImplementedError: `lm generate --kv-bits` cannot quantize the keys of layers with a sliding window.
-    except (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, NotImplementedError) as error:
+    except (ValueError, NotImplementedError, *WRONG_PATHS) as error:
         fail(error, 2)
-    except OSError as error:
+    except (OSError, FloatingPointError) as error:  # of training: the loss is no number
         fail(error, 1)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not a wrong command line but a fault of ours: show where

@@ -1,0 +1,123 @@
+"""Documents as training data: read, tokenized, packed into sequences of one length, dealt to steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import mlx.core as mx
+import numpy as np
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..files import user_path
+
+TRAIN, VALID = "train.jsonl", "valid.jsonl"
+
+
+def data_files(path: str | Path) -> tuple[list[Path], list[Path]]:
+    """The files to train on, and those held out.
+
+    Args:
+        path: a folder with `train.jsonl` and perhaps `valid.jsonl`, as mlx-lm has them, or with texts (`*.txt`); or one
+            file, of JSON lines (`.jsonl`) or text.
+
+    Raises:
+        FileNotFoundError: no such path, or neither is in the folder.
+    """
+    path = user_path(path)
+    if path.is_file():
+        return [path], []
+    if not path.is_dir():
+        raise FileNotFoundError(f"[finetune] no data at {path}: expected a folder or a file")
+    files = [path / TRAIN] if (path / TRAIN).is_file() else sorted(path.glob("*.txt"))
+    if not files:
+        raise FileNotFoundError(f"[finetune] {path} has neither {TRAIN} nor *.txt")
+    return files, [path / VALID] if (path / VALID).is_file() else []
+
+
+def read_documents(path: Path) -> list[str]:
+    """The documents of a file: the `text` of each JSON line, or all of a plain text.
+
+    Raises:
+        ValueError: it has no text, or a line is not what it should be.
+    """
+    try:
+        text = path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"[finetune] {path} is not UTF-8 text: {error}") from None
+    documents = [text]
+    if path.suffix == ".jsonl":
+        lines = enumerate(text.split("\n"), 1)  # not splitlines(): a text may hold the separators of Unicode
+        documents = [_text_of(path, number, line) for number, line in lines if line.strip()]
+    documents = [document for document in documents if document.strip()]
+    if not documents:
+        raise ValueError(f"[finetune] {path} is empty: expected " + '{"text": …} lines or text')
+    return documents
+
+
+def _text_of(path: Path, number: int, line: str) -> str:
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"[finetune] {path}, line {number} is not JSON: {error}") from None
+    text = value.get("text") if isinstance(value, dict) else None
+    if not isinstance(text, str):
+        raise ValueError(f'[finetune] {path}, line {number} has no "text": expected ' + '{"text": "…"}')
+    if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can hold half a character
+        raise ValueError(f"[finetune] {path}, line {number} is not UTF-8 text")
+    return text
+
+
+def packed(files: list[Path], tokenizer: TokenizerWrapper, length: int, seed: int) -> np.ndarray:
+    """Sequences cut from all documents, shuffled and joined; each document has its start and end token.
+
+    Args:
+        files: of JSON lines or text.
+        tokenizer: of the checkpoint. One without a start token gives documents none.
+        length: tokens of a sequence.
+        seed: of the documents' order.
+
+    Returns:
+        int32, shape (sequences, length); what is left over at the end is dropped.
+
+    Raises:
+        ValueError: a file is wrong, there are too few tokens for a sequence, or the tokenizer has no end token.
+    """
+    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
+    if end is None:
+        raise ValueError("[finetune] the tokenizer has no end-of-text token: expected eos_token in its config")
+    documents = [document for file in files for document in read_documents(file)]
+    order = np.random.default_rng(seed).permutation(len(documents))
+    pieces = []
+    for i in order:
+        ids = tokenizer.encode(documents[i], add_special_tokens=False)
+        pieces.append(np.array([*([] if start is None else [start]), *ids, end], dtype=np.int32))
+    stream = np.concatenate(pieces)
+    count = len(stream) // length
+    if count == 0:
+        raise ValueError(
+            f"[finetune] {files[0]} has {len(stream)} tokens, a sequence needs {length}: "
+            "give more text, or a shorter --length"
+        )
+    return stream[: count * length].reshape(count, length)
+
+
+class Batches:
+    """The sequences of a step, a function of the step's number alone: every pass has an order of its own.
+
+    Args:
+        sequences: int32, shape (sequences, length).
+        size: sequences of a step.
+        seed: of the orders.
+    """
+
+    def __init__(self, sequences: np.ndarray, size: int, seed: int) -> None:
+        self.sequences, self.size, self.seed = sequences, size, seed
+
+    def __call__(self, step: int) -> tuple[mx.array]:
+        """Token ids, int32, shape (size, length)."""
+        numbers = np.arange(step * self.size, (step + 1) * self.size)
+        passes, places = np.divmod(numbers, len(self.sequences))
+        orders = {n: np.random.default_rng((self.seed, n)).permutation(len(self.sequences)) for n in set(passes)}
+        rows = [orders[n][place] for n, place in zip(passes, places, strict=True)]
+        return (mx.array(self.sequences[rows]),)

@@ -1,0 +1,302 @@
+"""finetune(): a checkpoint, text and a recipe to a checkpoint of longer context; a killed run goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import glob
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import mlx_lm.utils
+import numpy as np
+from mlx.utils import tree_flatten, tree_unflatten
+from mlx_lm.tuner.utils import linear_to_lora_layers
+
+from ..config import RopeConfig
+from ..files import (
+    INDEX,
+    TOKENIZER_PATTERNS,
+    WEIGHTS,
+    file_of,
+    read_config,
+    read_header,
+    resolve,
+    user_path,
+    weight_files,
+)
+from ..generation.prompt_cache import model_digest
+from ..loading import check_config, for_models, load_model, load_tokenizer, unite
+from ..records import append_records, open_records
+from ..training import train, warmup_linear
+from .chunks import computed_again, next_token_loss
+from .data import Batches, data_files, packed
+from .memory import guard
+from .recipes import Recipe, choose
+
+KIND, RECORD = "finetune", "finetune.jsonl"  # settings, then a line for each step
+CHECKPOINT, RESULT, ADAPTERS = "checkpoint.safetensors", "result", "adapters"
+DTYPES = ("float32", "float16", "bfloat16")
+NOT_COPIED = {"config.json", INDEX, "conversion.json"}  # the last says how other weights were made
+HELD_OUT = 32  # most sequences that the loss of valid.jsonl is of
+
+OnStep = Callable[[Recipe, int, float, float], None]
+
+
+def finetune(
+    model: str | Path,
+    data: str | Path,
+    mlx_path: str | Path,
+    *,
+    preset: str | None = None,
+    rope: str | None = None,
+    factor: float | None = None,
+    original_max_position_embeddings: int | None = None,
+    dtype: str | None = None,
+    checkpoint_every: int = 25,
+    memory: int | None = None,
+    force: bool = False,
+    on_step: OnStep | None = None,
+    **changes: Any,
+) -> dict[str, Any]:
+    """Train a checkpoint on long sequences. The result appears whole or not at all.
+
+    The work is done in `mlx_path`.partial; the same call goes on with what a killed run has left there, and ends
+    bit-identical to an uninterrupted one on a CPU.
+
+    Args:
+        model: a folder, or the id of a model on the hub. A quantized one is for `lora`; its result is not quantized.
+        data: what `data.data_files` takes.
+        mlx_path: the folder to write, a checkpoint; it must not exist. LoRA's changes are fused into its weights, and
+            lie beside them in `adapters`, as mlx-lm has them.
+        preset, rope, factor, original_max_position_embeddings, changes: as in `recipes.choose`.
+        dtype: float32, float16 or bfloat16 of the result; None for the source's.
+        checkpoint_every: steps between two states to go on from.
+        memory: bytes there are; None for what the device says.
+        force: go on though it does not fit into memory.
+        on_step: called after every step with the recipe, the steps done, the step's loss and learning rate.
+
+    Returns:
+        `settings` of the run, its `losses`, the `valid_loss` where there is a valid.jsonl, and the `peak_memory`.
+
+    Raises:
+        FileNotFoundError: no such model or data.
+        FileExistsError: `mlx_path` exists, another run is at it, or `mlx_path`.partial is none of ours.
+        ValueError: an argument or a file is wrong, it does not fit into memory, or an earlier run had other settings.
+        FloatingPointError: the loss is no longer a number.
+        OSError: the disk is full; the same call goes on.
+    """
+    target = user_path(mlx_path)
+    if glob.escape(str(target)) != str(target):
+        raise ValueError(f"[finetune] {target}: mlx-lm does not find files in a folder with any of *?[ in its name")
+    if os.path.lexists(target):
+        raise FileExistsError(f"[finetune] {target} exists: choose another --mlx-path, or delete it")
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"[finetune] dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+    if checkpoint_every < 1:
+        raise ValueError(f"[finetune] checkpoint_every must be at least 1, got {checkpoint_every}")
+    folder = resolve(model, None, [*TOKENIZER_PATTERNS, WEIGHTS])
+    before = RopeConfig.from_hf(read_config(folder))
+    after, recipe = choose(before, preset, rope, factor, original_max_position_embeddings, **changes)
+    _check_model(folder, after, recipe)
+    if not force:
+        guard(folder, recipe, memory)
+    train_files, valid_files = data_files(data)
+    tokenizer = load_tokenizer(folder, read_config(folder))
+    sequences = packed(train_files, tokenizer, recipe.length, recipe.seed)
+    held_out = packed(valid_files, tokenizer, recipe.length, recipe.seed)[:HELD_OUT] if valid_files else None
+    settings = {
+        "model": str(model),
+        "digest": model_digest(folder, after, None),
+        "rope": after.to_hf("4"),
+        "recipe": asdict(recipe),
+        "dtype": dtype,
+        "sequences": len(sequences),
+        "data_digest": hashlib.sha256(sequences.tobytes()).hexdigest()[:16],
+    }
+    with _workspace(target, settings) as partial:
+        trained, config = load_model(folder, lazy=True, rope=after)
+        dtype = dtype or str(trained.model.norm.weight.dtype).removeprefix("mlx.core.")
+        prepare(trained, recipe)
+        with computed_again(trained, recipe.grad_checkpoint):
+            _train(trained, recipe, sequences, partial, checkpoint_every, on_step)
+            held = {} if held_out is None else {"valid_loss": _mean_loss(trained, held_out, recipe.batch_size)}
+        found = {"settings": settings, "losses": _losses(partial), **held, "peak_memory": mx.get_peak_memory()}
+        _write(trained, config, folder, partial, recipe, dtype, str(model))
+    return found
+
+
+def _check_model(folder: Path, rope: RopeConfig, recipe: Recipe) -> None:
+    """Refuse a checkpoint that cannot be trained so. Raises ValueError."""
+    tensors = unite({file.name: read_header(file) for file in weight_files(folder)})
+    config = check_config(for_models(read_config(folder), rope)[0], tensors)
+    if config.get("quantization") and not recipe.lora:
+        raise ValueError(
+            "[finetune] the weights are quantized, which cannot be trained: give --fine-tune-type lora, or the original"
+        )
+    if (recipe.num_layers or 0) > config["num_hidden_layers"]:
+        raise ValueError(
+            f"[finetune] num_layers must be at most the model's {config['num_hidden_layers']}, got {recipe.num_layers}"
+        )
+
+
+def prepare(model: nn.Module, recipe: Recipe) -> None:
+    """Make trainable what the recipe trains, in float32.
+
+    What is not trained keeps its type, unless that is float16, in which gradients vanish: then all is in float32.
+    """
+    if not recipe.lora or model.model.norm.weight.dtype == mx.float16:
+        model.set_dtype(mx.float32)
+    model.freeze()
+    if recipe.lora:
+        mx.random.seed(recipe.seed)
+        linear_to_lora_layers(model, recipe.num_layers or len(model.layers), _lora_parameters(recipe))
+    elif recipe.num_layers is None:
+        model.unfreeze()
+    else:
+        for layer in model.layers[-recipe.num_layers :]:
+            layer.unfreeze()
+
+
+def _lora_parameters(recipe: Recipe) -> dict[str, Any]:
+    return {"rank": recipe.lora_rank, "scale": recipe.lora_scale, "dropout": 0.0}
+
+
+@contextlib.contextmanager
+def _workspace(target: Path, settings: dict[str, Any]) -> Iterator[Path]:
+    """OUT.partial with the run's record; at the end its `result` becomes OUT by one rename, and the rest goes."""
+    partial = target.with_name(target.name + ".partial")
+    in_the_way = FileExistsError(f"[finetune] {partial} is in the way: this is where the work is done")
+    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
+        raise in_the_way
+    if partial.is_dir() and any(partial.iterdir()) and not (partial / RECORD).is_file():
+        raise in_the_way
+    partial.mkdir(parents=True, exist_ok=True)
+    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
+        except BlockingIOError:
+            raise FileExistsError(f"[finetune] another run is writing {partial}: wait for it to end") from None
+        try:
+            open_records(partial / RECORD, KIND, settings)
+        except ValueError as error:
+            raise ValueError(str(error).replace("--output", "--mlx-path")) from None
+        yield partial
+        (partial / RESULT).rename(target)
+        shutil.rmtree(partial)
+    finally:
+        os.close(descriptor)
+
+
+def _train(
+    model: nn.Module,
+    recipe: Recipe,
+    sequences: np.ndarray,
+    partial: Path,
+    checkpoint_every: int,
+    on_step: OnStep | None,
+) -> None:
+    """All steps that the folder's checkpoint does not have yet; each is a line of the record."""
+    optimizer = optim.AdamW(
+        warmup_linear(recipe.learning_rate, recipe.steps, recipe.rise),
+        betas=[recipe.beta_1, recipe.beta_2],
+        weight_decay=recipe.weight_decay,
+        bias_correction=True,
+    )
+
+    def note(step: int, loss: float) -> None:
+        rate = float(np.array(optimizer.learning_rate))
+        append_records(partial / RECORD, [{"step": step, "loss": loss, "learning_rate": rate}])
+        if on_step is not None:
+            on_step(recipe, step, loss, rate)
+
+    train(
+        model,
+        optimizer,
+        next_token_loss,
+        Batches(sequences, recipe.batch_size * recipe.accumulate, recipe.seed),
+        recipe.steps,
+        seed=recipe.seed,
+        checkpoint=partial / CHECKPOINT,
+        checkpoint_every=checkpoint_every,
+        max_grad_norm=None,  # as the authors of YaRN and of Resonance RoPE
+        on_step=note,
+        accumulate=recipe.accumulate,
+    )
+
+
+def _losses(partial: Path) -> list[float]:
+    """Of each step; of one that was done again after a kill, the last."""
+    lines = (partial / RECORD).read_text(encoding="utf-8").splitlines()[1:]
+    return list({line["step"]: line["loss"] for line in map(json.loads, lines)}.values())
+
+
+def _mean_loss(model: nn.Module, sequences: np.ndarray, batch_size: int) -> float:
+    """Of every next token of sequences that were held out, in nats."""
+    total = 0.0
+    for i in range(0, len(sequences), batch_size):
+        rows = sequences[i : i + batch_size]
+        total += float(np.array(next_token_loss(model, mx.array(rows)))) * len(rows)
+    return total / len(sequences)
+
+
+def _write(
+    model: nn.Module, config: dict[str, Any], source: Path, partial: Path, recipe: Recipe, dtype: str, name: str
+) -> None:
+    """The result's folder: weights, config.json, tokenizer, the run's record, LoRA's changes."""
+    folder = partial / RESULT
+    if folder.exists():  # of a run that was killed meanwhile
+        shutil.rmtree(folder)
+    folder.mkdir()
+    try:
+        if recipe.lora:
+            _save_adapters(model, folder / ADAPTERS, recipe, name)
+            config = _fuse(model, config)
+        model.set_dtype(getattr(mx, dtype))
+        mlx_lm.utils.save_model(folder, model)
+    except RuntimeError as error:  # MLX's, of a full disk
+        raise OSError(f"[finetune] {folder} cannot be written: {error}; the same command goes on") from None
+    config = config | {"dtype": dtype, "torch_dtype": dtype}
+    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    for pattern in TOKENIZER_PATTERNS:
+        for path in source.glob(pattern):
+            if path.name not in NOT_COPIED and path.is_file():
+                shutil.copyfile(file_of(source, path.name), folder / path.name)
+    shutil.copyfile(partial / RECORD, folder / RECORD)
+    for path in filter(Path.is_file, folder.rglob("*")):  # on the disk before the checkpoint goes
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+
+
+def _save_adapters(model: nn.Module, folder: Path, recipe: Recipe, name: str) -> None:
+    """In mlx-lm's format: for the source with the new rope settings."""
+    folder.mkdir()
+    mx.save_safetensors(str(folder / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
+    layers = recipe.num_layers or len(model.layers)
+    settings = {"model": name, "fine_tune_type": "lora", "num_layers": layers} | {
+        "lora_parameters": _lora_parameters(recipe)
+    }
+    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+
+
+def _fuse(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
+    """Add LoRA's changes to the weights in float32, of which quantized ones become plain: rounding would lose them.
+
+    Returns:
+        config.json without quantization.
+    """
+    model.set_dtype(mx.float32)
+    fused = [(path, layer.fuse(dequantize=True)) for path, layer in model.named_modules() if hasattr(layer, "fuse")]
+    model.update_modules(tree_unflatten(fused))
+    mlx_lm.utils.dequantize_model(model)
+    return {key: value for key, value in config.items() if not key.startswith("quantization")}
