@@ -1,0 +1,61 @@
+"""`mlx-resonance eval harness`: lm-eval's tasks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from typer import Option
+
+from .output import print_json, stderr, stdout
+
+
+def command(
+    model: Annotated[str, Option(help="Folder or Hugging Face hub id.")],
+    tasks: Annotated[str, Option(help="lm-eval's names, with commas.")],
+    include_path: Annotated[Path | None, Option(metavar="DIR", help="Folder with more tasks, as YAML.")] = None,
+    num_shots: Annotated[int | None, Option(help="Solved examples in front. Default: the task's.")] = None,
+    limit: Annotated[int | None, Option(help="Take so many documents of each task, the first ones.")] = None,
+    max_tokens: Annotated[int | None, Option(help="Most tokens of an answer. Default: the task's.")] = None,
+    apply_chat_template: Annotated[
+        bool, Option("--apply-chat-template", help="Use the tokenizer's chat template.")
+    ] = False,
+    context: Annotated[
+        int | None, Option(help="Most tokens of prompt and answer. Default: 16384, or the checkpoint's if fewer.")
+    ] = None,
+    factor: Annotated[float | None, Option(help="Stretch the context to so many times the trained one.")] = None,
+    kv_bits: Annotated[int | None, Option(help="Keep keys and values in 4 or 8 bits.")] = None,
+    memory: Annotated[str | None, Option(help="What there is, such as 16GB. Default: what the device says.")] = None,
+    force: Annotated[bool, Option("--force", help="Go on though it does not fit into memory.")] = False,
+    output: Annotated[Path | None, Option(metavar="FILE.json", help="Where lm-eval's whole result goes.")] = None,
+    json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+) -> None:
+    """Tasks of lm-eval, which downloads their data, or yours.
+
+    It comes with mlx-resonance[eval].
+    """
+    from ..evaluation.checkpoint import open_checkpoint
+    from ..evaluation.harness import run_harness, tables
+    from ..files import parse_size, user_path
+    from ..records import append_records
+
+    size = None if memory is None else parse_size(memory, "--memory")
+    output = None if output is None else user_path(output)
+    if output is not None and output.exists() and output.stat().st_size:
+        raise FileExistsError(f"[harness] {output} is there already: choose another --output")
+    checkpoint = open_checkpoint(
+        "harness", model, context=context, factor=factor, kv_bits=kv_bits, memory=size, force=force
+    )
+    names = [name.strip() for name in tasks.split(",")]
+    result = run_harness(
+        checkpoint, names, include_path=None if include_path is None else user_path(include_path),
+        num_shots=num_shots, limit=limit, max_tokens=max_tokens, chat=apply_chat_template,
+    )  # fmt: skip
+    if output is not None:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        append_records(output, [result])
+        stderr.print(f"wrote {output}")
+    if json:
+        print_json(result)
+    else:
+        stdout.print(tables(result), soft_wrap=True)

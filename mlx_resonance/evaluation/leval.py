@@ -1,0 +1,202 @@
+"""L-Eval (An et al. 2023, arXiv 2307.11088): its files, prompts and metrics.
+
+Sources: OpenLMLab/LEval at cd34b05, Baselines/LEval_config.py and llama2-chat-test.py (prompts, which are the
+benchmark's own words), Evaluation/auto_eval.py (which answer is scored how). What differs here:
+
+- The system prompt stands at the beginning of the user's message: not every chat template has a system role.
+- Documents are cut so that prompt and answer are within the context; there, only document and answer count.
+- GSM's and CodeU's messages end as all others do; there, LLaMA-2's [/INST] is left out.
+- The second question of SFiction, about the real world, gets the chat template.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+from ..records import Record
+from . import scorers
+from .answers import summarize
+from .prompts import Prompt, read_lines
+
+KIND = "leval"
+BUDGET = 512  # tokens of an answer
+METRICS, SKIPPED = ("exam", "f1", "rouge"), ("human", "LLM")  # those of a document's `evaluation`
+CLOSED = (
+    "Now you are given a very long document. Please follow the instruction based on this document. For multi-choice "
+    "questions, there is only a sinlge correct option. Please only provide the letter corresponding to the answer "
+    "(like A or B) when answering. For other questions, please directly give the concise and accurate answer. "
+)
+OPEN = (
+    "Now you are given a very long document. Please follow the instruction after this document. These instructions may "
+    "include summarizing a document, answering questions based on the document, or writing a required paragraph. "
+)
+STORY = "based on the world described in the document."
+FACTS = "based on the real-world knowledge and facts up until your last training"
+ANSWER_DIRECTLY = "Please directly answer without any additional output or explanation. "
+DIRECTLY = "Please directly give the answer without any additional output or explanation "
+
+
+@dataclass(frozen=True)
+class Task:
+    """A closed-ended task.
+
+    Args:
+        system: what comes first.
+        score: of an answer.
+        plain: document and question stand alone, without words around them.
+        keep_end: a document that is too long loses its beginning.
+        parts: what its questions are in turn, where the score is a mean of theirs.
+    """
+
+    system: str
+    score: Callable[[str, str], float]
+    plain: bool = False
+    keep_end: bool = False
+    parts: tuple[str, ...] = ()
+
+
+TASKS = {
+    "coursera": Task(
+        "Now you are given a very long document. Please follow the instruction based on this document. For "
+        "multi-choice questions, there could be a sinlge correct option or multiple correct options. Please only "
+        "provide the letter corresponding to the answer (like A or AB) when answering. ",
+        scorers.letters_choice,
+    ),
+    "quality": Task(CLOSED, scorers.letter_choice),
+    "tpo": Task(CLOSED, scorers.letter_choice),
+    "gsm100": Task(
+        "Given several question answer pairs, you need to follow a similar format to answer the last question. Make "
+        "sure the response is end with The answer is _ . ",
+        scorers.last_number,
+        plain=True,
+    ),
+    "topic_retrieval_longchat": Task(
+        "Below is a record of our previous conversation on many different topics. You are the ASSISTANT, and I am the "
+        "USER. At the beginning of each topic, the USER will say 'I would like to discuss the topic of <TOPIC>'. "
+        "Memorize each <TOPIC>. At the end of the record, I will ask you to retrieve the first/second/third topic "
+        "names. Now the record start. ",
+        scorers.exact_match,
+        plain=True,
+        parts=("first", "second", "third"),
+    ),
+    "codeU": Task(
+        "Now you are given a code base consisting of a large amount of functions and the corresponding comments. In "
+        "the end, I will call some functions defined in the code base. Please carefully read these codes and comments "
+        "and answer the question.",
+        scorers.code_output,
+        plain=True,
+        keep_end=True,
+    ),
+    "sci_fi": Task(
+        "Now you are given a scientific fiction. I will ask you some questions and the answer should be \"True\" or "
+        "\"False\". Notice that you should answer the question based on the evidence in the document instead of your "
+        "background knowledge.",
+        scorers.truth,
+        parts=("loyalty",),
+    ),
+}  # fmt: skip
+OPEN_TASKS = (
+    "financial_qa", "gov_report_summ", "legal_contract_qa", "meeting_summ", "multidoc_qa", "narrative_qa",
+    "natural_question", "news_summ", "paper_assistant", "patent_summ", "review_summ", "scientific_qa", "tv_show_summ",
+)  # fmt: skip
+
+
+def make_prompts(paths: Sequence[Path], max_tokens: int | None = None) -> list[Prompt]:
+    """The prompts of L-Eval's files.
+
+    Args:
+        paths: JSON lines named after their task, each with `input`, `instructions`, `outputs` and `evaluation`.
+        max_tokens: of an answer, instead of the benchmark's 512.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file's name is no task's, or its content is something else.
+    """
+    prompts: list[Prompt] = []
+    seen: dict[str, Path] = {}
+    for path in paths:
+        task = path.stem
+        if task not in TASKS and task not in OPEN_TASKS:
+            known = ", ".join((*TASKS, *OPEN_TASKS))
+            raise ValueError(f"[leval] {path}: no task has this name; name the file after its task, one of {known}")
+        if task in seen:
+            raise ValueError(f"[leval] {path} and {seen[task]} are of one task")
+        seen[task] = path
+        fields = {"input": str, "instructions": list, "outputs": list, "evaluation": str}
+        for number, entry in read_lines(KIND, path, fields):
+            _check(f"[leval] {path}, line {number}", task, entry)
+            if entry["evaluation"] not in SKIPPED:
+                prompts += _document_prompts(task, number, entry, max_tokens or BUDGET)
+    if not prompts:
+        raise ValueError(f"[leval] no question is left: those for {' and '.join(SKIPPED)} as judges are not asked")
+    return prompts
+
+
+def _check(where: str, task: str, entry: Record) -> None:
+    questions, references, metric = len(entry["instructions"]), len(entry["outputs"]), entry["evaluation"]
+    if questions != references:
+        raise ValueError(f"{where} has {questions} instructions and {references} outputs")
+    if metric not in (*METRICS, *SKIPPED) or (task in TASKS) != (metric == "exam"):
+        raise ValueError(f"{where}: evaluation {metric!r} is none that {task} has")
+
+
+def _document_prompts(task: str, document: int, entry: Record, budget: int) -> list[Prompt]:
+    """All questions on a document; after each of SFiction's the same about the real world, which needs no document."""
+    found = []
+    known = TASKS.get(task, Task(OPEN, scorers.f1))
+    before = known.system + "\n\n" + ("" if known.plain else "Document is as follows. ")
+    for i, (question, reference) in enumerate(zip(entry["instructions"], entry["outputs"], strict=True)):
+        saved: Record = {"metric": entry["evaluation"], "reference": reference}
+        if known.parts:
+            saved["part"] = known.parts[i % len(known.parts)]
+        name, start, fact = f"{document}.{i + 1}", "", ""
+        if task == "sci_fi":
+            saved["reference"], fact = _judgments(reference)
+        if known.plain:
+            after = "\n\n" + question
+        elif task in TASKS:
+            after, start = f" \nQuestion: {question}.  {DIRECTLY}", "\nAnswer:"
+        else:
+            after = f" Instruction: {question} \nAnswer this question with {len(reference.split())} words."
+        document_text = entry["input"]
+        found.append(
+            Prompt(task, name, before, document_text, after, budget, saved, start=start, keep_end=known.keep_end)
+        )
+        if fact:
+            text, more = question.replace(STORY, FACTS) + ANSWER_DIRECTLY, saved | {"reference": fact, "part": "fact"}
+            found.append(Prompt(task, f"{name} fact", text, "", "", budget, more, start="\nAnswer:"))
+    return found
+
+
+def _judgments(reference: str) -> tuple[str, str]:
+    """True in the story, and in the real world: `True [fact: False]`."""
+    story, _, fact = reference.partition("[fact:")
+    return story.strip(), fact.strip(" ]")
+
+
+def score(line: Record) -> dict[str, float]:
+    """What an answer is worth by each measure of its task, 0 to 1."""
+    said, reference = line["prediction"], line["reference"]
+    if line["metric"] == "f1":
+        return {"f1": scorers.f1(said, reference)}
+    if line["metric"] == "rouge":
+        grams = {f"rouge{n}": scorers.rouge_n(said, reference, n) for n in (1, 2)}
+        return grams | {"rougeL": scorers.rouge_l(said, reference)}
+    return {line.get("part", "exam"): TASKS[line["task"]].score(said, reference)}
+
+
+def summary(lines: Sequence[Record]) -> list[Record]:
+    """A row for each task, in percent: of ROUGE's three the geometric mean, of a task's parts the mean.
+
+    Source: L-Eval's Evaluation/auto_eval.py, DATASET_TO_METRICS and its last lines.
+    """
+    return summarize(lines, score, ("task", "metric"), _combine)
+
+
+def _combine(means: dict[str, float]) -> float:
+    if "rougeL" in means:
+        return float((means["rouge1"] * means["rouge2"] * means["rougeL"]) ** (1 / 3))
+    return fmean(means.values())

@@ -1,0 +1,206 @@
+"""RULER's tasks at lengths in a model's tokens: the longest examples that fit, or RULER's own files."""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+
+from ..records import Record
+from .answers import Answers, summarize
+from .prompts import Limits, Prompt, read_lines
+from .ruler import DOWNLOADED, TASKS, made_essay
+from .scorers import match_all, match_any
+
+KIND = "ruler"
+METRICS = {"match all": match_all, "match any": match_any}
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What is asked.
+
+    Args:
+        tasks: of `TASKS`.
+        lengths: tokens of prompt and answer.
+        samples: examples of each task at each length.
+        seed: which examples.
+        essay: sentences, the haystack of some tasks.
+        chat: use the tokenizer's chat template, where it has one.
+        max_tokens: of an answer, instead of the benchmark's budget for the task.
+
+    Raises:
+        ValueError: an argument is out of range, or a task is unknown.
+    """
+
+    tasks: Sequence[str] = tuple(TASKS)
+    lengths: Sequence[int] = (4096,)
+    samples: int = 20
+    seed: int = 42
+    essay: Sequence[str] = made_essay()
+    chat: bool = True
+    max_tokens: int | None = None
+
+    def __post_init__(self) -> None:
+        for task in self.tasks:
+            if task in DOWNLOADED:
+                raise ValueError(f"[ruler] {task} has downloaded questions: give the file that RULER makes of them")
+            if task not in TASKS:
+                raise ValueError(f"[ruler] no task is named {task!r}; known are {', '.join(TASKS)}")
+        if not self.lengths or min(self.lengths) < 1:
+            raise ValueError(f"[ruler] lengths must be positive numbers of tokens, got {list(self.lengths)}")
+        if self.samples < 1:
+            raise ValueError(f"[ruler] samples must be at least 1, got {self.samples}")
+
+    def header(self, tokenizer: TokenizerWrapper) -> Record:
+        """What all answers to it have in common; more tasks, lengths and samples may follow."""
+        digest = hashlib.sha256("\n".join(self.essay).encode()).hexdigest()[:16]
+        chat = self.chat and tokenizer.has_chat_template
+        return {"seed": self.seed, "haystack": digest, "max_tokens": self.max_tokens, "chat_template": chat}
+
+    def cells(self) -> list[tuple[str, int, int]]:
+        """Task, length and number of every example, the shortest first."""
+        tasks, samples = dict.fromkeys(self.tasks), range(self.samples)
+        return [(task, length, i) for length in sorted(set(self.lengths)) for task in tasks for i in samples]
+
+    def budget(self, task: str) -> int:
+        """Most tokens of an answer."""
+        return self.max_tokens or TASKS[task].budget
+
+
+def read_essay(path: Path) -> list[str]:
+    """The sentences of a text file: they end at a period, question or exclamation mark and a space.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it has none, or is not UTF-8.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"[ruler] no haystack file {path}")
+    try:
+        words = path.read_text(encoding="utf-8").split()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"[ruler] {path} is not UTF-8 text: {error}") from None
+    if not words:
+        raise ValueError(f"[ruler] {path} is empty")
+    return re.split(r"(?<=[.!?]) ", " ".join(words))
+
+
+def make_prompt(tokenizer: TokenizerWrapper, grid: Grid, task: str, length: int, index: int) -> Prompt:
+    """An example of a task, as long as the length allows.
+
+    Args:
+        tokenizer: from `load`.
+        grid: seed, essay, chat template, budget.
+        task, length, index: which one, from 0.
+
+    Raises:
+        ValueError: the length is too short for the task's least example.
+    """
+    name, budget = f"{grid.seed} {task} {length} {index}", grid.budget(task)
+
+    def prompt(size: int) -> Prompt:
+        example = TASKS[task].make(random.Random(name), length, size, grid.essay)
+        saved: Record = {"metric": "match all", "length": length, "references": example.references}
+        return Prompt(task, f"{length}/{index}", example.text, "", "", budget, saved, start=example.start)
+
+    def tokens(size: int) -> int:
+        made = prompt(size)
+        return len(made.tokens(tokenizer, made.before, grid.chat)) + budget
+
+    least = TASKS[task].least
+    if (needed := tokens(least)) > length:
+        raise ValueError(f"[ruler] {task} takes at least {needed} tokens with its answer, the length is {length}")
+    return prompt(largest(tokens, length, least))
+
+
+def largest(tokens: Callable[[int], int], limit: int, least: int) -> int:
+    """The largest size whose tokens keep to a limit, `least` at least.
+
+    By straight lines, as tokens grow about evenly: to count those of a long text takes seconds.
+    """
+    low, high = least, 2 * least + 8
+    few, many = tokens(low), tokens(high)
+    while many <= limit:
+        further = (limit - many) * (high - low) // max(1, many - few) + 1
+        low, few, high = high, many, high + further
+        many = tokens(high)
+    tries = 0
+    while high - low > 1:
+        tries += 1
+        step = (limit - few) * (high - low) // (many - few) if tries < 8 else (high - low) // 2
+        guess = min(max(low + step, low + 1), high - 1)
+        if (count := tokens(guess)) <= limit:
+            low, few = guess, count
+        else:
+            high, many = guess, count
+    return low
+
+
+def run_ruler(answers: Answers, grid: Grid, on_answer: Callable[[Record], None] | None = None) -> list[Record]:
+    """The answers to a grid's examples; those that the file does not have are made and asked.
+
+    Args:
+        answers: the file and the checkpoint.
+        grid: what to ask.
+        on_answer: called with every answer, new or not.
+    """
+    lines = []
+    for task, length, index in grid.cells():
+        line = answers.lines.get((task, f"{length}/{index}"))
+        if line is None:
+            prompt = make_prompt(answers.checkpoint.tokenizer, grid, task, length, index)
+            line = answers.ask(prompt, Limits(length, chat=grid.chat))
+        lines.append(line)
+        if on_answer is not None:
+            on_answer(line)
+    return lines
+
+
+def check_lengths(tokenizer: TokenizerWrapper, grid: Grid) -> None:
+    """Raise ValueError where a length is too short for a task, before hours of work."""
+    for task in dict.fromkeys(grid.tasks):
+        make_prompt(tokenizer, grid, task, min(grid.lengths), 0)
+
+
+def make_prompts(paths: Sequence[Path], max_tokens: int | None = None) -> list[Prompt]:
+    """The prompts of files that RULER has made.
+
+    Args:
+        paths: JSON lines named after their task or in a folder of its name, each with `input`, `outputs`, and
+            `answer_prefix` where the input does not end with it.
+        max_tokens: of an answer, instead of the benchmark's budget for the task.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a task is unknown, or a line is something else.
+    """
+    budgets = {name: task.budget for name, task in TASKS.items()} | DOWNLOADED
+    prompts: dict[tuple[str, str], Prompt] = {}
+    for path in paths:
+        task = path.stem if path.stem in budgets else path.parent.name
+        if task not in budgets:
+            raise ValueError(f"[ruler] {path}: neither file nor folder has a task's name, one of {', '.join(budgets)}")
+        metric = "match any" if task in DOWNLOADED else "match all"
+        for number, entry in read_lines(KIND, path, {"input": str, "outputs": list}):
+            name, start = (task, str(number)), entry.get("answer_prefix", "")
+            if name in prompts or not isinstance(start, str):
+                raise ValueError(f"[ruler] {path}, line {number}: another file of this task, or no text as prefix")
+            saved: Record = {"metric": metric, "references": entry["outputs"]}
+            budget = max_tokens or budgets[task]
+            prompts[name] = Prompt(*name, entry["input"], "", "", budget, saved, start=start)
+    return list(prompts.values())
+
+
+def summary(lines: Sequence[Record]) -> list[Record]:
+    """A row for each task and length, in percent."""
+
+    def score(line: Record) -> dict[str, float]:
+        return {line["metric"]: METRICS[line["metric"]](line["prediction"], line["references"])}
+
+    return summarize(lines, score, [name for name in ("task", "length", "metric") if name in lines[0]])

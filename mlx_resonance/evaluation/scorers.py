@@ -1,0 +1,270 @@
+"""What an answer is worth, 0 to 1: the scorers of L-Eval, LongBench and RULER, each a function of two texts.
+
+Written anew from what the benchmarks' own code does, quirks included where published numbers depend on them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import string
+from collections import Counter
+from collections.abc import Hashable, Sequence
+
+LETTERS = "ABCD"
+PARTIAL = 0.25  # some of the right letters, and no wrong one
+
+
+def normalize(text: str) -> str:
+    """Small letters, without punctuation, articles and more than one space at a time.
+
+    Source: SQuAD's evaluate-v1.1.py, as in LongBench/metrics.py and L-Eval's Evaluation/f1.py.
+    """
+    return _plain(text.lower())
+
+
+def _plain(text: str) -> str:
+    text = "".join(character for character in text if character not in string.punctuation)
+    return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
+
+
+def f1(prediction: str, reference: str) -> float:
+    """Harmonic mean of precision and recall of the normalized words, each counted as often as it stands in both.
+
+    Source: as `normalize`.
+    """
+    return _overlap(normalize(prediction).split(), normalize(reference).split())
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """Whether an answer is the reference: the same letters A to D, the same number, or a text with the reference in it.
+
+    Of several letters, some and no other are worth 0.25. In texts, spaces and case do not count.
+
+    Source: L-Eval's Evaluation/em.py, exact_match_score.
+    """
+    said, right = _plain(prediction), _plain(reference)
+    if set(right) <= set(LETTERS):
+        return 1.0 if said == right else PARTIAL if set(said) <= set(right) else 0.0
+    try:
+        return float(float(prediction) == float(reference))
+    except ValueError:
+        return float(_squeeze(reference) in _squeeze(prediction))
+
+
+def letter_choice(prediction: str, reference: str) -> float:
+    """Whether the one letter that an answer chooses is the reference's; an answer without letters chooses A.
+
+    Source: L-Eval's Evaluation/auto_eval.py, process_output_mc: the first capital A to D counts, so "Answer: B" is A.
+    """
+    first = re.search(f"[{LETTERS}]", prediction)
+    return letters_choice(first[0] if first and prediction not in LETTERS else prediction, reference)
+
+
+def letters_choice(prediction: str, reference: str) -> float:
+    """The same where several letters may be right: 1 for all of them, 0.25 for some of them and no other.
+
+    Letters are those at the very start and, where that is less than two, the ones before a space, a period or a
+    bracket, or else the first run of them.
+
+    Source: as `letter_choice` (Coursera).
+    """
+    if not prediction.strip():
+        return 0.0
+    return exact_match(_chosen_letters(prediction), _reference_letters(reference))
+
+
+def _chosen_letters(answer: str) -> str:
+    if answer in LETTERS:
+        return answer
+    rest = answer.lstrip(LETTERS)
+    chosen = answer[: len(answer) - len(rest)]
+    if len(chosen) < 2:
+        rest = rest.split("Question")[0]
+        chosen += "".join(re.findall(rf"[{LETTERS}](?=[\s.)])", rest))
+    run = re.search(f"[{LETTERS}]+", rest)
+    return "".join(sorted(set(chosen))) or (run[0] if run else "A")
+
+
+def _reference_letters(reference: str) -> str:
+    first = reference.split()[0] if reference.strip() else ""
+    return "".join(c for c in first if c in LETTERS) or "A"
+
+
+def last_number(prediction: str, reference: str) -> float:
+    """Whether an answer's number is the reference's: after "The answer is", or else the first paragraph's last one.
+
+    Only the digits before a period count: $1,200.50 is 1200.
+
+    Source: L-Eval's Evaluation/auto_eval.py, process_math (GSM).
+    """
+    return exact_match(_number(prediction), _number(reference))
+
+
+def _number(answer: str) -> str:
+    found = re.search(r"The answer is (\S+)", answer)
+    words = [found[1]] if found else answer.split("\n\n")[0].split(" ")[::-1]
+    word = next((word for word in words if re.search("[0-9]", word)), "")
+    return "".join(re.findall("[0-9]", word.split(".")[0]))
+
+
+def code_output(prediction: str, reference: str) -> float:
+    """Whether what a program prints is where an answer says it: after "the final output", or at its end.
+
+    Looked for in as many words as the reference has and three more; commas, quotes and ".0" do not count.
+
+    Source: L-Eval's Evaluation/auto_eval.py, process_output_code (CodeU).
+    """
+    answer = _code(prediction)
+    for filler in ("will be", "of the code", "is", "would be", "the value of", "the result of", "printed"):
+        answer = answer.replace(filler, "")
+    count = len(reference.split()) + 3
+    _, found, after = answer.rpartition("the final output")
+    words = re.split(r"\s+", after)
+    return exact_match(" ".join(words[:count] if found else words[-count:]), _code(reference))
+
+
+def _code(text: str) -> str:
+    text = re.sub(r"\s+", " ", text)
+    for mark in (",", "'", "\\", ".0"):
+        text = text.replace(mark, "")
+    for spaced, close in (("] [", "]["), ("[ [", "[["), ("] ]", "]]")):
+        text = text.replace(spaced, close)
+    return text
+
+
+def truth(prediction: str, reference: str) -> float:
+    """Whether the first word of an answer with "true" or "false" in it says what the reference does.
+
+    Source: L-Eval's Evaluation/auto_eval.py, process_output_judge (SFiction).
+    """
+    return exact_match(_verdict(prediction), reference.lower())
+
+
+def _verdict(answer: str) -> str:
+    for word in answer.lower().split():
+        for verdict in ("true", "false"):
+            if verdict in word:
+                return verdict
+    return ""
+
+
+def rouge_n(prediction: str, reference: str, n: int) -> float:
+    """ROUGE-N, F-measure: common runs of n words, each counted as often as it stands in both.
+
+    Words are runs of a to z and digits, in small letters, without stemming.
+
+    Source: Lin 2004; equal to the package rouge-score with use_stemmer=False, which L-Eval uses.
+    """
+    one, other = _words(prediction), _words(reference)
+    return _overlap(*([tuple(words[i : i + n]) for i in range(len(words) - n + 1)] for words in (one, other)))
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """ROUGE-L, F-measure: the longest common subsequence of words; words, source: as `rouge_n`."""
+    one, other = _words(prediction), _words(reference)
+    return _harmonic(len(_common_subsequence(other, one)), len(one), len(other))
+
+
+def rouge_l_sentences(prediction: str, reference: str) -> float:
+    """ROUGE-L of summaries, F-measure: different words in the common subsequences of all pairs of sentences.
+
+    Sentences end at a period; words are what is between spaces, as written.
+
+    Source: Lin 2004, section 3.2; equal to the package rouge 1.0.1, which LongBench uses, except for pairs of sentences
+    of a thousand words, where that package's recursion fails and LongBench gives 0.
+    """
+    one, other = (
+        [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
+        for text in (prediction, reference)
+    )
+    union = {word for right in other for said in one for word in _common_subsequence(right, said)}
+    return _harmonic(len(union), len(set().union(*one)), len(set().union(*other)))
+
+
+def _words(text: str) -> list[str]:
+    return re.findall("[a-z0-9]+", text.lower())
+
+
+def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> list[str]:
+    """The longest common subsequence; of several, the one that the package rouge finds."""
+    table = [[0] * (len(other) + 1)]
+    for word in one:
+        above, row = table[-1], [0]
+        for j, candidate in enumerate(other):
+            row.append(above[j] + 1 if word == candidate else max(above[j + 1], row[j]))
+        table.append(row)
+    i, j, found = len(one), len(other), []
+    while i and j:
+        if one[i - 1] == other[j - 1]:
+            found.append(one[i - 1])
+            i, j = i - 1, j - 1
+        elif table[i - 1][j] > table[i][j - 1]:
+            i -= 1
+        else:
+            j -= 1
+    return found[::-1]
+
+
+def match_all(prediction: str, references: Sequence[str]) -> float:
+    """The part of the references that an answer contains, case aside.
+
+    Source: RULER's scripts/eval/synthetic/constants.py, string_match_all, control characters as evaluate.py has them.
+    """
+    answer = _printable(prediction)
+    return sum(reference.lower() in answer for reference in references) / len(references)
+
+
+def match_any(prediction: str, references: Sequence[str]) -> float:
+    """Whether an answer contains one of the references; source: as `match_all`, string_match_part."""
+    return float(match_all(prediction, references) > 0)
+
+
+def _printable(text: str) -> str:
+    return re.sub(r"[\x00-\x1f]", "\n", text.strip()).strip().lower()
+
+
+def classification(prediction: str, reference: str, classes: Sequence[str]) -> float:
+    """1 divided by how many classes an answer names, if the reference is among them.
+
+    A class whose name is a part of the reference's does not count.
+
+    Source: LongBench/metrics.py, classification_score (TREC, LSHT), which deletes while it iterates, and so keeps every
+    second of several such parts.
+    """
+    named = [name for name in classes if name in prediction and (name == reference or name not in reference)]
+    return 1 / len(named) if reference in named else 0.0
+
+
+def part_of_numbers(prediction: str, reference: str) -> float:
+    """The part of an answer's numbers that are the reference's first one.
+
+    Source: LongBench/metrics.py: count_score, retrieval_score ("Paragraph 7"), retrieval_zh_score ("段落7").
+    """
+    right, numbers = re.search(r"\d+", reference), re.findall(r"\d+", prediction)
+    return numbers.count(right[0]) / len(numbers) if right and numbers else 0.0
+
+
+def edit_similarity(prediction: str, reference: str) -> float:
+    """How alike the reference and an answer's first line that is neither comment nor markup are, in whole percent.
+
+    Source: LongBench/metrics.py, code_sim_score; the ratio is that of fuzzywuzzy without python-Levenshtein, difflib's.
+    """
+    lines = prediction.lstrip("\n").split("\n")
+    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
+    if line == reference or not line or not reference:
+        return float(line == reference)
+    return round(100 * difflib.SequenceMatcher(None, line, reference).ratio()) / 100
+
+
+def _squeeze(text: str) -> str:
+    return text.lower().replace(" ", "")
+
+
+def _overlap(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:
+    return _harmonic((Counter(one) & Counter(other)).total(), len(one), len(other))
+
+
+def _harmonic(common: int, one: int, other: int) -> float:
+    """Of the parts that the common ones are of each side."""
+    return 2 * common / (one + other) if common else 0.0

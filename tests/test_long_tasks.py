@@ -1,0 +1,280 @@
+"""L-Eval and LongBench: their prompts, cut to a context, and answers that a killed run goes on with."""
+
+from __future__ import annotations
+
+import errno
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance import records
+from mlx_resonance.evaluation import answers, leval, longbench
+from mlx_resonance.evaluation.answers import first_line, summarize
+from mlx_resonance.evaluation.prompts import Limits, Prompt, cut, fit
+from mlx_resonance.loading import load_tokenizer
+
+import pytest
+
+LEVAL = {"input": "A long text. " * 5, "instructions": ["Q1\nA. x", "Q2"], "outputs": ["A", "B"], "evaluation": "exam"}
+LONGBENCH = {
+    "input": "Who?",
+    "context": "It was Ann. " * 5,
+    "answers": ["Ann", "Anna"],
+    "length": 15,
+    "dataset": "qasper",
+}
+
+
+def write(path: Path, *lines: Any) -> Path:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def tokenizer_of(folder: Path) -> Any:
+    return load_tokenizer(folder, json.loads((folder / "config.json").read_text()))
+
+
+@pytest.fixture(scope="module")
+def tokenizer(stdlib_llama: Path) -> Any:
+    return tokenizer_of(stdlib_llama)
+
+
+def test_leval_prompts(tmp_path: Path) -> None:
+    one, two = leval.make_prompts([write(tmp_path / "coursera.jsonl", LEVAL)])
+    text = one.before + one.document + one.after + one.start
+    assert text.startswith("Now you are given a very long document. Please follow the instruction based on this")
+    assert text.endswith(
+        f"(like A or AB) when answering. \n\nDocument is as follows. {LEVAL['input']} \nQuestion: Q1\nA. x.  Please "
+        "directly give the answer without any additional output or explanation \nAnswer:"
+    )
+    assert (one.id, two.id, one.budget, one.saved) == ("1.1", "1.2", 512, {"metric": "exam", "reference": "A"})
+    (code, _) = leval.make_prompts([write(tmp_path / "codeU.jsonl", LEVAL)])
+    assert code.keep_end and code.after == "\n\nQ1\nA. x" and code.start == ""
+    summary = {**LEVAL, "evaluation": "rouge", "outputs": ["three more words", "one"]}
+    (prompt, _) = leval.make_prompts([write(tmp_path / "news_summ.jsonl", summary)], max_tokens=7)
+    assert prompt.after == " Instruction: Q1\nA. x \nAnswer this question with 3 words." and prompt.budget == 7
+
+
+def test_a_story_is_asked_about_twice(tmp_path: Path) -> None:
+    question = "Do we travel? Answer this question based on the world described in the document."
+    entry = {**LEVAL, "instructions": [question], "outputs": ["True [fact: False]"]}
+    story, fact = leval.make_prompts([write(tmp_path / "sci_fi.jsonl", entry)])
+    assert (story.saved["reference"], fact.saved["reference"]) == ("True", "False") and fact.document == ""
+    assert "real-world knowledge and facts up until your last training" in fact.before
+    lines = [prompt.saved | {"task": "sci_fi", "max_tokens": 9, "truncated": False} for prompt in (story, fact)]
+    said = [lines[0] | {"prediction": "true"}, lines[1] | {"prediction": "true"}]
+    (row,) = leval.summary(said)
+    assert (row["score"], row["scores"]) == (50, {"loyalty": 100, "fact": 0})
+
+
+def test_leval_scores() -> None:
+    line = {"task": "news_summ", "metric": "rouge", "reference": "the cat ran away", "max_tokens": 9, "truncated": True}
+    (row,) = leval.summary([line | {"prediction": "the cat sat"}])
+    # 4/7, 2/5 and 4/7 of test_scorers, and their geometric mean
+    assert row["scores"] == {"rouge1": 57.14, "rouge2": 40.0, "rougeL": 57.14} and row["score"] == 50.74
+    assert (row["n"], row["truncated"], row["max_tokens"]) == (1, 1, 9)
+    topic = {"task": "topic_retrieval_longchat", "metric": "exam", "max_tokens": 9, "truncated": False}
+    said = [("first", "art", "Art"), ("second", "art", "sports"), ("first", "art", "x"), ("third", "art", "art")]
+    lines = [topic | {"part": part, "reference": right, "prediction": text} for part, right, text in said]
+    assert leval.summary(lines)[0]["score"] == 50  # the mean of 50, 0 and 100
+
+
+def test_longbench_prompts_and_scores(tmp_path: Path) -> None:
+    (prompt,) = longbench.make_prompts([write(tmp_path / "anything.jsonl", LONGBENCH)])
+    assert prompt.task == "qasper" and prompt.budget == 128 and prompt.chat
+    assert prompt.before.endswith("\n\nArticle: ") and prompt.after.endswith("\n\nQuestion: Who?\n\nAnswer:")
+    line = prompt.saved | {"task": "qasper", "prediction": "Anna", "max_tokens": 128, "truncated": False}
+    assert longbench.summary([line])[0]["score"] == 100  # the better of two references
+    braces = {**LONGBENCH, "dataset": "lcc", "context": "f({input})", "input": "{context}"}
+    (code,) = longbench.make_prompts([write(tmp_path / "lcc.jsonl", braces)])
+    assert code.document == "f({input})" and code.after == "Next line of code:\n" and not code.chat
+    trec = {**LONGBENCH, "dataset": "trec", "all_classes": ["Ann", "Bob"], "answers": ["Bob"]}
+    (prompt,) = longbench.make_prompts([write(tmp_path / "trec_e.jsonl", {**trec, "length": 4000})])
+    assert (prompt.task, prompt.saved["bracket"], prompt.one_line) == ("trec_e", "4-8k", True)
+    line = prompt.saved | {"task": "trec_e", "prediction": "\nBob\nAnn", "max_tokens": 64, "truncated": False}
+    assert longbench.summary([line, line | {"bracket": "8k+", "prediction": "Bob Ann"}])[0] == {
+        "task": "trec_e", "metric": "classes", "n": 2, "score": 75, "scores": {"4-8k": 100, "8k+": 50},
+        "max_tokens": 64, "truncated": 0,
+    }  # fmt: skip
+
+
+def test_truncation(tokenizer: Any) -> None:
+    words = [f"word{i}" for i in range(600)]
+    text = " ".join(words)
+    count = len(tokenizer.encode(text, add_special_tokens=False))
+    for part in (cut(tokenizer, text, 1250, "words"), cut(tokenizer, text, 1250, "words", keep_end=True)):
+        kept = part.split(" ")
+        assert len(kept) == 250  # as many words as tokens, less 250 at a time
+        assert kept in (words[: len(kept)], words[-len(kept) :])
+    assert cut(tokenizer, text, count, "head") == text
+    head, tail = cut(tokenizer, text, 50, "head"), cut(tokenizer, text, 50, "words", keep_end=True)
+    assert text.startswith(head) and text.endswith(tail) and len(tokenizer.encode(head)) in range(45, 52)
+    prompt = Prompt("t", "1", "Begin: ", text, " End?", 20, {})
+    for truncation in ("words", "head", "middle"):
+        ids, truncated = fit("leval", tokenizer, prompt, Limits(1000, truncation))
+        assert truncated and len(ids) <= 980 and (len(ids) > 900 or truncation == "words")
+        found = tokenizer.decode(ids, skip_special_tokens=True)
+        assert found.startswith("Begin: word0 ") and found.endswith(" End?")
+        assert ("word599" in found) == (truncation == "middle")
+    ids, truncated = fit("leval", tokenizer, prompt, Limits(count + 60, "middle"))
+    assert not truncated and tokenizer.decode(ids, skip_special_tokens=True) == "Begin: " + text + " End?"
+    with pytest.raises(ValueError, match=r"\[leval\] t, 1: the question and 20 tokens of answer take"):
+        fit("leval", tokenizer, prompt, Limits(22))
+
+
+def test_chat_template(stdlib_llama: Path, tokenizer: Any, tmp_path: Path) -> None:
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(stdlib_llama / name, tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
+    chat = tokenizer_of(tmp_path)
+    prompt = Prompt("t", "1", "Who", " is", " it?", 20, {}, start=" It is")
+    plain = chat.encode("Who is it? It is")
+    assert prompt.tokens(chat, "Who is it?", False) == prompt.tokens(tokenizer, "Who is it?", True) == plain
+    ids = prompt.tokens(chat, "Who is it?", True)
+    assert ids == [*chat.encode("Who is it?"), *chat.encode(" It is", add_special_tokens=False)]
+    assert Prompt("t", "1", "", "", "", 20, {}, chat=False).tokens(chat, "Who is it? It is", True) == plain
+
+
+def test_first_line_and_summarize() -> None:
+    assert [first_line(text) for text in ("", "\n", "a", "\na\n", "a\nb")] == [None, None, None, 2, 1]
+    common = {"task": "a", "metric": "m", "max_tokens": 1, "truncated": False}
+    rows = summarize(
+        [common | {"x": 0}, common | {"task": "b", "x": 1}, common | {"x": 1}], lambda line: {"x": line["x"]}
+    )
+    assert [(row["task"], row["n"], row["score"]) for row in rows] == [("a", 2, 50), ("b", 1, 100)]
+
+
+def files(folder: Path) -> list[Any]:
+    more = {**LEVAL, "input": "def f(x):\n    return x\n" * 30}
+    paths = write(folder / "coursera.jsonl", LEVAL), write(folder / "codeU.jsonl", more)
+    return [part for path in paths for part in ("--data", path)]
+
+
+def test_commands(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    arguments = ["--model", stdlib_llama, "--context", 256, "--max-tokens", 2, "--output"]
+    code, out, _ = run("eval", "leval", *arguments, tmp_path / "a.jsonl", *files(tmp_path), "--json")
+    result = json.loads(out)
+    assert code == 0 and result["answers"] == 4 and result["rope"] and result["model"] == str(stdlib_llama)
+    assert [(row["task"], row["n"], row["truncated"]) for row in result["results"]] == [
+        ("coursera", 2, 0), ("codeU", 2, 2)
+    ]  # fmt: skip
+    code, out, _ = run("eval", "leval", *arguments, tmp_path / "b.jsonl", *files(tmp_path), "--limit", 1)
+    assert code == 0 and "coursera (exam)" in out and "mean" in out
+    kept = {json.loads(line).get("id") for line in (tmp_path / "b.jsonl").read_text().splitlines()}
+    assert kept == {None, "1.1"}
+    short = {**LONGBENCH, "dataset": "multifieldqa_en"}
+    data = write(tmp_path / "any.jsonl", short, {**short, "context": "x = y + 1\n" * 60})
+    code, out, _ = run("eval", "longbench", *arguments, tmp_path / "c.jsonl", "--data", data, "--kv-bits", 8)
+    assert code == 0 and "multifieldqa_en (f1)" in out
+    lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()[1:]]
+    assert [line["truncated"] for line in lines] == [False, True] and lines[1]["prompt_tokens"] in range(235, 255)
+
+
+def test_killed_and_gone_on_with(run: Any, stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, data = tmp_path / "answers.jsonl", files(tmp_path)
+    arguments = ["eval", "leval", "--model", stdlib_llama, *data, "--max-tokens", 2, "--output", output]
+    arguments.extend(["--context", 256])
+    assert run(*arguments)[0] == 0
+    whole, asked = output.read_bytes(), []
+    greedy = answers.greedy
+
+    def counted(*given: Any, **options: Any) -> Any:
+        asked.append(1)
+        if len(asked) == 3:
+            raise KeyboardInterrupt
+        return greedy(*given, **options)
+
+    monkeypatch.setattr(answers, "greedy", counted)
+    output.unlink()
+    assert run(*arguments)[0] == 130 and len(output.read_text().splitlines()) == 1 + 2
+    with output.open("ab") as file:
+        file.write(b'{"task": "cod')  # half a line
+    assert run(*arguments)[0] == 0 and len(asked) == 3 + 2 and output.read_bytes() == whole
+    assert run(*arguments)[0] == 0 and len(asked) == 3 + 2 and output.read_bytes() == whole
+    code, _, err = run(*arguments, "--context", 300)
+    assert code == 2 and "other settings (context is 256 there, 300 now)" in err
+    write(tmp_path / "coursera.jsonl", {**LEVAL, "input": "Another text"})
+    code, _, err = run(*arguments)
+    assert code == 2 and "an answer to another question as coursera, 1.1" in err and len(err.splitlines()) == 1
+    assert output.read_bytes() == whole
+
+
+def test_full_disk(run: Any, stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    output, data = tmp_path / "answers.jsonl", files(tmp_path)
+    arguments = ["eval", "leval", "--model", stdlib_llama, *data, "--max-tokens", 2, "--output", output]
+    assert run(*arguments, "--limit", 1)[0] == 0
+    before = output.read_bytes()
+
+    def fsync(_: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(records.os, "fsync", fsync)
+    code, out, err = run(*arguments)
+    assert (code, out) == (1, "") and err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert output.read_bytes() == before
+
+
+BAD = {
+    "leval coursera.jsonl ": "coursera.jsonl is empty",
+    'leval coursera.jsonl {"input": 1': "coursera.jsonl, line 1 is not JSON",
+    "leval coursera.jsonl [1]": "coursera.jsonl, line 1 is no JSON object",
+    "leval coursera.jsonl \n\n{}": "coursera.jsonl, line 3 has no 'input' that is a text",
+    'leval coursera.jsonl {"input": "a", "instructions": []}': "line 1 has no 'instructions' that is a list of texts",
+    "leval poems.jsonl {}": "no task has this name; name the file after its task, one of coursera, quality",
+    f"leval coursera.jsonl {json.dumps({**LEVAL, 'outputs': ['A']})}": "line 1 has 2 instructions and 1 outputs",
+    f"leval coursera.jsonl {json.dumps({**LEVAL, 'evaluation': 'f1'})}": "evaluation 'f1' is none that coursera has",
+    f"leval news_summ.jsonl {json.dumps({**LEVAL, 'evaluation': 'LLM'})}": "no question is left",
+    'longbench qasper.jsonl {"input": ""}': "qasper.jsonl, line 1 has no 'context' that is a text",
+    'longbench x.jsonl {"input": "", "context": "", "answers": ["a"]}': "no task is named 'x'; known are narrativeqa",
+    'longbench vcsum.jsonl {"input": "", "context": "", "answers": ["a"]}': "vcsum is scored by Chinese words",
+    'longbench trec.jsonl {"input": "", "context": "", "answers": ["a"]}': "line 1 has no 'all_classes' that is a list",
+    'longbench lcc_e.jsonl {"input": "", "context": "", "answers": ["a"]}': "has no 'length' that is a whole number",
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_files(run: Any, stdlib_llama: Path, tmp_path: Path, case: str) -> None:
+    kind, name, content = case.split(" ", 2)
+    (tmp_path / name).write_text(content)
+    output = tmp_path / "answers.jsonl"
+    code, out, err = run("eval", kind, "--model", stdlib_llama, "--data", tmp_path / name, "--output", output)
+    assert (code, out) == (2, "") and BAD[case] in err and len(err.splitlines()) == 1 and not output.exists()
+
+
+OPTIONS = {
+    "--context 513": "513 tokens exceed the checkpoint's context of 512",
+    "--context 40": "coursera, 1.1: the question and 512 tokens of answer take",
+    "--max-tokens 0": "max_tokens must be at least 1",
+    "--limit 0": "limit must be at least 1",
+    "--truncation tail": "truncation must be one of words, head, middle",
+    "--data none.jsonl": "none.jsonl",
+    "--data coursera.jsonl": "are of one task",
+}
+
+
+@pytest.mark.parametrize("arguments", OPTIONS)
+def test_bad_options(
+    run: Any, stdlib_llama: Path, tmp_path: Path, arguments: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = write(Path("coursera.jsonl"), LEVAL)
+    code, out, err = run(
+        "eval", "leval", "--model", stdlib_llama, "--data", data, "--output", "out.jsonl", *arguments.split()
+    )
+    assert (code, out) == (2, "") and OPTIONS[arguments] in err and len(err.splitlines()) == 1
+    assert not Path("out.jsonl").exists()
+
+
+def test_output_of_something_else(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    data, output = write(tmp_path / "coursera.jsonl", LEVAL), write(tmp_path / "notes.jsonl", {"a": 1})
+    arguments = ["eval", "leval", "--model", stdlib_llama, "--data", data, "--max-tokens", 2, "--output"]
+    code, _, err = run(*arguments, output)
+    assert code == 2 and "notes.jsonl is no file of leval results" in err
+    good = tmp_path / "good.jsonl"
+    assert run(*arguments, good)[0] == 0
+    header = good.read_text().splitlines()[0]
+    good.write_text(header + '\n{"task": "coursera"}\n')
+    code, _, err = run(*arguments, good)
+    assert code == 2 and "good.jsonl, line 2 is no answer: it has no digest" in err
