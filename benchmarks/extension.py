@@ -1,0 +1,240 @@
+"""Does Resonance-YaRN help a small LLaMA at 8 times its context? Train, extend, measure, one line per model.
+
+    python benchmarks/extension.py mini --work-dir /tmp/extension --output benchmarks/results/extension-mini.jsonl
+    python benchmarks/extension.py stdlib-llama --steps 0 --work-dir … --output …
+
+`mini` trains models of its own from the start, with plain RoPE and with resonance, three seeds of each; `stdlib-llama`
+takes the checkpoint of the package. Each is then extended with every scaling: as it is (0 steps of fine-tuning), after
+50, after 400, as `--steps` says, on sequences of the trained length (the paper's cheapest recipe: 4096 tokens for a
+context of 32 768) or of any other `--length`. What is in the output is not done again, a killed run goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from mlx_resonance import RopeConfig, feature_gap, load
+from mlx_resonance.convert import convert
+from mlx_resonance.evaluation.passkey import ANSWER_TOKENS, Grid, accuracy, passkey_prompt, run_passkey
+from mlx_resonance.evaluation.perplexity import Subject, named_rope, run_perplexity, select_documents
+from mlx_resonance.evaluation.windows import Protocol
+from mlx_resonance.files import TOKENIZER_PATTERNS, read_config
+from mlx_resonance.finetuning import finetune
+from mlx_resonance.loading import model_classes, set_rope
+from mlx_resonance.records import append_records, open_records
+from mlx_resonance.training import train, warmup_cosine
+
+import mlx.core as mx
+import mlx.nn as nn
+import mlx.optimizers as optim
+import numpy as np
+from mlx.utils import tree_flatten
+from stdlib_llama import CONFIG, read, source_files
+
+TINY = Path(__file__).parents[1] / "mlx_resonance/assets/stdlib-llama"
+FACTOR = 8
+ROPES = ("default", "linear", "ntk", "yarn", "resonance_yarn")
+FROM_RESONANCE = ("resonance_default", "resonance_yarn")  # for what was trained with rounded wavelengths
+CONTEXT, TEXT_ROWS, KEY_ROWS = 256, 6, 4  # of mini's training: tokens of a row, rows of text and of passkeys
+STEPS, WARMUP, LEARNING_RATE = 600, 40, 4e-3
+MINI = CONFIG | {
+    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "dtype": "float32", "torch_dtype": "float32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One of the two experiments: the length trained with, what is measured past it, how it is fine-tuned."""
+
+    context: int
+    bases: tuple[str, ...]
+    seeds: int
+    documents: int
+    repetitions: int  # of the passkey, at each length and depth; 0 for a model that never learned to copy
+    learning_rate: float
+
+    @property
+    def contexts(self) -> list[int]:
+        """From the trained one to `FACTOR` times that."""
+        return [self.context * times for times in (1, 2, 4, FACTOR)]
+
+
+SETTINGS = {
+    "mini": Setting(CONTEXT, ("default", "resonance_default"), 3, 22, 1, 5e-4),
+    "stdlib-llama": Setting(512, ("default",), 3, 10, 0, 2e-4),
+}
+
+
+def key_row(tokenizer, seed: list[int]) -> list[int]:
+    """A passkey prompt with its answer, of a length up to the context, the rest end tokens."""
+    rng = np.random.default_rng(seed)
+    length, depth, key = int(rng.integers(140, CONTEXT + 1)), int(rng.integers(0, 101)), int(rng.integers(1, 50001))
+    prompt = passkey_prompt(tokenizer, length, depth, key)
+    answer = tokenizer.encode(f" {key}.", add_special_tokens=False)[:ANSWER_TOKENS]
+    row = prompt + answer + [CONFIG["eos_token_id"]] * (CONTEXT + 1)
+    return row[: CONTEXT + 1]
+
+
+def train_base(rope: str, seed: int, folder: Path, work: Path) -> None:
+    """Train a model from the start on text and passkeys, and write a checkpoint."""
+    _, tokenizer = load(TINY)
+    parts = [[*tokenizer.encode(read(path)), CONFIG["eos_token_id"]] for path in source_files()[0]]
+    stream = np.concatenate([np.array(part, np.int32) for part in parts])
+    config = MINI | {"rope_scaling": None if rope == "default" else {"rope_type": rope}}
+    model_class, args_class = model_classes(config)
+    mx.random.seed(seed)
+    model = model_class(args_class.from_dict(config))
+
+    def batch(step: int) -> tuple[mx.array]:
+        starts = np.random.default_rng((seed, step)).integers(0, len(stream) - CONTEXT - 1, size=TEXT_ROWS)
+        rows = [stream[i : i + CONTEXT + 1] for i in starts]
+        rows += [np.array(key_row(tokenizer, [seed, step, i, 1])) for i in range(KEY_ROWS)]
+        return (mx.array(np.stack(rows).astype(np.int32)),)
+
+    def loss(model: nn.Module, rows: mx.array) -> mx.array:
+        losses = nn.losses.cross_entropy(model(rows[:, :-1]), rows[:, 1:])
+        return losses.mean()
+
+    def on_step(step: int, loss: float) -> None:
+        if step % 20 == 0:
+            print(f"{rope} seed {seed} step {step}/{STEPS} loss {loss:.3f}", file=sys.stderr, flush=True)
+
+    optimizer = optim.AdamW(warmup_cosine(LEARNING_RATE, STEPS, WARMUP), betas=[0.9, 0.95], weight_decay=0.0)
+    checkpoint = work / f"base-{rope}-{seed}.safetensors"
+    train(model, optimizer, loss, batch, STEPS, seed=seed, checkpoint=checkpoint, on_step=on_step)
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    mx.save_safetensors(str(partial / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    for pattern in TOKENIZER_PATTERNS:
+        for path in TINY.glob(pattern):
+            if path.name != "config.json":
+                shutil.copyfile(path, partial / path.name)
+    partial.rename(folder)
+
+
+def base_folder(name: str, base: str, seed: int, work: Path) -> Path:
+    """The checkpoint to extend, made where it is not there; in float32, the fast type on a CPU."""
+    folder = work / ("stdlib-llama" if name == "stdlib-llama" else f"base-{base}-{seed}")
+    if not folder.exists():
+        if name == "stdlib-llama":
+            convert(TINY, folder, resonance=False, dtype="float32")
+        else:
+            train_base(base, seed, folder, work)
+    return folder
+
+
+def training_text(work: Path) -> Path:
+    """The standard library's training files as JSON lines."""
+    path = work / "text" / "train.jsonl"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(json.dumps({"text": read(file)}) + "\n" for file in source_files()[0]))
+        partial.rename(path)
+    return path.parent
+
+
+def extended(folder: Path, rope: str, steps: int, length: int, seed: int, setting: Setting, work: Path) -> Path:
+    """The checkpoint after fine-tuning, made where it is not there; a step is `FACTOR` times the context's tokens."""
+    target = work / f"{folder.name}-{rope}-{steps}x{length}-{seed}"
+    if target.exists():
+        return target
+    if rope.removeprefix("resonance_") == "default":  # nothing scaled: config.json has to allow the length
+        declared = work / f"{folder.name}-declared"
+        shutil.copytree(folder, declared, dirs_exist_ok=True)
+        config = read_config(folder) | {"max_position_embeddings": setting.contexts[-1]}
+        (declared / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        folder, scaling = declared, {}
+    else:
+        scaling = {"rope": rope, "factor": FACTOR}
+
+    def on_step(recipe: object, step: int, loss: float, rate: float) -> None:
+        if step % 10 == 0:
+            print(f"{target.name} step {step}/{steps} loss {loss:.3f}", file=sys.stderr, flush=True)
+
+    finetune(
+        folder, training_text(work), target, length=length, steps=steps, batch_size=1, seed=seed, dtype="float32",
+        accumulate=setting.contexts[-1] // length, learning_rate=setting.learning_rate, force=True,
+        grad_checkpoint=length > setting.context, on_step=on_step,
+        **scaling,
+    )  # fmt: skip
+    return target
+
+
+def measure(name: str, folder: Path, rope: RopeConfig, setting: Setting, work: Path) -> dict:
+    """Perplexity on held-out files and the passkey grid, at every context, and the feature gap."""
+    longest = setting.contexts[-1]
+    model, tokenizer = load(folder)
+    set_rope(model, rope)
+    start = [tokenizer.bos_token_id]
+    texts = [read(path) for path in source_files()[1]]
+    documents, _ = select_documents(texts, tokenizer, longest - 1, setting.documents)
+    subject = Subject(name, folder, [rope], start, documents)
+    protocol = Protocol(setting.contexts, truncate=True, last=setting.context // 2)
+    rows = run_perplexity([subject], protocol, work / f"{name}-perplexity.jsonl", {"data": "held out"})
+    result = {
+        "perplexity": [row["perplexity_tokens"] for row in rows],
+        "perplexity_last": [row["perplexity_last"] for row in rows],
+        "documents": len(documents),
+        "feature_gap": float(feature_gap(rope.frequencies(), setting.context, longest).sum()),
+    }
+    if setting.repetitions:
+        grid = Grid(setting.contexts, (10, 50, 90), setting.repetitions)
+        header = {"model": name, "rope": rope.to_hf()}
+        trials = run_passkey(model, tokenizer, grid, work / f"{name}-passkey.jsonl", header)
+        result["passkey"] = accuracy(grid, trials).mean(0).tolist()
+    return result
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("setting", choices=SETTINGS)
+    parser.add_argument(
+        "--work-dir", type=Path, required=True, help="checkpoints, and what is measured of each document"
+    )
+    parser.add_argument("--output", type=Path, required=True, help="JSON lines, one per model and scaling")
+    parser.add_argument("--steps", default="0,50,400", help="of fine-tuning, with commas")
+    parser.add_argument("--length", type=int, help="tokens of a sequence of fine-tuning; by default the trained length")
+    parser.add_argument("--ropes", default=",".join(ROPES), help="with commas, what to extend plain models with")
+    parser.add_argument("--seeds", type=int, help="how many")
+    args = parser.parse_args()
+    setting, work = SETTINGS[args.setting], args.work_dir
+    length = args.length or setting.context
+    work.mkdir(parents=True, exist_ok=True)
+    header = {"setting": args.setting, "context": setting.context, "contexts": setting.contexts}
+    lines = open_records(args.output, "extension", header)
+    done = {(line["base"], line["rope"], line["steps"], line["length"], line["seed"]) for line in lines}
+    seeds, base_of = range(args.seeds or setting.seeds), {}
+    for steps in map(int, args.steps.split(",")):
+        for seed in seeds:
+            for base in setting.bases:
+                for rope in args.ropes.split(",") if base == "default" else FROM_RESONANCE:
+                    trained_on = length if steps else 0
+                    if (base, rope, steps, trained_on, seed) in done or (
+                        args.setting == "stdlib-llama" and not steps and seed
+                    ):
+                        continue  # without training one seed is all there is of the package's checkpoint
+                    folder = base_of.setdefault((base, seed), base_folder(args.setting, base, seed, work))
+                    if steps:
+                        folder = extended(folder, rope, steps, length, seed, setting, work)
+                    own = RopeConfig.from_hf(read_config(folder))
+                    angles = own if steps else named_rope(own, rope, FACTOR)
+                    angles = replace(angles, max_position_embeddings=setting.contexts[-1])  # what may be generated
+                    name = f"{base}-{rope}-{steps}x{trained_on}-{seed}"
+                    record = {"base": base, "rope": rope, "steps": steps, "length": trained_on, "seed": seed}
+                    record |= measure(name, folder, angles, setting, work)
+                    append_records(args.output, [record])
+                    print(json.dumps(record), file=sys.stderr, flush=True)
+    print(json.dumps({"output": str(args.output), **header}))
+
+
+if __name__ == "__main__":
+    main()
