@@ -9,7 +9,7 @@ BENCHMARKS := $(addprefix benchmarks/,parity.py rotary.py convert.py memory.py g
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test mutants setup lint format notebooks bench
+.PHONY: help demo test test-browser mutants setup lint format notebooks docs bench
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
@@ -41,6 +41,9 @@ else
 notebooks: $(VENV)/.installed-notebooks
 	for notebook in $(NOTEBOOKS); do $(BIN)/jupyter execute "$$notebook" || exit 1; done
 endif
+
+docs: $(VENV)/.installed-docs ## render the docstrings of the public names into build/docs
+	$(BIN)/python docs/build.py build/docs
 
 bench: $(VENV)/.installed-test ## measure the numbers that need no arguments; each script ends in one JSON line
 	for script in $(BENCHMARKS); do $(BIN)/python "$$script" || exit 1; done

@@ -26,6 +26,7 @@ from mlx_resonance.evaluation.windows import Protocol
 from mlx_resonance.files import TOKENIZER_PATTERNS, read_config
 from mlx_resonance.finetuning import finetune
 from mlx_resonance.loading import model_classes, set_rope
+from mlx_resonance.plots import plot_perplexity
 from mlx_resonance.records import append_records, open_records
 from mlx_resonance.training import train, warmup_cosine
 
@@ -38,6 +39,7 @@ from stdlib_llama import CONFIG, read, source_files
 
 TINY = Path(__file__).parents[1] / "mlx_resonance/assets/stdlib-llama"
 FACTOR = 8
+T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by the number of seeds
 ROPES = ("default", "linear", "ntk", "yarn", "resonance_yarn")
 FROM_RESONANCE = ("resonance_default", "resonance_yarn")  # for what was trained with rounded wavelengths
 CONTEXT, TEXT_ROWS, KEY_ROWS = 256, 6, 4  # of mini's training: tokens of a row, rows of text and of passkeys
@@ -54,7 +56,6 @@ class Setting:
 
     context: int
     bases: tuple[str, ...]
-    seeds: int
     documents: int
     repetitions: int  # of the passkey, at each length and depth; 0 for a model that never learned to copy
     learning_rate: float
@@ -66,8 +67,8 @@ class Setting:
 
 
 SETTINGS = {
-    "mini": Setting(CONTEXT, ("default", "resonance_default"), 3, 22, 1, 5e-4),
-    "stdlib-llama": Setting(512, ("default",), 3, 10, 0, 2e-4),
+    "mini": Setting(CONTEXT, ("default", "resonance_default"), 22, 1, 5e-4),
+    "stdlib-llama": Setting(512, ("default",), 10, 0, 2e-4),
 }
 
 
@@ -194,6 +195,45 @@ def measure(name: str, folder: Path, rope: RopeConfig, setting: Setting, work: P
     return result
 
 
+def tables(lines: list[dict], contexts: list[int]) -> str:
+    """Perplexity at every context and of its end, mean over seeds; resonance less plain YaRN with t intervals."""
+    groups: dict[tuple, dict[int, dict]] = {}
+    for line in lines:
+        groups.setdefault((line["steps"], line["length"], line["base"], line["rope"]), {})[line["seed"]] = line
+    marks = [*map(str, contexts), *(f"last tokens of {context}" for context in contexts)]
+    rows = [
+        f"| trained with | steps × length | rope | seeds | {' | '.join(marks)} |",
+        "| --- " * (4 + len(marks)) + "|",
+    ]
+
+    def figures(line: dict) -> np.ndarray:
+        return np.array(line["perplexity"] + line["perplexity_last"])
+
+    for (steps, length, base, rope), seeds in sorted(groups.items(), key=lambda item: item[0][:3]):
+        values = np.array([figures(line) for line in seeds.values()])
+        cells = [
+            f"{m:.2f}" + (f" ± {s:.2f}" if len(values) > 1 else "") for m, s in zip(*_mean_and_std(values), strict=True)
+        ]
+        trained = f"{steps} × {length}" if steps else "as it is"
+        rows.append(f"| {base} | {trained} | `{rope}` | {len(values)} | {' | '.join(cells)} |")
+        twin = groups.get((steps, length, base, rope.removeprefix("resonance_")), {})
+        both = [seed for seed in seeds if seed in twin] if rope.startswith("resonance_") else []
+        if both:
+            change = np.array([figures(seeds[seed]) - figures(twin[seed]) for seed in both])
+            mean, std = _mean_and_std(change)
+            half = T95.get(len(both), np.nan) * std / np.sqrt(len(both))
+            cells = [
+                f"{m:+.2f}" + (f" [{m - h:+.2f}, {m + h:+.2f}]" if len(both) > 1 else "")
+                for m, h in zip(mean, half, strict=True)
+            ]
+            rows.append(f"| {base} | {trained} | difference to plain | {len(both)} | {' | '.join(cells)} |")
+    return "\n".join(rows)
+
+
+def _mean_and_std(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("setting", choices=SETTINGS)
@@ -204,7 +244,8 @@ def main() -> None:
     parser.add_argument("--steps", default="0,50,400", help="of fine-tuning, with commas")
     parser.add_argument("--length", type=int, help="tokens of a sequence of fine-tuning; by default the trained length")
     parser.add_argument("--ropes", default=",".join(ROPES), help="with commas, what to extend plain models with")
-    parser.add_argument("--seeds", type=int, help="how many")
+    parser.add_argument("--seeds", default="0,1,2", help="with commas")
+    parser.add_argument("--figure", type=Path, help="draw the perplexity of the last tokens over the context, seed 0")
     args = parser.parse_args()
     setting, work = SETTINGS[args.setting], args.work_dir
     length = args.length or setting.context
@@ -212,9 +253,9 @@ def main() -> None:
     header = {"setting": args.setting, "context": setting.context, "contexts": setting.contexts}
     lines = open_records(args.output, "extension", header)
     done = {(line["base"], line["rope"], line["steps"], line["length"], line["seed"]) for line in lines}
-    seeds, base_of = range(args.seeds or setting.seeds), {}
+    base_of: dict[tuple[str, int], Path] = {}
     for steps in map(int, args.steps.split(",")):
-        for seed in seeds:
+        for seed in map(int, args.seeds.split(",")):
             for base in setting.bases:
                 for rope in args.ropes.split(",") if base == "default" else FROM_RESONANCE:
                     trained_on = length if steps else 0
@@ -233,7 +274,13 @@ def main() -> None:
                     record |= measure(name, folder, angles, setting, work)
                     append_records(args.output, [record])
                     print(json.dumps(record), file=sys.stderr, flush=True)
-    print(json.dumps({"output": str(args.output), **header}))
+    lines = open_records(args.output, "extension", header)
+    print(tables(lines, setting.contexts))
+    if args.figure:
+        chosen = [line for line in lines if line["base"] == "default" and line["seed"] == 0]
+        curves = {f"{line['rope']}, {line['steps']} steps": line["perplexity_last"] for line in chosen}
+        plot_perplexity(setting.contexts, curves, args.figure)
+    print(json.dumps({"output": str(args.output), "models": len(lines), **header}))
 
 
 if __name__ == "__main__":

@@ -25,7 +25,10 @@ def command(
     plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw the grid.")] = None,
     json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Hide a number in filler of every length, at every depth, and ask for it."""
+    """Hide a number in filler and ask for it.
+
+    At every length and depth of a grid.
+    """
     from ..config import RopeConfig
     from ..evaluation.passkey import ANSWER_TOKENS, Grid, accuracy, run_passkey
     from ..files import TOKENIZER_PATTERNS, WEIGHTS, parse_size, read_config, resolve, user_path

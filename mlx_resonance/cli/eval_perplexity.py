@@ -44,7 +44,10 @@ def command(
     plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw the perplexity over the context.")] = None,
     json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Perplexity on local documents as YaRN's authors measure it: sliding windows, or one per document."""
+    """Perplexity on local documents.
+
+    As YaRN's authors measure it: in sliding windows, or one per document.
+    """
     from ..evaluation.perplexity import run_perplexity
     from ..evaluation.texts import check_files, data_digest
     from ..evaluation.windows import Options, Protocol

@@ -49,7 +49,10 @@ def command(
     force: Annotated[bool, Option("--force", help="Go on though it does not fit into memory.")] = False,
     json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Train a checkpoint on long texts; a run that was stopped goes on."""
+    """Train a checkpoint on long texts.
+
+    A run that was stopped goes on.
+    """
     from ..files import parse_size
     from ..finetuning import finetune
 

@@ -18,7 +18,10 @@ def command(
     prefill_step_size: Annotated[int, Option(help="Most prompt tokens in one pass.")] = 2048,
     json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Show whether a context fits into memory, and the largest that does."""
+    """Show whether a context fits into memory.
+
+    Also the largest one that does.
+    """
     from ..files import parse_size
     from ..generation.memory import advice, gigabytes, plan_memory
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from ..posgen.settings import Settings
     from ..posgen.tasks import Task
 
-app = typer.Typer(help="PosGen: train small models on short sequences, test them on long ones.", no_args_is_help=True)
+app = typer.Typer(help="PosGen: train on short sequences, test on long ones.", no_args_is_help=True)
 
 Subtask = Annotated[str, Option(help="recursive, cot or semi-recursive.")]
 Arithmetic = Annotated[str, Option(help="mod_addition, pow_sin or pow_sin_2pi.")]

@@ -18,7 +18,10 @@ def command(
     revision: Annotated[str | None, Option(help="Of SRC on the hub. Default: the commit on record.")] = None,
     json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Check a converted checkpoint; exit code 1 if something is not as it should be."""
+    """Check a converted checkpoint.
+
+    Exit code 1 if something is not as it should be.
+    """
     from ..convert import verify
 
     with bytes_bar() as bar:
