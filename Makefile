@@ -20,6 +20,9 @@ demo: $(VENV)/.installed ## convert the tiny checkpoint, inspect it, generate pa
 test: $(VENV)/.installed-test ## run the tests; more for pytest: make test PYTEST_ARGS="-n 2 -k rope"
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+test-browser: $(VENV)/.installed-browser ## run notebooks in JupyterLab and Chromium; screenshots in build/screenshots
+	$(BIN)/python -m pytest tests/browser
+
 mutants: $(VENV)/.installed-test ## put faults into the kernel, one at a time: the tests must notice each
 	$(BIN)/python tests/kernels/mutants.py
 
@@ -39,7 +42,7 @@ notebooks: ## run every notebook from start to end
 	@echo "There are no notebooks yet."
 else
 notebooks: $(VENV)/.installed-notebooks
-	for notebook in $(NOTEBOOKS); do $(BIN)/jupyter execute "$$notebook" || exit 1; done
+	$(BIN)/python notebooks/run.py $(NOTEBOOKS)
 endif
 
 docs: $(VENV)/.installed-docs ## render the docstrings of the public names into build/docs

@@ -4,9 +4,10 @@
     python benchmarks/extension.py stdlib-llama --steps 0 --work-dir … --output …
 
 `mini` trains models of its own from the start, with plain RoPE and with resonance, three seeds of each; `stdlib-llama`
-takes the checkpoint of the package. Each is then extended with every scaling: as it is (0 steps of fine-tuning), after
-50, after 400, as `--steps` says, on sequences of the trained length (the paper's cheapest recipe: 4096 tokens for a
-context of 32 768) or of any other `--length`. What is in the output is not done again, a killed run goes on.
+takes the checkpoint of the package, `copy` the same after 100 steps with passkeys in its rows. Each is then extended
+with every scaling: as it is (0 steps of fine-tuning), after 50, after 400, as `--steps` says, on sequences of the
+trained length (the paper's cheapest recipe: 4096 tokens for a context of 32 768) or of any other `--length`. What is
+in the output is not done again, a killed run goes on.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from mlx_resonance.convert import convert
 from mlx_resonance.evaluation.passkey import ANSWER_TOKENS, Grid, accuracy, passkey_prompt, run_passkey
 from mlx_resonance.evaluation.perplexity import Subject, named_rope, run_perplexity, select_documents
 from mlx_resonance.evaluation.windows import Protocol
-from mlx_resonance.files import TOKENIZER_PATTERNS, read_config
+from mlx_resonance.files import read_config
 from mlx_resonance.finetuning import finetune
-from mlx_resonance.loading import model_classes, set_rope
+from mlx_resonance.loading import load_model, model_classes, set_rope
 from mlx_resonance.plots import plot_perplexity
 from mlx_resonance.records import append_records, open_records
 from mlx_resonance.training import train, warmup_cosine
@@ -42,8 +43,7 @@ FACTOR = 8
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by the number of seeds
 ROPES = ("default", "linear", "ntk", "yarn", "resonance_yarn")
 FROM_RESONANCE = ("resonance_default", "resonance_yarn")  # for what was trained with rounded wavelengths
-CONTEXT, TEXT_ROWS, KEY_ROWS = 256, 6, 4  # of mini's training: tokens of a row, rows of text and of passkeys
-STEPS, WARMUP, LEARNING_RATE = 600, 40, 4e-3
+CONTEXT = 256  # that mini is trained with
 MINI = CONFIG | {
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 2,
     "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "dtype": "float32", "torch_dtype": "float32",
@@ -51,8 +51,21 @@ MINI = CONFIG | {
 
 
 @dataclass(frozen=True)
+class Rows:
+    """How a base is trained: rows of text and of passkeys in a step, steps, the highest learning rate."""
+
+    text: int
+    keys: int
+    steps: int
+    learning_rate: float
+
+
+ROWS = {"mini": Rows(6, 4, 600, 4e-3), "copy": Rows(2, 6, 100, 1e-3)}
+
+
+@dataclass(frozen=True)
 class Setting:
-    """One of the two experiments: the length trained with, what is measured past it, how it is fine-tuned."""
+    """One of the experiments: the length trained with, what is measured past it, how it is fine-tuned."""
 
     context: int
     bases: tuple[str, ...]
@@ -69,66 +82,81 @@ class Setting:
 SETTINGS = {
     "mini": Setting(CONTEXT, ("default", "resonance_default"), 22, 1, 5e-4),
     "stdlib-llama": Setting(512, ("default",), 10, 0, 2e-4),
+    "copy": Setting(512, ("default",), 10, 3, 2e-4),
 }
 
 
-def key_row(tokenizer, seed: list[int]) -> list[int]:
+def key_row(tokenizer, context: int, seed: list[int]) -> list[int]:
     """A passkey prompt with its answer, of a length up to the context, the rest end tokens."""
     rng = np.random.default_rng(seed)
-    length, depth, key = int(rng.integers(140, CONTEXT + 1)), int(rng.integers(0, 101)), int(rng.integers(1, 50001))
+    length, depth, key = int(rng.integers(140, context + 1)), int(rng.integers(0, 101)), int(rng.integers(1, 50001))
     prompt = passkey_prompt(tokenizer, length, depth, key)
     answer = tokenizer.encode(f" {key}.", add_special_tokens=False)[:ANSWER_TOKENS]
-    row = prompt + answer + [CONFIG["eos_token_id"]] * (CONTEXT + 1)
-    return row[: CONTEXT + 1]
+    row = prompt + answer + [CONFIG["eos_token_id"]] * (context + 1)
+    return row[: context + 1]
 
 
-def train_base(rope: str, seed: int, folder: Path, work: Path) -> None:
-    """Train a model from the start on text and passkeys, and write a checkpoint."""
+def train_rows(model: nn.Module, rows: Rows, context: int, seed: int, checkpoint: Path) -> None:
+    """Train on rows of text and of passkeys."""
     _, tokenizer = load(TINY)
     parts = [[*tokenizer.encode(read(path)), CONFIG["eos_token_id"]] for path in source_files()[0]]
     stream = np.concatenate([np.array(part, np.int32) for part in parts])
+
+    def batch(step: int) -> tuple[mx.array]:
+        starts = np.random.default_rng((seed, step)).integers(0, len(stream) - context - 1, size=rows.text)
+        tokens = [stream[i : i + context + 1] for i in starts]
+        tokens += [np.array(key_row(tokenizer, context, [seed, step, i, 1])) for i in range(rows.keys)]
+        return (mx.array(np.stack(tokens).astype(np.int32)),)
+
+    def loss(model: nn.Module, rows: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(model(rows[:, :-1]), rows[:, 1:]).mean()
+
+    def on_step(step: int, loss: float) -> None:
+        if step % 20 == 0:
+            print(f"{checkpoint.stem} step {step}/{rows.steps} loss {loss:.3f}", file=sys.stderr, flush=True)
+
+    rate = warmup_cosine(rows.learning_rate, rows.steps, rows.steps // 15)
+    optimizer = optim.AdamW(rate, betas=[0.9, 0.95], weight_decay=0.0)
+    train(model, optimizer, loss, batch, rows.steps, seed=seed, checkpoint=checkpoint, on_step=on_step)
+
+
+def train_mini(rope: str, seed: int, folder: Path) -> None:
+    """Train a model from the start, and write a checkpoint."""
     config = MINI | {"rope_scaling": None if rope == "default" else {"rope_type": rope}}
     model_class, args_class = model_classes(config)
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))
-
-    def batch(step: int) -> tuple[mx.array]:
-        starts = np.random.default_rng((seed, step)).integers(0, len(stream) - CONTEXT - 1, size=TEXT_ROWS)
-        rows = [stream[i : i + CONTEXT + 1] for i in starts]
-        rows += [np.array(key_row(tokenizer, [seed, step, i, 1])) for i in range(KEY_ROWS)]
-        return (mx.array(np.stack(rows).astype(np.int32)),)
-
-    def loss(model: nn.Module, rows: mx.array) -> mx.array:
-        losses = nn.losses.cross_entropy(model(rows[:, :-1]), rows[:, 1:])
-        return losses.mean()
-
-    def on_step(step: int, loss: float) -> None:
-        if step % 20 == 0:
-            print(f"{rope} seed {seed} step {step}/{STEPS} loss {loss:.3f}", file=sys.stderr, flush=True)
-
-    optimizer = optim.AdamW(warmup_cosine(LEARNING_RATE, STEPS, WARMUP), betas=[0.9, 0.95], weight_decay=0.0)
-    checkpoint = work / f"base-{rope}-{seed}.safetensors"
-    train(model, optimizer, loss, batch, STEPS, seed=seed, checkpoint=checkpoint, on_step=on_step)
+    train_rows(model, ROWS["mini"], CONTEXT, seed, folder.with_suffix(".safetensors"))
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    shutil.copytree(TINY, partial, ignore=shutil.ignore_patterns("config.json", "*.safetensors", "training.json"))
     mx.save_safetensors(str(partial / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    for pattern in TOKENIZER_PATTERNS:
-        for path in TINY.glob(pattern):
-            if path.name != "config.json":
-                shutil.copyfile(path, partial / path.name)
+    partial.rename(folder)
+
+
+def train_copy(seed: int, source: Path, folder: Path) -> None:
+    """Train the package's checkpoint to say passkeys, and write a checkpoint."""
+    model, _ = load_model(source)
+    train_rows(model, ROWS["copy"], 512, seed, folder.with_suffix(".safetensors"))
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("*.safetensors*"))
+    mx.save_safetensors(str(partial / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
     partial.rename(folder)
 
 
 def base_folder(name: str, base: str, seed: int, work: Path) -> Path:
     """The checkpoint to extend, made where it is not there; in float32, the fast type on a CPU."""
-    folder = work / ("stdlib-llama" if name == "stdlib-llama" else f"base-{base}-{seed}")
-    if not folder.exists():
-        if name == "stdlib-llama":
-            convert(TINY, folder, resonance=False, dtype="float32")
-        else:
-            train_base(base, seed, folder, work)
+    folder = work / {"mini": f"base-{base}-{seed}", "copy": f"copy-{seed}"}.get(name, name)
+    if folder.exists():
+        return folder
+    if name == "mini":
+        train_mini(base, seed, folder)
+    elif name == "copy":
+        train_copy(seed, base_folder("stdlib-llama", base, seed, work), folder)
+    else:
+        convert(TINY, folder, resonance=False, dtype="float32")
     return folder
 
 
