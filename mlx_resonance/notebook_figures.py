@@ -16,7 +16,7 @@ from .frequencies import RotaryFrequencies, default_frequencies, feature_gap, ya
 from .inspection import Inspection
 from .plots import BLUE, GREEN, GREY, ORANGE, STYLE
 
-COLORS = (GREY, GREEN, ORANGE, BLUE)
+COLORS = (GREY, GREEN, ORANGE, BLUE, "#CC79A7", "#E69F00", "#56B4E9", "black")
 
 
 class Picture(Figure):
@@ -183,10 +183,11 @@ def losses(by_name: Mapping[str, NDArray[np.floating]], train_length: int, windo
         window: positions that a point is the mean of.
     """
     figure, (axis,) = figure_of()
-    styles = zip(by_name.items(), (ORANGE, GREEN, BLUE, GREY), ("-", "--", "-", ":"), strict=False)
+    styles = zip(by_name.items(), (ORANGE, "black", BLUE, GREY), ("-", "--", "-", ":"), strict=False)
     for (name, values), color, style in styles:
         mean = np.convolve(values.mean(axis=0), np.ones(window) / window, "valid")
-        axis.plot(np.arange(len(mean)) + window / 2, mean, style, color=color, label=name, linewidth=1.4)
+        above = 3 if style == "--" else 2  # what coincides stays in sight
+        axis.plot(np.arange(len(mean)) + window / 2, mean, style, color=color, label=name, linewidth=1.4, zorder=above)
     axis.axvline(train_length, color="black", linewidth=0.8, linestyle=":")
     axis.text(train_length, axis.get_ylim()[1], f" trained on {train_length}", va="top", color="#555555")
     axis.set(xlabel="position", ylabel="loss, nats per token")
@@ -275,7 +276,7 @@ def lines(
         mark: a place on the axis to mark, such as the trained length.
     """
     figure, (axis,) = figure_of()
-    for (name, values), color in zip(curves.items(), COLORS * 2, strict=False):
+    for (name, values), color in zip(curves.items(), COLORS, strict=False):
         style = "o-" if len(values) < 30 else "-"
         axis.plot(x[: len(values)], values, style, color=color, label=name, markersize=4, linewidth=1.4)
     for letter in log:
