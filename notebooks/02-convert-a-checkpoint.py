@@ -73,7 +73,7 @@ inspected(inspection)
 critical = inspection.in_use.critical_pairs(inspection.train_length)
 assert critical > 0 and not inspection.gap[:critical].any()
 shift = inspection.unrounded.angle_shift()
-assert plan.largest_shift == shift.max() == shift[:2].max()
+assert plan.largest_shift == shift.max() == shift[:3].max()
 print(f"{critical} of {len(shift)} pairs are pre-critical; rounding moves a wavelength by up to {shift.max():.1%}")
 
 # %% [markdown]
@@ -201,21 +201,21 @@ assert abs(past["Resonance-YaRN"] - past["YaRN"]) < 0.05 and abs(within["Resonan
 # ## Quantize
 #
 # The same in 8, 4 and 3 bits: the size of the files, by how much the weights are off (the root mean square of the error
-# over that of the values, median of all tensors), and the loss on the first row of the text.
+# over that of the values, median of all tensors), and the loss on as much text as the model was trained on.
 
 # %%
 import contextlib
 import io
 
 whole = DTYPE or "source"
-sizes, off, nats = {whole: made.weights / 1e6}, {}, {whole: loss["Resonance-YaRN"][0].mean()}
+sizes, off, nats = {whole: made.weights / 1e6}, {}, {whole: loss["Resonance-YaRN"][0, : trained - 1].mean()}
 for bits in (8, 4, 3):
     name = f"{bits} bit"
     with contextlib.redirect_stderr(io.StringIO()):  # mlx-lm's line
         small = convert(source, work / name, **SCALING, dtype=DTYPE, quantize=True, q_bits=bits)
     sizes[name] = small.weights / 1e6
     off[name] = 100 * float(np.median(list(small.quantization_error.values())))
-    nats[name] = score(load(small.path)[0], rows[:1], length - 1).mean()
+    nats[name] = score(load(small.path)[0], rows[:1, :trained], trained - 1).mean()
 
 # %%
 from mlx_resonance.notebook_figures import costs

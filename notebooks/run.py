@@ -41,6 +41,7 @@ def problems(path: Path, notebook: nbformat.NotebookNode, save: bool) -> list[st
         if figures(cell) < count:
             found.append(f"cell {number} shows {figures(cell)} figures instead of {count}")
         cell.metadata.pop("execution", None)  # times
+    notebook.metadata.pop("widgets", None)  # pictures of the sliders: a static one follows them
     if save:
         nbformat.write(notebook, path)
     return found
