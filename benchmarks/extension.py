@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="tokens of a sequence of fine-tuning; by default the trained length")
     parser.add_argument("--ropes", default=",".join(ROPES), help="with commas, what to extend plain models with")
     parser.add_argument("--seeds", default="0,1,2", help="with commas")
-    parser.add_argument("--figure", type=Path, help="draw the perplexity of the last tokens over the context, seed 0")
+    parser.add_argument("--figure", type=Path, help="draw the perplexity of the last tokens over the context, as it is")
     args = parser.parse_args()
     setting, work = SETTINGS[args.setting], args.work_dir
     length = args.length or setting.context
@@ -305,8 +305,8 @@ def main() -> None:
     lines = open_records(args.output, "extension", header)
     print(tables(lines, setting.contexts))
     if args.figure:
-        chosen = [line for line in lines if line["base"] == "default" and line["seed"] == 0]
-        curves = {f"{line['rope']}, {line['steps']} steps": line["perplexity_last"] for line in chosen}
+        chosen = [line for line in lines if (line["base"], line["steps"], line["seed"]) == ("default", 0, 0)]
+        curves = {line["rope"]: line["perplexity_last"] for line in chosen}
         plot_perplexity(setting.contexts, curves, args.figure)
     print(json.dumps({"output": str(args.output), "models": len(lines), **header}))
 
