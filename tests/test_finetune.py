@@ -153,7 +153,7 @@ def test_stopped_and_gone_on_with(
     ("change", "message"),
     [
         (("--data", "empty.jsonl"), "empty.jsonl is empty"),
-        (("--data", "wrong.jsonl"), 'wrong.jsonl, line 2 has no "text"'),
+        (("--data", "wrong.jsonl"), "wrong.jsonl, line 2 has no 'text' that is a text"),
         (("--data", "broken.jsonl"), "broken.jsonl, line 1 is not JSON"),
         (("--data", "short.txt"), "short.txt has 4 tokens, a sequence needs 64"),
         (("--data", "nothing"), "no data at nothing"),
@@ -167,6 +167,10 @@ def test_stopped_and_gone_on_with(
         (("--dtype", "int8"), "dtype must be one of float32"),
         (("--memory", "3300MB", "--length", 2048, "--batch-size", 4), "give --batch-size 1 --accumulate 4"),
         (("--mlx-path", "taken"), "taken exists"),
+        (("--steps", 10**20, "--force"), "steps must lie in [1, 2147483647]"),
+        (("--seed", 10**20), "seed must lie in [0, 2147483647]"),
+        (("--accumulate", 10**9), "accumulate must lie in [1, 65536]"),
+        (("--lora-rank", 10**20, "--fine-tune-type", "lora", "--force"), "lora_rank must lie in [1, 65536]"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(

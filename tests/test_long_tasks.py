@@ -277,4 +277,24 @@ def test_output_of_something_else(run: Any, stdlib_llama: Path, tmp_path: Path) 
     header = good.read_text().splitlines()[0]
     good.write_text(header + '\n{"task": "coursera"}\n')
     code, _, err = run(*arguments, good)
-    assert code == 2 and "good.jsonl, line 2 is no answer: it has no digest" in err
+    assert code == 2 and "good.jsonl, line 2 has no 'id' that is a text" in err
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"task": ["coursera"]}, "line 2 has no 'task' that is a text"),
+        ({"prediction": 5}, "line 2 has no 'prediction' that is a text"),
+        ({"metric": "x"}, "has an answer to another question as coursera, 1.1"),
+    ],
+)
+def test_output_with_a_wrong_line(
+    run: Any, stdlib_llama: Path, tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    data, output = write(tmp_path / "coursera.jsonl", LEVAL), tmp_path / "answers.jsonl"
+    arguments = ["eval", "leval", "--model", stdlib_llama, "--data", data, "--max-tokens", 2, "--output", output]
+    assert run(*arguments, "--limit", 1)[0] == 0
+    header, line = output.read_text().splitlines()
+    write(output, json.loads(header), json.loads(line) | change)
+    code, out, err = run(*arguments)
+    assert (code, out) == (2, "") and message in err and len(err.splitlines()) == 1

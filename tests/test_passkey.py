@@ -11,6 +11,7 @@ from typing import Any
 from mlx_resonance import load
 from mlx_resonance.evaluation import passkey
 from mlx_resonance.evaluation.passkey import ANSWER_TOKENS, Grid, accuracy, first_integer, passkey_prompt, run_passkey
+from mlx_resonance.records import append_records
 
 import numpy as np
 import pytest
@@ -99,6 +100,13 @@ def test_a_grid_is_tried_once_and_goes_on(loaded: Any, tmp_path: Path, monkeypat
     ]
     with pytest.raises(ValueError, match="model is m there, n now"):
         run_passkey(*loaded, GRID, tmp_path / "whole.jsonl", {"model": "n"})
+
+
+def test_a_wrong_line(loaded: Any, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    append_records(output, [{"passkey": 1, "seed": 0}, {"length": 200, "depth": 0, "repetition": 0, "found": "yes"}])
+    with pytest.raises(ValueError, match=r"out\.jsonl, line 2 has no 'found' that is true or false"):
+        run_passkey(*loaded, Grid([200], [0], 1), output, {})
 
 
 def test_accuracy_has_depths_down_and_lengths_across() -> None:

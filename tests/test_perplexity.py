@@ -215,6 +215,7 @@ def data(tmp_path: Path) -> Path:
     (folder / "x.csv").write_text("text\na")
     (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
     (folder / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n')
+    (folder / "digits.jsonl").write_text('{"text": ' + "9" * 5000 + "}\n")
     (folder / "bytes.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
     (folder / "t.parquet").write_bytes(b"PAR1")
     return folder
@@ -255,6 +256,7 @@ BAD = {
     "--data none.txt": "none.txt: no such file",
     "--data empty.txt": "empty.txt is empty",
     "--data bytes.txt": "bytes.txt is not UTF-8 text",
+    "--data digits.jsonl": "digits.jsonl, line 1 is not JSON",
     "--data x.csv": "x.csv: the suffix must be one of .txt",
     "--data broken.jsonl": "broken.jsonl, line 2 is not JSON",
     "--data bytes.jsonl": "bytes.jsonl, line 2 is not UTF-8 text",
@@ -305,6 +307,19 @@ def test_a_full_disk(run: Any, checkpoint: Path, data: Path, tmp_path: Path, mon
     assert (code, out) == (1, "") and "No space left" in err and len(err.splitlines()) == 1
 
 
+@pytest.mark.parametrize(("name", "value"), [("digest", [1]), ("nll", None), ("tokens", "x"), ("last_nll", 1)])
+def test_output_with_a_wrong_line(
+    run: Any, checkpoint: Path, data: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    output = tmp_path / "x.jsonl"
+    common = ("eval", "perplexity", "--model", checkpoint, "--data", data / "short.txt", "--output", output)
+    assert run(*common, "--contexts", "4", "--truncate")[0] == 0
+    header, line = output.read_text().splitlines()
+    output.write_text(header + "\n" + json.dumps(json.loads(line) | {name: value}) + "\n")
+    code, out, err = run(*common, "--contexts", "4", "--truncate")
+    assert (code, out) == (2, "") and f"x.jsonl, line 2 has no {name!r} that is" in err and len(err.splitlines()) == 1
+
+
 def test_parquet(tmp_path: Path) -> None:
     parquet = pytest.importorskip("pyarrow.parquet")
     pyarrow = pytest.importorskip("pyarrow")
@@ -314,7 +329,7 @@ def test_parquet(tmp_path: Path) -> None:
     assert [next(texts) for _ in range(40)] == list(map(str, range(40)))
     with pytest.raises(ValueError, match=r"row 41 has no 'text'"):
         next(texts)
-    with pytest.raises(ValueError, match=r"no column 'x': --field must be one of text, n"):
+    with pytest.raises(ValueError, match=r"no column 'x': there are text, n"):
         list(read_documents([path], "x"))
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(ValueError, match="is no whole parquet file"):

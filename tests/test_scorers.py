@@ -185,6 +185,11 @@ def test_classification(prediction: str, reference: str, worth: float) -> None:
     assert scorers.classification(prediction, reference, ["Date", "Person", "Other number", "number"]) == worth
 
 
+def test_every_second_part_of_the_reference_counts() -> None:
+    """LongBench/metrics.py deletes from the list that it goes through: b is passed over, and so counts."""
+    assert scorers.classification("abc", "abc", ["a", "b", "c", "abc"]) == 1 / 2
+
+
 @pytest.mark.parametrize(
     ("prediction", "reference", "worth"),
     [

@@ -20,6 +20,9 @@ from ..generation import stream_generate
 from ..records import Record, append_records, open_records
 from .checkpoint import Checkpoint
 from .prompts import Limits, Prompt, fit
+from .texts import check_results
+
+FIELDS = {"task": str, "id": str, "metric": str, "digest": str, "prediction": str, "max_tokens": int, "truncated": bool}
 
 
 def greedy(
@@ -68,17 +71,15 @@ class Answers:
         header: what they have in common, besides the checkpoint's.
 
     Raises:
-        ValueError: the file is of another kind, or of other settings.
+        ValueError: the file is of another kind, or of other settings, or a line is no answer.
     """
 
     def __init__(self, kind: str, checkpoint: Checkpoint, output: Path, header: Record) -> None:
         self.kind, self.checkpoint, self.output = kind, checkpoint, output
         self.model: nn.Module | None = None
-        self.lines: dict[tuple[str, str], Record] = {}
-        for number, line in enumerate(open_records(output, kind, checkpoint.header | header), 2):
-            if missing := {"task", "id", "metric", "digest", "prediction", "max_tokens", "truncated"} - set(line):
-                raise ValueError(f"[{kind}] {output}, line {number} is no answer: it has no {min(missing)}")
-            self.lines[line["task"], line["id"]] = line
+        lines = open_records(output, kind, checkpoint.header | header)
+        check_results(kind, output, lines, FIELDS)
+        self.lines: dict[tuple[str, str], Record] = {(line["task"], line["id"]): line for line in lines}
 
     def ask(self, prompt: Prompt, limits: Limits) -> Record:
         """The answer to a prompt, from the file or, now, from the model.
@@ -94,12 +95,13 @@ class Answers:
         if name not in self.lines:
             self.lines[name] = self._answer(prompt, limits)
             append_records(self.output, [self.lines[name]])
-        if self.lines[name]["digest"] != prompt.digest:
+        line = self.lines[name]
+        if line["digest"] != prompt.digest or line | prompt.saved != line:
             raise ValueError(
                 f"[{self.kind}] {self.output} has an answer to another question as {prompt.task}, {prompt.id}: "
                 "give the same data or another --output"
             )
-        return self.lines[name]
+        return line
 
     def _answer(self, prompt: Prompt, limits: Limits) -> Record:
         tokenizer, kv_bits = self.checkpoint.tokenizer, self.checkpoint.header["kv_bits"]

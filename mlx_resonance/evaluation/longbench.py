@@ -14,7 +14,8 @@ from pathlib import Path
 from ..records import Record
 from . import scorers
 from .answers import summarize
-from .prompts import Prompt, check_field, read_lines
+from .prompts import Prompt, read_lines
+from .texts import check_field
 
 KIND = "longbench"
 METRICS: dict[str, Callable[[str, str], float]] = {

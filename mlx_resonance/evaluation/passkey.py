@@ -15,8 +15,10 @@ from numpy.typing import NDArray
 
 from ..generation import generate
 from ..records import Record, append_records, open_records
+from .texts import check_results
 
 KIND = "passkey"
+FIELDS = {"length": int, "depth": int, "repetition": int, "found": bool}
 ANSWER_TOKENS = 12  # five digits one by one, a space, and some more
 # Landmark Attention's prompt (arXiv 2305.16300), as eval/passkey.py of the YaRN code has it.
 INSTRUCTION = (
@@ -129,12 +131,14 @@ def run_passkey(
         The grid's results, in its order: `length`, `depth`, `repetition`, `key`, `answer`, `found`.
 
     Raises:
-        ValueError: a length is too short or beyond the checkpoint's context, or the file is of other settings.
+        ValueError: a length is too short or beyond the checkpoint's context, or the file is of other settings, or a
+            line of it is no result.
     """
     for length in grid.lengths:  # before the file is made
         passkey_prompt(tokenizer, length, 0, 50000)
     cells = grid.cells()
     lines = open_records(output, KIND, header | {"seed": grid.seed})
+    check_results(KIND, output, lines, FIELDS)
     done = {(line["length"], line["depth"], line["repetition"]): line for line in lines}
     for number, cell in enumerate(cells, 1):
         if cell not in done:

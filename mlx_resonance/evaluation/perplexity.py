@@ -32,9 +32,14 @@ from ..generation.prompt_cache import model_digest
 from ..loading import load_model, set_rope
 from ..records import Record, append_records, open_records
 from ..scaling import SCALINGS, factor_for, new_rope
+from .texts import check_results
 from .windows import Document, Job, Options, Protocol
 
 KIND = "perplexity"
+FIELDS = {"digest": str, "context": int, "document": int} | {
+    "windows": int, "tokens": int, "nll": float, "window_mean_sum": float,
+}  # fmt: skip
+LAST = {"last_tokens": int, "last_nll": float}  # of truncated windows
 LARGEST = 700  # nats of a mean loss, or exp is no number
 Progress = Callable[[str, int, int], None]
 Cell = tuple[str, int, int]  # the checkpoint's digest with a rope, the context, the document's number
@@ -151,12 +156,13 @@ def run_perplexity(
         One summary, as of `summarize`, per checkpoint, rope and context.
 
     Raises:
-        ValueError: the file is of other settings, or a loss is no number.
+        ValueError: the file is of other settings, a line of it is no result, or a loss is no number.
         OSError: the file cannot be written.
     """
     options = options or Options()
     header = header | protocol.header() | {"kv_bits": options.kv_bits}
     lines = open_records(output, KIND, header)
+    check_results(KIND, output, lines, FIELDS | (LAST if protocol.truncate else {}))
     done: dict[Cell, Record] = {(line["digest"], line["context"], line["document"]): line for line in lines}
     summaries = []
     for subject in subjects:

@@ -7,12 +7,12 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..generation import prompt_tokens
 from ..records import Record
+from .texts import check_field, json_lines
 
 TRUNCATIONS = ("words", "head", "middle")
 WORDS = 250  # that L-Eval leaves out at once
@@ -158,7 +158,7 @@ def read_lines(kind: str, path: Path, fields: Mapping[str, type]) -> list[tuple[
     Args:
         kind: of the benchmark, for errors.
         path: the file.
-        fields: what each must have: str for a text, list for a list of texts, int for a whole number.
+        fields: what each must have, of a kind of `check_field`.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -167,35 +167,13 @@ def read_lines(kind: str, path: Path, fields: Mapping[str, type]) -> list[tuple[
     if not path.is_file():
         raise FileNotFoundError(f"[{kind}] no file {path}")
     found = []
-    for number, line in enumerate(path.read_bytes().split(b"\n"), 1):
+    for number, entry in json_lines(kind, path):
         where = f"[{kind}] {path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
         if not isinstance(entry, dict):
             raise ValueError(f"{where} is no JSON object")
-        for name, kind_of in fields.items():
-            check_field(where, entry, name, kind_of)
+        for name, wanted in fields.items():
+            check_field(where, entry, name, wanted)
         found.append((number, entry))
     if not found:
         raise ValueError(f"[{kind}] {path} is empty")
     return found
-
-
-def check_field(where: str, entry: Record, name: str, wanted: type) -> None:
-    """Raise ValueError where a line's field is missing or something else."""
-    if not _is(entry.get(name), wanted):
-        what = {str: "a text", list: "a list of texts", int: "a whole number"}[wanted]
-        raise ValueError(f"{where} has no {name!r} that is {what}")
-
-
-def _is(value: Any, wanted: type) -> bool:
-    if wanted is list:
-        return isinstance(value, list) and value != [] and all(_is(part, str) for part in value)
-    if wanted is int:
-        return type(value) is int
-    # JSON has escapes for halves of characters, which no tokenizer takes.
-    return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..evaluation.texts import read_documents
 from ..files import user_path
 
 TRAIN, VALID = "train.jsonl", "valid.jsonl"
@@ -19,7 +19,7 @@ def data_files(path: str | Path) -> tuple[list[Path], list[Path]]:
 
     Args:
         path: a folder with `train.jsonl` and perhaps `valid.jsonl`, as mlx-lm has them, or with texts (`*.txt`); or one
-            file, of JSON lines (`.jsonl`) or text.
+            file, of JSON lines (`.jsonl`), a parquet table or text.
 
     Raises:
         FileNotFoundError: no such path, or neither is in the folder.
@@ -35,37 +35,16 @@ def data_files(path: str | Path) -> tuple[list[Path], list[Path]]:
     return files, [path / VALID] if (path / VALID).is_file() else []
 
 
-def read_documents(path: Path) -> list[str]:
-    """The documents of a file: the `text` of each JSON line, or all of a plain text.
+def documents_of(path: Path) -> list[str]:
+    """The documents of a file: the `text` of each line or row, or all of a plain text.
 
     Raises:
         ValueError: it has no text, or a line is not what it should be.
     """
-    try:
-        text = path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"[finetune] {path} is not UTF-8 text: {error}") from None
-    documents = [text]
-    if path.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)  # not splitlines(): a text may hold the separators of Unicode
-        documents = [_text_of(path, number, line) for number, line in lines if line.strip()]
-    documents = [document for document in documents if document.strip()]
+    documents = [document for document in read_documents([path], "text", "finetune") if document.strip()]
     if not documents:
         raise ValueError(f"[finetune] {path} is empty: expected " + '{"text": …} lines or text')
     return documents
-
-
-def _text_of(path: Path, number: int, line: str) -> str:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"[finetune] {path}, line {number} is not JSON: {error}") from None
-    text = value.get("text") if isinstance(value, dict) else None
-    if not isinstance(text, str):
-        raise ValueError(f'[finetune] {path}, line {number} has no "text": expected ' + '{"text": "…"}')
-    if any("\ud800" <= character <= "\udfff" for character in text):  # JSON can hold half a character
-        raise ValueError(f"[finetune] {path}, line {number} is not UTF-8 text")
-    return text
 
 
 def packed(files: list[Path], tokenizer: TokenizerWrapper, length: int, seed: int) -> np.ndarray:
@@ -86,7 +65,7 @@ def packed(files: list[Path], tokenizer: TokenizerWrapper, length: int, seed: in
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if end is None:
         raise ValueError("[finetune] the tokenizer has no end-of-text token: expected eos_token in its config")
-    documents = [document for file in files for document in read_documents(file)]
+    documents = [document for file in files for document in documents_of(file)]
     order = np.random.default_rng(seed).permutation(len(documents))
     pieces = []
     for i in order:

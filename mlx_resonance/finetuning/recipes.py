@@ -22,6 +22,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 TYPES = ("full", "lora")
+LARGEST = {"batch_size": 2**16, "accumulate": 2**16, "lora_rank": 2**16}  # of others, what MLX counts with
 
 
 @dataclass(frozen=True)
@@ -72,8 +73,9 @@ class Recipe:
             raise ValueError(f"[finetune] fine_tune_type must be {' or '.join(TYPES)}, got {self.fine_tune_type!r}")
         least = {"length": 2, "steps": 1, "warmup": 0, "batch_size": 1, "accumulate": 1, "lora_rank": 1, "seed": 0}
         for name, low in least.items():
-            if getattr(self, name) < low:
-                raise ValueError(f"[finetune] {name} must be at least {low}, got {getattr(self, name)}")
+            high = LARGEST.get(name, 2**31 - 1)
+            if not low <= getattr(self, name) <= high:
+                raise ValueError(f"[finetune] {name} must lie in [{low}, {high}], got {getattr(self, name)}")
         if self.rise >= self.steps:
             raise ValueError(f"[finetune] warmup must be shorter than the {self.steps} steps, got {self.warmup}")
         if self.num_layers is not None and self.num_layers < 1:
