@@ -1,4 +1,4 @@
-"""The figures of the notebooks, in the style of `plots`; each function returns a figure for a cell to show."""
+"""Figures of the notebooks 1, 2 and 5, in the style of `plots`; each function returns a figure for a cell to show."""
 
 from __future__ import annotations
 
@@ -284,42 +284,5 @@ def lines(
     if mark:
         axis.axvline(mark, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend(frameon=False)
-    return figure
-
-
-def bars(values: Mapping[str, float], ylabel: str, log: bool = False) -> Picture:
-    """One bar for each name.
-
-    Args:
-        values: by name.
-        ylabel: with its unit.
-        log: a logarithmic axis.
-    """
-    figure, (axis,) = figure_of()
-    drawn = axis.bar(range(len(values)), list(values.values()), color=BLUE)
-    axis.bar_label(drawn, fmt="%.3g", padding=2)
-    axis.set_xticks(range(len(values)), list(values))
-    axis.set(ylabel=ylabel, **({"yscale": "log"} if log else {}))
-    axis.margins(y=0.15)
-    axis.grid(False, axis="x")
-    return figure
-
-
-def accuracy(curves: Mapping[str, NDArray[np.float64]], seed_length: int, train_length: int) -> Picture:
-    """PosGen's accuracy over the position; resonance is solid, its plain twin dashed in the same colour.
-
-    Args:
-        curves: by encoding, of one subtask of `accuracy_curves`.
-        seed_length, train_length: digits.
-    """
-    figure, (axis,) = figure_of()
-    colors = {"rope": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
-    for name, values in curves.items():
-        base = name.removeprefix("resonance_")
-        style = "--" if base == name else "-"
-        axis.plot(seed_length + np.arange(len(values)) + 1, 100 * values, style, color=colors[base], label=name)
-    axis.axvline(train_length + 0.5, color="black", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="position", ylabel="accuracy, %", ylim=(0, 103))
     axis.legend(frameon=False)
     return figure
