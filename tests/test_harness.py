@@ -175,6 +175,7 @@ BAD = {
     "--tasks tiny_multiple_choice --num-shots -1": "num_shots must be at least 0",
     "--tasks tiny_generate_until --max-tokens 512": "answers of 512 tokens leave no room",
     "--tasks tiny_generate_until --apply-chat-template": "the tokenizer has no chat template",
+    "--tasks tiny_multiple_choice --output /dev/null/x.json": "/dev/null is no folder to write to",
     "--tasks broken": "a task cannot be loaded: ",
 }
 

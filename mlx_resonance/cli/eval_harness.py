@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -43,6 +44,10 @@ def command(
     output = None if output is None else user_path(output)
     if output is not None and output.exists() and output.stat().st_size:
         raise FileExistsError(f"[harness] {output} is there already: choose another --output")
+    if output is not None:  # refused now, not after hours
+        above = next(folder for folder in output.absolute().parents if folder.exists())
+        if not above.is_dir() or not os.access(above, os.W_OK):
+            raise NotADirectoryError(f"[harness] {output} cannot be written: {above} is no folder to write to")
     checkpoint = open_checkpoint(
         "harness", model, context=context, factor=factor, kv_bits=kv_bits, memory=size, force=force
     )

@@ -73,9 +73,9 @@ class Recipe:
             raise ValueError(f"[finetune] fine_tune_type must be {' or '.join(TYPES)}, got {self.fine_tune_type!r}")
         least = {"length": 2, "steps": 1, "warmup": 0, "batch_size": 1, "accumulate": 1, "lora_rank": 1, "seed": 0}
         for name, low in least.items():
-            high = LARGEST.get(name, 2**31 - 1)
-            if not low <= getattr(self, name) <= high:
-                raise ValueError(f"[finetune] {name} must lie in [{low}, {high}], got {getattr(self, name)}")
+            most = LARGEST.get(name, 2**31 - 1)
+            if not low <= getattr(self, name) <= most:
+                raise ValueError(f"[finetune] {name} must lie in [{low}, {most}], got {getattr(self, name)}")
         if self.rise >= self.steps:
             raise ValueError(f"[finetune] warmup must be shorter than the {self.steps} steps, got {self.warmup}")
         if self.num_layers is not None and self.num_layers < 1:
