@@ -10,6 +10,7 @@ from .config import MAKERS, PREFIX, RopeConfig
 
 # With these three numbers alone; llama3 and longrope need parameters that belong to one trained checkpoint.
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")
+LARGEST = 2**31  # positions end there
 
 
 def new_rope(
@@ -42,8 +43,8 @@ def new_rope(
         )
     if factor is None:
         raise ValueError(f"[convert] --rope {rope} needs --factor")
-    if not 1 <= factor < float("inf"):
-        raise ValueError(f"[convert] factor must be at least 1, got {factor}")
+    if not 1 <= factor <= LARGEST:
+        raise ValueError(f"[convert] factor must be at least 1 and at most 2**31, got {factor}")
     original = original if original is not None else source.trained_length
     if original is None:
         raise ValueError("[convert] config.json has no context length: give --original-max-position-embeddings")

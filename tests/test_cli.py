@@ -168,6 +168,7 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_2(
         (("convert", "{model}"), "--mlx-path"),
         (("convert", "{model}", "--mlx-path", "{model}"), "exists"),
         (("convert", "{model}", "--mlx-path", "{new}", "--factor", "many"), "--factor"),
+        (("convert", "{model}", "--mlx-path", "{new}", "--rope", "yarn", "--factor", "1e308"), "at most 2**31"),
         (("inspect", "{model}", "--train-length", "0"), "train_length"),
         (("inspect", "{model}", "--train-length", "900", "--test-length", "800"), "test_length"),
         (("inspect", "{model}", "--plot", "{new}.xyz"), "suffix"),
