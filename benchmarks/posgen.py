@@ -13,7 +13,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import feature_gap
 from mlx_resonance.plots import plot_posgen
 from mlx_resonance.posgen.report import PAPER, accuracy_curves, summarize
 from mlx_resonance.posgen.settings import BASES, Settings, settings_from
@@ -50,12 +49,18 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def gaps(settings: Settings) -> dict[str, dict[str, float]]:
-    """Sums of the feature gap over pairs that turn within the training length, which rounding closes, and others."""
+    """Sums of the feature gap over pairs that turn within the training length in training, and over the others.
+
+    Angles of tested positions are compared with those seen in training, which may have been without the scaling.
+    """
     lengths = settings.train_length + 1, settings.test_length + 1
     result = {}
     for encoding in (name for base in BASES for name in (base, f"resonance_{base}")):
-        frequencies = settings.frequencies(encoding, scaled=True)
-        gap, critical = feature_gap(frequencies, *lengths), frequencies.wavelengths <= lengths[0]
+        trained = settings.frequencies(encoding, scaled=settings.train_scaled).wavelengths
+        tested = settings.frequencies(encoding, scaled=True).wavelengths
+        seen = np.exp(2j * np.pi * np.arange(lengths[0])[:, None] / trained)
+        new = np.exp(2j * np.pi * np.arange(*lengths)[:, None] / tested)
+        gap, critical = np.abs(new[:, None] - seen).min(axis=1).max(axis=0), trained <= lengths[0]
         result[encoding] = {
             "pairs": int(critical.sum()),
             "pre_critical": round(float(gap[critical].sum()), 3),
