@@ -16,7 +16,9 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import product
 from pathlib import Path
 
 from mlx_resonance import RopeConfig, feature_gap, load
@@ -127,22 +129,24 @@ def train_mini(rope: str, seed: int, folder: Path) -> None:
     mx.random.seed(seed)
     model = model_class(args_class.from_dict(config))
     train_rows(model, ROWS["mini"], CONTEXT, seed, folder.with_suffix(".safetensors"))
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(TINY, partial, ignore=shutil.ignore_patterns("config.json", "*.safetensors", "training.json"))
-    mx.save_safetensors(str(partial / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    partial.rename(folder)
+    write_checkpoint(model, config, TINY, folder)
 
 
 def train_copy(seed: int, source: Path, folder: Path) -> None:
     """Train the package's checkpoint to say passkeys, and write a checkpoint."""
     model, _ = load_model(source)
     train_rows(model, ROWS["copy"], 512, seed, folder.with_suffix(".safetensors"))
+    write_checkpoint(model, read_config(source), source, folder)
+
+
+def write_checkpoint(model: nn.Module, config: dict, source: Path, folder: Path) -> None:
+    """A folder with the model's weights and the tokenizer of another; it appears whole."""
     partial = folder.with_suffix(".partial")
     shutil.rmtree(partial, ignore_errors=True)
-    shutil.copytree(source, partial, ignore=shutil.ignore_patterns("*.safetensors*"))
+    others = shutil.ignore_patterns("*.safetensors*", "config.json", "training.json", "conversion.json", "README.md")
+    shutil.copytree(source, partial, ignore=others)
     mx.save_safetensors(str(partial / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     partial.rename(folder)
 
 
@@ -192,14 +196,13 @@ def extended(folder: Path, rope: str, steps: int, length: int, seed: int, settin
     finetune(
         folder, training_text(work), target, length=length, steps=steps, batch_size=1, seed=seed, dtype="float32",
         accumulate=setting.contexts[-1] // length, learning_rate=setting.learning_rate, force=True,
-        grad_checkpoint=length > setting.context, on_step=on_step,
-        **scaling,
+        grad_checkpoint=length > setting.context, on_step=on_step, **scaling,
     )  # fmt: skip
     return target
 
 
 def measure(name: str, folder: Path, rope: RopeConfig, setting: Setting, work: Path) -> dict:
-    """Perplexity on held-out files and the passkey grid, at every context, and the feature gap."""
+    """Perplexity on held-out files and the passkey grid, at every context."""
     longest = setting.contexts[-1]
     model, tokenizer = load(folder)
     set_rope(model, rope)
@@ -213,7 +216,6 @@ def measure(name: str, folder: Path, rope: RopeConfig, setting: Setting, work: P
         "perplexity": [row["perplexity_tokens"] for row in rows],
         "perplexity_last": [row["perplexity_last"] for row in rows],
         "documents": len(documents),
-        "feature_gap": float(feature_gap(rope.frequencies(), setting.context, longest).sum()),
     }
     if setting.repetitions:
         grid = Grid(setting.contexts, (10, 50, 90), setting.repetitions)
@@ -228,14 +230,16 @@ def tables(lines: list[dict], contexts: list[int]) -> str:
     groups: dict[tuple, dict[int, dict]] = {}
     for line in lines:
         groups.setdefault((line["steps"], line["length"], line["base"], line["rope"]), {})[line["seed"]] = line
-    marks = [*map(str, contexts), *(f"last tokens of {context}" for context in contexts)]
+    figures_of = ["perplexity", "perplexity_last", *(["passkey"] if "passkey" in lines[0] else [])]
+    names = {"perplexity": "", "perplexity_last": "last tokens of ", "passkey": "passkeys found at "}
+    marks = [f"{names[figure]}{context}" for figure in figures_of for context in contexts]
     rows = [
         f"| trained with | steps × length | rope | seeds | {' | '.join(marks)} |",
         "| --- " * (4 + len(marks)) + "|",
     ]
 
     def figures(line: dict) -> np.ndarray:
-        return np.array(line["perplexity"] + line["perplexity_last"])
+        return np.concatenate([line[figure] for figure in figures_of])
 
     for (steps, length, base, rope), seeds in sorted(groups.items(), key=lambda item: item[0][:3]):
         values = np.array([figures(line) for line in seeds.values()])
@@ -262,6 +266,30 @@ def _mean_and_std(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
 
 
+def gaps(setting: Setting) -> dict[str, dict[str, float]]:
+    """Sums of the feature gap, by what a base was trained with and what it is extended with, not fine-tuned."""
+    sums: dict[str, dict[str, float]] = {}
+    for base in setting.bases:
+        own = RopeConfig(CONFIG["head_dim"], rope_type=base, max_position_embeddings=setting.context)
+        tested = {rope: named_rope(own, rope, FACTOR).frequencies() for rope in (*ROPES, *FROM_RESONANCE)}
+        lengths = setting.context, setting.contexts[-1]
+        sums[base] = {
+            rope: round(float(feature_gap(each, *lengths, trained=own.frequencies()).sum()), 2)
+            for rope, each in tested.items()
+        }
+    return sums
+
+
+def cells(args: argparse.Namespace, setting: Setting) -> Iterator[tuple[int, int, str, str]]:
+    """Steps, seed, base and rope of every model that is asked for."""
+    for steps, seed in product(map(int, args.steps.split(",")), map(int, args.seeds.split(","))):
+        if args.setting == "stdlib-llama" and not steps and seed:
+            continue  # without training one seed is all there is of the package's checkpoint
+        for base in setting.bases:
+            for rope in args.ropes.split(",") if base == "default" else FROM_RESONANCE:
+                yield steps, seed, base, rope
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("setting", choices=SETTINGS)
@@ -281,29 +309,23 @@ def main() -> None:
     header = {"setting": args.setting, "context": setting.context, "contexts": setting.contexts}
     lines = open_records(args.output, "extension", header)
     done = {(line["base"], line["rope"], line["steps"], line["length"], line["seed"]) for line in lines}
-    base_of: dict[tuple[str, int], Path] = {}
-    for steps in map(int, args.steps.split(",")):
-        for seed in map(int, args.seeds.split(",")):
-            for base in setting.bases:
-                for rope in args.ropes.split(",") if base == "default" else FROM_RESONANCE:
-                    trained_on = length if steps else 0
-                    if (base, rope, steps, trained_on, seed) in done or (
-                        args.setting == "stdlib-llama" and not steps and seed
-                    ):
-                        continue  # without training one seed is all there is of the package's checkpoint
-                    folder = base_of.setdefault((base, seed), base_folder(args.setting, base, seed, work))
-                    if steps:
-                        folder = extended(folder, rope, steps, length, seed, setting, work)
-                    own = RopeConfig.from_hf(read_config(folder))
-                    angles = own if steps else named_rope(own, rope, FACTOR)
-                    angles = replace(angles, max_position_embeddings=setting.contexts[-1])  # what may be generated
-                    name = f"{base}-{rope}-{steps}x{trained_on}-{seed}"
-                    record = {"base": base, "rope": rope, "steps": steps, "length": trained_on, "seed": seed}
-                    record |= measure(name, folder, angles, setting, work)
-                    append_records(args.output, [record])
-                    print(json.dumps(record), file=sys.stderr, flush=True)
+    for steps, seed, base, rope in cells(args, setting):
+        trained_on = length if steps else 0
+        if (base, rope, steps, trained_on, seed) in done:
+            continue
+        folder = base_folder(args.setting, base, seed, work)
+        if steps:
+            folder = extended(folder, rope, steps, length, seed, setting, work)
+        own = RopeConfig.from_hf(read_config(folder))
+        angles = own if steps else named_rope(own, rope, FACTOR)
+        angles = replace(angles, max_position_embeddings=setting.contexts[-1])  # what may be generated
+        record = {"base": base, "rope": rope, "steps": steps, "length": trained_on, "seed": seed}
+        record |= measure(f"{base}-{rope}-{steps}x{trained_on}-{seed}", folder, angles, setting, work)
+        append_records(args.output, [record])
+        print(json.dumps(record), file=sys.stderr, flush=True)
     lines = open_records(args.output, "extension", header)
     print(tables(lines, setting.contexts))
+    print("feature gap, as it is:", gaps(setting))
     if args.figure:
         chosen = [line for line in lines if (line["base"], line["steps"], line["seed"]) == ("default", 0, 0)]
         curves = {line["rope"]: line["perplexity_last"] for line in chosen}

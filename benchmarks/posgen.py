@@ -13,6 +13,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from mlx_resonance import feature_gap
 from mlx_resonance.plots import plot_posgen
 from mlx_resonance.posgen.report import PAPER, accuracy_curves, summarize
 from mlx_resonance.posgen.settings import BASES, Settings, settings_from
@@ -56,11 +57,9 @@ def gaps(settings: Settings) -> dict[str, dict[str, float]]:
     lengths = settings.train_length + 1, settings.test_length + 1
     result = {}
     for encoding in (name for base in BASES for name in (base, f"resonance_{base}")):
-        trained = settings.frequencies(encoding, scaled=settings.train_scaled).wavelengths
-        tested = settings.frequencies(encoding, scaled=True).wavelengths
-        seen = np.exp(2j * np.pi * np.arange(lengths[0])[:, None] / trained)
-        new = np.exp(2j * np.pi * np.arange(*lengths)[:, None] / tested)
-        gap, critical = np.abs(new[:, None] - seen).min(axis=1).max(axis=0), trained <= lengths[0]
+        trained = settings.frequencies(encoding, scaled=settings.train_scaled)
+        gap = feature_gap(settings.frequencies(encoding, scaled=True), *lengths, trained=trained)
+        critical = trained.wavelengths <= lengths[0]
         result[encoding] = {
             "pairs": int(critical.sum()),
             "pre_critical": round(float(gap[critical].sum()), 3),

@@ -284,22 +284,25 @@ def longrope_frequencies(
     return RotaryFrequencies(wavelengths, attention_factor)
 
 
-def feature_gap(frequencies: RotaryFrequencies, train_length: int, test_length: int) -> Float64Array:
+def feature_gap(
+    frequencies: RotaryFrequencies, train_length: int, test_length: int, trained: RotaryFrequencies | None = None
+) -> Float64Array:
     """How far each pair's angles past the training length lie from any angle seen inside it.
 
     For each pair: the largest, over positions m in [train_length, test_length), of the smallest distance between the
     unit vectors (cos, sin) at m and at any n in [0, train_length). Zero: every rotation was seen in training.
 
     Args:
-        frequencies: the rotary frequencies.
+        frequencies: the rotary frequencies of the longer text.
         train_length: tokens seen in training.
         test_length: tokens of the longer text, at least `train_length`.
+        trained: the rotary frequencies of training, where those were others, such as before a scaling.
 
     Returns:
         Euclidean distances in [0, 2], float64, shape (dims / 2,).
 
     Raises:
-        ValueError: the lengths are not 1 <= train_length <= test_length.
+        ValueError: the lengths are not 1 <= train_length <= test_length, or there are other numbers of pairs.
 
     Source: arXiv 2403.00071, section 4.2 (definition 4.1), per feature pair.
     """
@@ -310,7 +313,10 @@ def feature_gap(frequencies: RotaryFrequencies, train_length: int, test_length: 
     if train_length == test_length:
         return np.zeros(len(frequencies.wavelengths))
     seen_positions, new_positions = np.arange(train_length), np.arange(train_length, test_length)
-    gaps = [_largest_turn_gap(seen_positions % λ / λ, new_positions % λ / λ) for λ in frequencies.wavelengths]
+    new, seen = frequencies.wavelengths, (trained or frequencies).wavelengths
+    if len(new) != len(seen):
+        raise ValueError(f"[feature_gap] trained has {len(seen)} pairs, expected {len(new)}")
+    gaps = [_largest_turn_gap(seen_positions % s / s, new_positions % n / n) for s, n in zip(seen, new, strict=True)]
     return 2 * np.sin(np.pi * np.array(gaps))
 
 

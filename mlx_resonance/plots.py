@@ -104,24 +104,34 @@ def plot_posgen(
         ValueError: matplotlib does not write that format.
     """
     path = image_path(path)
-    colors = {"rope": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(8.5, 3.4), layout="constrained")
         axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
         for axis, (subtask, lines) in zip(axes, curves.items(), strict=True):
-            for encoding, accuracy in lines.items():
-                base = encoding.removeprefix("resonance_")
-                # In semi-recursive sequences every other token is easy: two neighbours make one point.
-                smooth = 100 * np.convolve(accuracy, [0.5, 0.5], mode="valid")
-                positions = seed_length + np.arange(len(smooth)) + 1.5
-                style = "--" if base == encoding else "-"
-                axis.plot(positions, smooth, style, color=colors[base], label=encoding, linewidth=1)
+            posgen_curves(axis, lines, seed_length)
             axis.axvline(train_length + 0.5, color="black", linewidth=0.8, linestyle=":")
             axis.set(title=subtask, xlabel="position", ylim=(0, 103))
         axes[0].set_ylabel("accuracy, %, mean of two neighbours")
         handles = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
         figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
         figure.savefig(path)
+
+
+def posgen_curves(axis: Axes, accuracies: Mapping[str, np.ndarray], seed_length: int) -> None:
+    """A line for every encoding; rounded ones are solid, in the colour of their dashed twin.
+
+    Args:
+        axis: to draw on.
+        accuracies: by encoding, as of `accuracy_curves`.
+        seed_length: digits before the first predicted one.
+    """
+    colors = {"rope": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
+    for encoding, accuracy in accuracies.items():
+        base = encoding.removeprefix("resonance_")
+        # In semi-recursive sequences every other token is easy: two neighbours make one point.
+        smooth = 100 * np.convolve(accuracy, [0.5, 0.5], mode="valid")
+        positions = seed_length + np.arange(len(smooth)) + 1.5
+        axis.plot(positions, smooth, "--" if base == encoding else "-", color=colors[base], label=encoding, linewidth=1)
 
 
 def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarray, path: str | Path) -> None:

@@ -43,7 +43,7 @@ print(f"heads of {rope.dims} features, base {rope.base:g}; trained on {TRAINED} 
 # the base. Its *wavelength* $\lambda_i = 2\pi \, \theta^{2i/d}$ is the number of tokens for a full turn.
 
 # %%
-from mlx_resonance.notebook_figures import wavelengths
+from mlx_resonance.notebook_figures.rope import wavelengths
 
 wavelengths(plain, TRAINED, LONGER)
 
@@ -69,7 +69,7 @@ print(f"turns in training: {turns[0]:.1f} of the first, {turns[-1]:.3f} of the l
 # angles. The slow pair at the right enters an arc in which it has never been, and no rounding changes that.
 
 # %%
-from mlx_resonance.notebook_figures import circles
+from mlx_resonance.notebook_figures.rope import circles
 
 circles([2 * np.pi, 6, 40.7], train_length=30, test_length=60)
 
@@ -104,7 +104,7 @@ assert np.sum(rounded == 0) == 46
 # and the nearest one seen in training, pair by pair. Back to the checkpoint of the first cell.
 
 # %%
-from mlx_resonance.notebook_figures import gaps
+from mlx_resonance.notebook_figures.rope import gaps
 
 resonant = plain.resonate()
 gaps({"as computed": plain, "rounded": resonant}, TRAINED, LONGER)
@@ -138,7 +138,7 @@ assert before[:critical].sum() < 0.02 * before.sum()
 # [notebook 2](02-convert-a-checkpoint.ipynb).
 
 # %%
-from mlx_resonance.notebook_figures import shifts
+from mlx_resonance.notebook_figures.rope import shifts
 
 shifts(plain)
 
@@ -157,7 +157,7 @@ assert round(100 * change[0], 1) == 4.5
 
 # %%
 from mlx_resonance import yarn_frequencies
-from mlx_resonance.notebook_figures import arcs
+from mlx_resonance.notebook_figures.rope import arcs
 
 yarn = yarn_frequencies(rope.dims, rope.base, factor=8, original_max_position_embeddings=TRAINED)
 arcs(plain, yarn, TRAINED, LONGER)
@@ -215,7 +215,7 @@ float32 = [
 exact = [error(ours(ones, offset=p), p) for p in positions]
 
 # %%
-from mlx_resonance.notebook_figures import errors
+from mlx_resonance.notebook_figures.rope import errors
 
 measured = {"mx.fast.rope": float32, "ours": exact}
 errors(positions, measured, 2.5e-7, "largest error of cos and sin")
@@ -253,7 +253,7 @@ controls = {
 }
 
 # %%
-from mlx_resonance.notebook_figures import playground
+from mlx_resonance.notebook_figures.rope import playground
 
 picture = widgets.Image(format="png", layout={"max_width": "850px"})
 

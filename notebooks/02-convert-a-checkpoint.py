@@ -60,7 +60,7 @@ print(f"{plan.weights / 1e6:.1f} MB of weights; takes about {plan.memory / 1e6:.
 
 # %%
 from mlx_resonance.inspection import inspect_rope
-from mlx_resonance.notebook_figures import inspected
+from mlx_resonance.notebook_figures.rope import inspected
 
 inspection = inspect_rope(plan.rope)
 inspected(inspection)
@@ -179,9 +179,9 @@ for name, rope in ropes.items():
     loss[name] = score(model, rows, length - 1)
 
 # %%
-from mlx_resonance.notebook_figures import losses
+from mlx_resonance.notebook_figures.common import loss_over_position
 
-losses(loss, trained, window=128)
+loss_over_position({name: values.mean(axis=0) for name, values in loss.items()}, trained, window=128)
 
 # %% [markdown]
 # Past the trained length RoPE's loss grows, that with YaRN does not. Within it YaRN costs a little, since the model has
@@ -218,9 +218,9 @@ for bits in (8, 4, 3):
     nats[name] = score(load(small.path)[0], rows[:1, :trained], trained - 1).mean()
 
 # %%
-from mlx_resonance.notebook_figures import costs
+from mlx_resonance.notebook_figures.common import bar_panels
 
-costs({"weights, MB": sizes, "error of the weights, %": off, "loss, nats per token": nats})
+bar_panels({"weights, MB": sizes, "error of the weights, %": off, "loss, nats per token": nats})
 
 # %% [markdown]
 # Every bit less about doubles the error. Eight bits cost next to nothing of the loss, three cost most.

@@ -97,7 +97,7 @@ assert all(plans["4 bit"][i].total < plans["8 bit"][i].total < plans[whole][i].t
 # that would not fit, such as those of LLaMA 2 7B in 16 bits, are given more.
 
 # %%
-from mlx_resonance.notebook_figures_long import what_fits
+from mlx_resonance.notebook_figures.generation import what_fits
 
 MEMORY = max(16 * 10**9, 3 * plans[whole][-1].weights)
 far = [2**i for i in range(12, 24)]
@@ -152,7 +152,7 @@ def peak(context, bits):
 
 
 # %%
-from mlx_resonance.notebook_figures_long import memory_over_context
+from mlx_resonance.notebook_figures.generation import memory_over_context
 
 from IPython.display import display
 
@@ -209,7 +209,7 @@ row = np.array(tokens, np.int32)[None]
 loss = {name: score(load_model(folder, rope=each)[0], row, LENGTH - 1)[0] for name, each in angles.items()}
 
 # %%
-from mlx_resonance.notebook_figures_long import loss_over_position
+from mlx_resonance.notebook_figures.common import loss_over_position
 
 loss_over_position(loss, TRAINED, window=TRAINED // 8)
 
@@ -238,7 +238,7 @@ assert abs(inside["Resonance-YaRN"] - inside["YaRN"]) < 0.02 and abs(past["Reson
 # %%
 import time
 
-from mlx_resonance.notebook_figures_long import tokens_over_time
+from mlx_resonance.notebook_figures.generation import tokens_over_time
 
 prompt = tokens[: 3 * LENGTH // 4]
 read, written, pieces = [], [], []
@@ -301,7 +301,7 @@ for name, bits in FORMATS.items():
     perplexity[name] = float(np.exp(nats.mean()))
 
 # %%
-from mlx_resonance.notebook_figures_long import bar_panels
+from mlx_resonance.notebook_figures.common import bar_panels
 
 bar_panels({f"keys and values of {LENGTH} tokens, MB": megabytes, "perplexity": perplexity})
 
@@ -335,7 +335,7 @@ def ask(question, cache):
 
 
 # %%
-from mlx_resonance.notebook_figures_long import first_tokens
+from mlx_resonance.notebook_figures.generation import first_tokens
 
 caches = {"without a prompt cache": None, "with": prompt_cache}
 seconds, known, answers = ({name: [] for name in caches} for _ in range(3))

@@ -46,7 +46,7 @@ rows = {name: Task(name).extend(seed, 32)[0] for name in ("recursive", "cot", "s
 far = {"recursive": lambda n: n - 4, "cot": lambda n: 0, "semi-recursive": lambda n: (n - 4) // 2}
 
 # %%
-from mlx_resonance.notebook_figures_long import sequences
+from mlx_resonance.notebook_figures.posgen import sequences
 
 n = 24
 sequences(rows, n, near=3, far={name: back(n) for name, back in far.items()})
@@ -111,7 +111,7 @@ assert holds["semi-recursive"][::2].all() and holds["semi-recursive"][1::2].mean
 # %%
 import tempfile
 
-from mlx_resonance.notebook_figures_long import training
+from mlx_resonance.notebook_figures.posgen import training
 from mlx_resonance.posgen.runs import train_into
 
 from IPython.display import display
@@ -168,7 +168,7 @@ assert header["preset"] == "laptop" and not header["settings"]["train_scaled"]
 assert len(lines) == 3 * 8 * 5
 
 # %%
-from mlx_resonance.notebook_figures_long import accuracy_over_position
+from mlx_resonance.notebook_figures.posgen import accuracy_over_position
 
 every = accuracy_curves(lines)
 curves = {subtask: {name: found[name] for name in ENCODINGS} for subtask, found in every.items()}
@@ -204,7 +204,7 @@ def accuracies(lines, subtask, encoding):
 ours = {subtask: {name: accuracies(lines, subtask, name) for name in ENCODINGS} for subtask in PAPER}
 
 # %%
-from mlx_resonance.notebook_figures_long import seeds_and_paper
+from mlx_resonance.notebook_figures.posgen import seeds_and_paper
 
 seeds_and_paper(ours, PAPER)
 
@@ -253,7 +253,7 @@ for name, values in added.items():
     print(f"{name:20} {values.mean():+5.1f}  bootstrap [{low:+.1f}, {high:+.1f}]  paper {claimed[name]:+.1f}")
 
 # %%
-from mlx_resonance.notebook_figures_long import differences
+from mlx_resonance.notebook_figures.posgen import differences
 
 differences(added, {"bootstrap, 95 %": boot, "Student's t, 95 %": t}, claimed)
 
@@ -306,13 +306,13 @@ for name in PAPER:
 # longer text lies from all that were seen. The models of the figures above saw angles without scaling and are tested
 # with it, so old and new angles have wavelengths of their own. [EOS] counted in, 65 tokens were seen, and 257 are read.
 
-
 # %%
+from mlx_resonance import feature_gap
+
+
 def gap(encoding):
-    seen, tested = (laptop.frequencies(encoding, scaled).wavelengths for scaled in (False, True))
-    old = np.exp(2j * np.pi * np.arange(65)[:, None] / seen)
-    new = np.exp(2j * np.pi * np.arange(65, 257)[:, None] / tested)
-    return np.abs(new[:, None] - old).min(axis=1).max(axis=0)
+    trained, tested = (laptop.frequencies(encoding, scaled) for scaled in (False, True))
+    return feature_gap(tested, 65, 257, trained)
 
 
 total = {name: float(gap(name).sum()) for name in ENCODINGS}
@@ -324,10 +324,7 @@ print("feature gap, sum of all pairs:", {name: f"{value:.2f}" for name, value in
 # what these models fail on.
 
 # %%
-from mlx_resonance import feature_gap
-
 critical = laptop.frequencies("resonance_rope", scaled=True).critical_pairs(65)
-assert np.allclose(gap("rope"), feature_gap(laptop.frequencies("rope", scaled=True), 65, 257))
 assert np.allclose(gap("resonance_rope")[:critical], 0) and gap("rope")[:critical].min() > 1e-6
 assert 0 < total["rope"] - total["resonance_rope"] < 0.05 * total["rope"]
 assert total["yarn"] < 0.05 * total["rope"]

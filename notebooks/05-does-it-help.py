@@ -62,7 +62,7 @@ subject = Subject("tiny", folder, ropes, [tokenizer.bos_token_id], documents)
 rows = run_perplexity([subject], protocol, work / "perplexity.jsonl", {"data": "two files"})
 
 # %%
-from mlx_resonance.notebook_figures import lines
+from mlx_resonance.notebook_figures.common import lines
 
 curves = {rope.rope_type: [row["perplexity_tokens"] for row in rows if row["rope"] == rope.rope_type] for rope in ropes}
 lines(protocol.contexts, curves, "context, tokens", "perplexity", log="x", mark=own.trained_length)

@@ -234,6 +234,18 @@ def test_feature_gap_is_its_definition(train_length, test_length, resonant):
     np.testing.assert_allclose(feature_gap(frequencies, train_length, test_length), expected, rtol=0, atol=1e-13)
 
 
+def test_feature_gap_to_other_angles_of_training():
+    """Against every pair of positions, by complex numbers."""
+    trained, tested = default_frequencies(16, 100), yarn_frequencies(16, 100, 4, 32, beta_fast=4).resonate()
+    seen = np.exp(2j * np.pi * np.arange(30)[:, None] / trained.wavelengths)
+    new = np.exp(2j * np.pi * np.arange(30, 100)[:, None] / tested.wavelengths)
+    expected = np.abs(new[:, None] - seen).min(axis=1).max(axis=0)
+    np.testing.assert_allclose(feature_gap(tested, 30, 100, trained), expected, rtol=0, atol=1e-13)
+    assert np.any(feature_gap(tested, 30, 100) < expected - 0.01)
+    with pytest.raises(ValueError, match="trained has 4 pairs, expected 8"):
+        feature_gap(tested, 30, 100, default_frequencies(8))
+
+
 def test_rounding_closes_the_gap_of_every_pre_critical_pair():
     plain = yarn_frequencies(64, 10000, 4, 512)
     resonant = plain.resonate()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
-from .output import count_bar, fail, print_json, stderr
+from .output import count_bar, print_json, stderr
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -58,36 +58,33 @@ def command(
 
     size = None if memory is None else parse_size(memory, "--memory")
     with count_bar() as bar:
-        try:
-            done = finetune(
-                model,
-                data,
-                mlx_path,
-                preset=preset,
-                rope=rope,
-                factor=factor,
-                original_max_position_embeddings=original_max_position_embeddings,
-                dtype=dtype,
-                checkpoint_every=checkpoint_every,
-                memory=size,
-                force=force,
-                on_step=Report(bar),
-                length=length,
-                steps=steps,
-                warmup=warmup,
-                learning_rate=learning_rate,
-                weight_decay=weight_decay,
-                batch_size=batch_size,
-                accumulate=accumulate,
-                fine_tune_type=fine_tune_type,
-                lora_rank=lora_rank,
-                lora_scale=lora_scale,
-                num_layers=num_layers,
-                grad_checkpoint=grad_checkpoint or None,
-                seed=seed,
-            )
-        except FloatingPointError as error:
-            fail(error, 1)
+        done = finetune(
+            model,
+            data,
+            mlx_path,
+            preset=preset,
+            rope=rope,
+            factor=factor,
+            original_max_position_embeddings=original_max_position_embeddings,
+            dtype=dtype,
+            checkpoint_every=checkpoint_every,
+            memory=size,
+            force=force,
+            on_step=Report(bar),
+            length=length,
+            steps=steps,
+            warmup=warmup,
+            learning_rate=learning_rate,
+            weight_decay=weight_decay,
+            batch_size=batch_size,
+            accumulate=accumulate,
+            fine_tune_type=fine_tune_type,
+            lora_rank=lora_rank,
+            lora_scale=lora_scale,
+            num_layers=num_layers,
+            grad_checkpoint=grad_checkpoint or None,
+            seed=seed,
+        )
     held_out = f", held out {done['valid_loss']:.3f}" if "valid_loss" in done else ""
     text = f"{mlx_path}: loss {done['losses'][0]:.3f} -> {done['losses'][-1]:.3f}{held_out}"
     stderr.print(f"{text}; peak memory {done['peak_memory'] / 1e6:,.0f} MB", soft_wrap=True)

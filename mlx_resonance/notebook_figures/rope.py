@@ -1,45 +1,17 @@
-"""Figures of the notebooks 1, 2 and 5, in the style of `plots`; each function returns a figure for a cell to show."""
+"""Figures of notebooks 1 and 2: wavelengths, angles and gaps."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Mapping, Sequence
 
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
-from numpy.typing import NDArray
-from PIL import Image
 
-from .frequencies import RotaryFrequencies, default_frequencies, feature_gap, yarn_frequencies
-from .inspection import Inspection
-from .plots import BLUE, GREEN, GREY, ORANGE, STYLE
-
-COLORS = (GREY, GREEN, ORANGE, BLUE, "#CC79A7", "#E69F00", "#56B4E9", "black")
-
-
-class Picture(Figure):
-    """A figure that a notebook shows as the value of a cell, without pyplot and its global state."""
-
-    def png(self) -> bytes:
-        """The figure as a PNG, at twice the size it is shown at, for sharp screens; few colours make it small."""
-        buffer, small = io.BytesIO(), io.BytesIO()
-        self.savefig(buffer, format="png", dpi=2 * self.dpi)
-        Image.open(buffer).convert("RGB").quantize(32).save(small, format="PNG", optimize=True)
-        return small.getvalue()
-
-    def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        width, height = self.get_size_inches() * self.dpi
-        return self.png(), {"width": round(width), "height": round(height)}
-
-
-def figure_of(rows: int = 1, columns: int = 1, size: tuple[float, float] = (7, 3.2)) -> tuple[Picture, list[Axes]]:
-    """A figure on white, readable on dark pages too, and its axes."""
-    with matplotlib.rc_context(STYLE):
-        figure = Picture(figsize=size, layout="constrained", facecolor="white", dpi=100)
-        axes = figure.subplots(rows, columns, squeeze=False)
-    return figure, list(axes.flat)
+from ..frequencies import RotaryFrequencies, default_frequencies, feature_gap, yarn_frequencies
+from ..inspection import Inspection
+from ..plots import BLUE, GREEN, GREY, ORANGE, STYLE
+from .common import TEXT_GREY, Picture, figure_of
 
 
 @matplotlib.rc_context(STYLE)
@@ -174,46 +146,6 @@ def inspected(inspection: Inspection) -> Picture:
 
 
 @matplotlib.rc_context(STYLE)
-def losses(by_name: Mapping[str, NDArray[np.floating]], train_length: int, window: int) -> Picture:
-    """The loss over the position, a running mean over rows and neighbours.
-
-    Args:
-        by_name: nats per token, shape (rows, tokens) each.
-        train_length: tokens, marked.
-        window: positions that a point is the mean of.
-    """
-    figure, (axis,) = figure_of()
-    styles = zip(by_name.items(), (ORANGE, "black", BLUE, GREY), ("-", "--", "-", ":"), strict=False)
-    for (name, values), color, style in styles:
-        mean = np.convolve(values.mean(axis=0), np.ones(window) / window, "valid")
-        above = 3 if style == "--" else 2  # what coincides stays in sight
-        axis.plot(np.arange(len(mean)) + window / 2, mean, style, color=color, label=name, linewidth=1.4, zorder=above)
-    axis.axvline(train_length, color="black", linewidth=0.8, linestyle=":")
-    axis.text(train_length, axis.get_ylim()[1], f" trained on {train_length}", va="top", color="#555555")
-    axis.set(xlabel="position", ylabel="loss, nats per token")
-    axis.legend(loc="upper left")
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
-def costs(panels: Mapping[str, Mapping[str, float]]) -> Picture:
-    """Panels of bars beside each other, a number on each bar.
-
-    Args:
-        panels: by the name of what is measured, with its unit; then by the name of what it is measured on.
-    """
-    figure, axes = figure_of(1, len(panels), (8.5, 3))
-    for axis, (title, values) in zip(axes, panels.items(), strict=True):
-        drawn = axis.bar(list(values), list(values.values()), color=BLUE, width=0.6)
-        axis.bar_label(drawn, [f"{value:.3g}" for value in values.values()], padding=2)
-        axis.set_title(title, fontsize=9)
-        axis.margins(y=0.15)
-        axis.grid(False, axis="x")
-        axis.tick_params(axis="x", length=0)
-    return figure
-
-
-@matplotlib.rc_context(STYLE)
 def errors(positions: Sequence[int], measured: Mapping[str, Sequence[float]], bound: float, ylabel: str) -> Picture:
     """Errors over the position, both logarithmic, and the bound that one of them keeps.
 
@@ -246,7 +178,7 @@ def _wavelengths(axis: Axes, frequencies: RotaryFrequencies, train_length: int, 
     axis.plot(pairs[~inside], values[~inside], "^", color=ORANGE, markersize=4, label="does not")
     for length, name in ((train_length, "trained on"), (test_length, "read at")):
         axis.axhline(length, color=GREY, linewidth=0.8, linestyle="--")
-        axis.text(0, length, f"{name} {length}", va="bottom", color="#555555")
+        axis.text(0, length, f"{name} {length}", va="bottom", color=TEXT_GREY)
     axis.set(yscale="log", xlabel="feature pair", ylabel="wavelength, tokens per turn")
     axis.legend(loc="lower right")
 
@@ -261,28 +193,3 @@ def _gaps(axis: Axes, frequencies: Mapping[str, RotaryFrequencies], train_length
     axis.set_yticks([0, 1e-3, 1e-2, 0.1, 1], ["0", "0.001", "0.01", "0.1", "1"])
     axis.minorticks_off()
     axis.legend(loc="lower right", bbox_to_anchor=(1, 0.12))
-
-
-def lines(
-    x: Sequence[float], curves: Mapping[str, Sequence[float]], xlabel: str, ylabel: str, log: str = "", mark: float = 0
-) -> Picture:
-    """Curves over a common axis.
-
-    Args:
-        x: the axis.
-        curves: by name; None stands for what is not known yet.
-        xlabel, ylabel: with units.
-        log: the axes that are logarithmic: "x", "y" or "xy".
-        mark: a place on the axis to mark, such as the trained length.
-    """
-    figure, (axis,) = figure_of()
-    for (name, values), color in zip(curves.items(), COLORS, strict=False):
-        style = "o-" if len(values) < 30 else "-"
-        axis.plot(x[: len(values)], values, style, color=color, label=name, markersize=4, linewidth=1.4)
-    for letter in log:
-        getattr(axis, f"set_{letter}scale")("log")
-    if mark:
-        axis.axvline(mark, color="black", linewidth=0.8, linestyle=":")
-    axis.set(xlabel=xlabel, ylabel=ylabel)
-    axis.legend(frameon=False)
-    return figure

@@ -1,0 +1,144 @@
+"""Figures of notebook 4: PosGen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import matplotlib
+import numpy as np
+from matplotlib.patches import Patch, Rectangle
+from matplotlib.ticker import MaxNLocator
+from numpy.typing import NDArray
+
+from ..plots import BLUE, GREY, ORANGE, STYLE, posgen_curves
+from .common import TEXT_GREY, Picture, figure_of
+
+LIGHT_BLUE = "#8CBFDE"
+
+
+@matplotlib.rc_context(STYLE)
+def sequences(rows: Mapping[str, NDArray[np.int32]], position: int, near: int, far: Mapping[str, int]) -> Picture:
+    """PosGen's sequences as rows of cells; at one position, the digits that the digit there follows from.
+
+    Args:
+        rows: digits by subtask, shape (tokens,) each.
+        position: whose digit is explained.
+        near: how many digits just before it count.
+        far: by subtask, the position of the one further back.
+    """
+    length = max(map(len, rows.values()))
+    figure, (axis,) = figure_of(size=(8.5, 0.5 + 0.62 * len(rows)))
+    for y, (name, digits) in enumerate(rows.items()):
+        for x, digit in enumerate(digits):
+            is_near, is_far = position - near <= x < position, x == far[name]
+            color = BLUE if is_near else ORANGE if is_far else "black" if x == position else "#EEEEEE"
+            axis.add_patch(Rectangle((x - 0.46, y - 0.36), 0.92, 0.72, color=color, linewidth=0))
+            letters = "black" if color == "#EEEEEE" else "white"
+            axis.text(x, y, str(digit), ha="center", va="center", color=letters, fontsize=8)
+    axis.set(xlim=(-0.6, length - 0.4), ylim=(len(rows) - 0.5, -0.5), xlabel="position")
+    axis.set_yticks(range(len(rows)), list(rows))
+    axis.set_xticks(range(0, length, 4))
+    axis.tick_params(length=0)
+    axis.grid(False)
+    for side in axis.spines.values():
+        side.set_visible(False)
+    squares = [Patch(color=color) for color in (BLUE, ORANGE, "black")]
+    figure.legend(squares, ["near digits", "far digit", "what they give"], loc="outside upper right", ncols=3)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def training(steps: Sequence[tuple[int, float, float]], chance: float, total: int) -> Picture:
+    """A PosGen training: loss and accuracy, as far as it has come.
+
+    Args:
+        steps: step, loss in nats, and the accuracy of the last validation (NaN before it), in [0, 1].
+        chance: accuracy of guessing, in [0, 1].
+        total: steps of the whole training.
+    """
+    figure, (left, right) = figure_of(1, 2, (7, 2.6))
+    step, loss, accuracy = np.array(steps, dtype=float).reshape(-1, 3).T
+    left.plot(step, loss, "o-", color=BLUE, markersize=4, linewidth=1.4)
+    left.axhline(-np.log(chance), color="black", linewidth=0.8, linestyle=":", label="guessing")
+    right.plot(step, 100 * accuracy, "o-", color=BLUE, markersize=4, linewidth=1.4)
+    right.axhline(100 * chance, color="black", linewidth=0.8, linestyle=":", label="guessing")
+    left.set(xlabel="step", ylabel="loss, nats per token", xlim=(0, total + 0.5), ylim=(0, None))
+    right.set(xlabel="step", ylabel="accuracy, %", xlim=(0, total + 0.5), ylim=(0, 103))
+    for axis in (left, right):
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.legend()
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def accuracy_over_position(
+    curves: Mapping[str, Mapping[str, NDArray[np.float64]]], seed_length: int, train_length: int
+) -> Picture:
+    """Accuracy over the position, a panel per subtask; resonance is solid, its plain twin dashed in the same colour.
+
+    Args:
+        curves: by subtask and encoding, as `accuracy_curves` gives them.
+        seed_length, train_length: digits.
+    """
+    figure, axes = figure_of(1, len(curves), (8.5, 3.2))
+    for axis, (subtask, lines) in zip(axes, curves.items(), strict=True):
+        posgen_curves(axis, lines, seed_length)
+        axis.axvspan(0, train_length + 0.5, color=GREY, alpha=0.15, linewidth=0)
+        axis.set(title=subtask, xlabel="position", ylim=(0, 103), xlim=(0, None))
+        if axis is not axes[0]:
+            axis.tick_params(labelleft=False)
+    axes[0].text(train_length / 2, 4, "trained", ha="center", color=TEXT_GREY)
+    axes[0].set_ylabel("accuracy, %\n(mean of two neighbours)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def seeds_and_paper(
+    ours: Mapping[str, Mapping[str, NDArray[np.float64]]], paper: Mapping[str, Mapping[str, float]]
+) -> Picture:
+    """Accuracy past the training length: every seed, their mean, and the paper's mean.
+
+    Args:
+        ours: % by subtask and encoding, one number for each seed.
+        paper: % by subtask and encoding.
+    """
+    figure, axes = figure_of(1, len(ours), (8.5, 3.2))
+    for axis, (subtask, encodings) in zip(axes, ours.items(), strict=True):
+        for y, (encoding, seeds) in enumerate(encodings.items()):
+            axis.plot(seeds, np.full(len(seeds), y), "o", color=LIGHT_BLUE, markersize=4, label="one seed")
+            axis.plot(seeds.mean(), y, "|", color=BLUE, markersize=18, markeredgewidth=2.5, label="mean of them")
+            axis.plot(paper[subtask][encoding], y, "D", color=ORANGE, markersize=5, label="the paper's mean")
+        axis.set(title=subtask, xlabel="accuracy, %", xlim=(0, 103), ylim=(len(encodings) - 0.5, -0.5))
+        axis.set_yticks(range(len(encodings)), list(encodings) if axis is axes[0] else [])
+    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def differences(
+    ours: Mapping[str, NDArray[np.float64]],
+    intervals: Mapping[str, Mapping[str, tuple[float, float]]],
+    paper: Mapping[str, float],
+) -> Picture:
+    """Resonance minus plain: every seed, two intervals of the mean, and the paper's difference.
+
+    Args:
+        ours: points of accuracy by name, one number for each seed.
+        intervals: by kind, the narrow one first, then by name: their ends.
+        paper: points by name.
+    """
+    figure, (axis,) = figure_of(size=(8.5, 0.9 + 0.42 * len(ours)))
+    for y, (name, seeds) in enumerate(ours.items()):
+        for (kind, ends), width, color in zip(intervals.items(), (9, 2.5), (LIGHT_BLUE, BLUE), strict=True):
+            axis.plot(ends[name], (y, y), linewidth=width, color=color, solid_capstyle="butt", label=kind, zorder=1.5)
+        axis.plot(seeds, np.full(len(seeds), y), "o", color="black", markersize=3, label="one seed")
+        axis.plot(seeds.mean(), y, "|", color="black", markersize=16, markeredgewidth=2, label="mean of them")
+        axis.plot(paper[name], y, "D", color=ORANGE, markersize=5, label="the paper's difference")
+    axis.axvline(0, color="black", linewidth=0.8, zorder=0)
+    axis.set(xlabel="resonance minus plain, points of accuracy past the training length", ylim=(len(ours) - 0.5, -0.5))
+    axis.set_yticks(range(len(ours)), list(ours))
+    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5)
+    return figure
