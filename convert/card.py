@@ -65,12 +65,13 @@ def base_models(folder: Path) -> list[str]:
     return base if isinstance(base, list) else [base]
 
 
-def write_card(folder: Path, source: str | Path, card: dict[str, Any], rope: RopeConfig) -> None:
+def write_card(folder: Path, source: str, is_hub_id: bool, card: dict[str, Any], rope: RopeConfig) -> None:
     """Write README.md, keeping the licence, language and tags of the source's card.
 
     Args:
         folder: where to write; its name, less `.partial`, is the title.
-        source: folder or hub id that was converted.
+        source: name of the folder, or hub id, that was converted.
+        is_hub_id: which of them it is.
         card: from `read_card` of the source.
         rope: the settings that were written.
     """
@@ -78,16 +79,15 @@ def write_card(folder: Path, source: str | Path, card: dict[str, Any], rope: Rop
     data.library_name = "mlx"
     data.pipeline_tag = "text-generation"
     data.tags = sorted({*map(str, data.tags or []), "mlx", *(["resonance-rope"] if rope.is_resonant else [])})
-    is_hub_id = not Path(source).exists()
-    data.base_model = str(source) if is_hub_id else None
+    data.base_model = source if is_hub_id else None
     text = TEXT.format(
         name=folder.name.removesuffix(".partial"),
-        source=str(source) if is_hub_id else f"`{Path(source).resolve().name}`",
+        source=source if is_hub_id else f"`{source}`",
         rope_type=rope.rope_type,
         base=rope.base,
         factor=rope.parameters.get("factor") or _quotient(rope.context_length, rope.trained_length),
-        trained=rope.trained_length,
-        context=rope.context_length,
+        trained=rope.trained_length or "unknown",
+        context=rope.context_length or "unknown",
         resonance=RESONANCE.format(rope_type=rope.rope_type) if rope.is_resonant else "",
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")

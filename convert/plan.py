@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_resonance.checks import check_config, model_classes
 from mlx_resonance.config import RopeConfig
 from mlx_resonance.files import TensorInfo
-from mlx_resonance.loading import check_config, for_models, model_classes, set_rope
+from mlx_resonance.loading import for_models, set_rope
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -165,7 +166,7 @@ def check_tensors(source: Source, rope: RopeConfig) -> tuple[dict[str, Any], nn.
     Raises:
         ValueError: they do not fit together.
     """
-    config, model_config = for_models(check_config(source.config, source.tensors), rope)
+    config, model_config = for_models(check_config(source.config, source.tensors, rope), rope)
     kind, tensors = config["model_type"], source.tensors
     try:
         lazy = {name: mx.zeros(info.shape, TYPES[info.dtype]) for name, info in tensors.items()}

@@ -34,8 +34,8 @@ def portable_rope(rope: RopeConfig) -> tuple[RopeConfig, float]:
         raise ValueError(f"[convert] --portable: the angles of {rope.rope_type} change with the length of a text")
     if rope.partial_rotary_factor != 1:
         raise ValueError("[convert] --portable: mlx-lm does not read partial_rotary_factor")
-    original, context = rope.trained_length, rope.context_length
-    if original is None or context is None:
+    context = rope.context_length
+    if context is None:
         raise ValueError("[convert] --portable: config.json has no context length (max_position_embeddings)")
     frequencies = rope.frequencies()
     factors = (frequencies.wavelengths / default_frequencies(rope.dims, rope.base).wavelengths).tolist()
@@ -45,7 +45,8 @@ def portable_rope(rope: RopeConfig) -> tuple[RopeConfig, float]:
         base=rope.base,
         max_position_embeddings=context,
         parameters={
-            "short_factor": factors, "long_factor": factors, "original_max_position_embeddings": original,
+            "short_factor": factors, "long_factor": factors,
+            "original_max_position_embeddings": rope.trained_length or context,
         },
         partial_rotary_factor=rope.partial_rotary_factor,
     )  # fmt: skip

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from mlx_resonance.loading import QUANTIZATIONS
+from mlx_resonance.checks import QUANTIZATIONS
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -7,8 +7,9 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
+from mlx_resonance.checks import check_config
 from mlx_resonance.config import RopeConfig
-from mlx_resonance.loading import ROPE_KEYS, check_config, load_model
+from mlx_resonance.loading import ROPE_KEYS, load_model
 
 import mlx.core as mx
 import numpy as np

@@ -7,6 +7,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Protocol
 
+from mlx_resonance.checks import unite
 from mlx_resonance.files import (
     TOKENIZER_PATTERNS,
     WEIGHTS,
@@ -20,7 +21,6 @@ from mlx_resonance.files import (
     user_path,
     weight_files,
 )
-from mlx_resonance.loading import unite
 
 import mlx.core as mx
 

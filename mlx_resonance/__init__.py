@@ -13,13 +13,13 @@ from .frequencies import (  # noqa: E402
     RotaryFrequencies,
     default_frequencies,
     dynamic_ntk_frequencies,
-    feature_gap,
     linear_frequencies,
     llama3_frequencies,
     longrope_frequencies,
     ntk_frequencies,
     yarn_frequencies,
 )
+from .gap import feature_gap  # noqa: E402
 from .rope import ResonanceRoPE  # noqa: E402
 
 if TYPE_CHECKING:

@@ -39,6 +39,8 @@ LONGEST = 2**31  # tokens
 WIDEST = 2**16  # features of a head
 LARGEST = 1e15  # of any number in config.json; JSON has NaN, infinities and 10**400
 NO_EFFECT = {"finetuned"}  # written by the YaRN authors' code; changes no angle
+# Their files state the context before scaling or after it, and nothing else that tells which.
+TOLD_APART_BY_ORIGINAL = {"linear", "ntk"}
 LISTS, INTEGERS, BOOLEANS = (
     {"short_factor", "long_factor"},
     {"original_max_position_embeddings"},
@@ -132,7 +134,8 @@ class RopeConfig:
     @property
     def trained_length(self) -> int | None:
         """Tokens of context before scaling, as far as config.json tells."""
-        return self.parameters.get("original_max_position_embeddings", self.max_position_embeddings)
+        unsaid = None if self.base_type in TOLD_APART_BY_ORIGINAL else self.max_position_embeddings
+        return self.parameters.get("original_max_position_embeddings", unsaid)
 
     @property
     def context_length(self) -> int | None:

@@ -100,29 +100,39 @@ def default_frequencies(dims: int, base: float = 10000.0) -> RotaryFrequencies:
     return RotaryFrequencies(2 * np.pi * base ** (np.arange(0, dims, 2) / dims))
 
 
-def linear_frequencies(dims: int, base: float, factor: float) -> RotaryFrequencies:
+def linear_frequencies(
+    dims: int, base: float, factor: float, original_max_position_embeddings: int | None = None
+) -> RotaryFrequencies:
     """Position interpolation: every wavelength `factor` times as long.
 
     Args:
         dims, base: as in `default_frequencies`.
         factor: how many times the context grows, at least 1.
+        original_max_position_embeddings: tokens of context before scaling; no angle depends on it.
 
     Source: arXiv 2306.15595.
     """
     _check_factor(factor)
+    if original_max_position_embeddings is not None:
+        _check_length("original_max_position_embeddings", original_max_position_embeddings)
     return RotaryFrequencies(default_frequencies(dims, base).wavelengths * factor)
 
 
-def ntk_frequencies(dims: int, base: float, factor: float) -> RotaryFrequencies:
+def ntk_frequencies(
+    dims: int, base: float, factor: float, original_max_position_embeddings: int | None = None
+) -> RotaryFrequencies:
     """NTK-aware scaling: a larger base, so that the slowest pair is `factor` times as long and the fastest stays.
 
     Args:
         dims, base: as in `default_frequencies`; dims is at least 4.
         factor: how many times the context grows, at least 1.
+        original_max_position_embeddings: as in `linear_frequencies`.
 
     Source: arXiv 2309.00071, section 3.1 (definition 1).
     """
     _check_factor(factor)
+    if original_max_position_embeddings is not None:
+        _check_length("original_max_position_embeddings", original_max_position_embeddings)
     _check_dims_and_base(dims, base)
     if dims < 4:
         raise ValueError(f"[frequencies] dims must be at least 4 for NTK scaling, got {dims}")
@@ -282,50 +292,6 @@ def longrope_frequencies(
     factors = long_factor if (seq_len or 0) > original_max_position_embeddings else short_factor
     wavelengths = default_frequencies(dims, base).wavelengths * np.asarray(factors, dtype=np.float64)
     return RotaryFrequencies(wavelengths, attention_factor)
-
-
-def feature_gap(
-    frequencies: RotaryFrequencies, train_length: int, test_length: int, trained: RotaryFrequencies | None = None
-) -> Float64Array:
-    """How far each pair's angles past the training length lie from any angle seen inside it.
-
-    For each pair: the largest, over positions m in [train_length, test_length), of the smallest distance between the
-    unit vectors (cos, sin) at m and at any n in [0, train_length). Zero: every rotation was seen in training.
-
-    Args:
-        frequencies: the rotary frequencies of the longer text.
-        train_length: tokens seen in training.
-        test_length: tokens of the longer text, at least `train_length`.
-        trained: the rotary frequencies of training, where those were others, such as before a scaling.
-
-    Returns:
-        Euclidean distances in [0, 2], float64, shape (dims / 2,).
-
-    Raises:
-        ValueError: the lengths are not 1 <= train_length <= test_length, or there are other numbers of pairs.
-
-    Source: arXiv 2403.00071, section 4.2 (definition 4.1), per feature pair.
-    """
-    if not 1 <= train_length <= test_length:
-        raise ValueError(f"[feature_gap] need 1 <= train_length <= test_length, got {train_length} and {test_length}")
-    if test_length > 2**24:
-        raise ValueError(f"[feature_gap] test_length must be at most {2**24}, got {test_length}")
-    if train_length == test_length:
-        return np.zeros(len(frequencies.wavelengths))
-    seen_positions, new_positions = np.arange(train_length), np.arange(train_length, test_length)
-    new, seen = frequencies.wavelengths, (trained or frequencies).wavelengths
-    if len(new) != len(seen):
-        raise ValueError(f"[feature_gap] trained has {len(seen)} pairs, expected {len(new)}")
-    gaps = [_largest_turn_gap(seen_positions % s / s, new_positions % n / n) for s, n in zip(seen, new, strict=True)]
-    return 2 * np.sin(np.pi * np.array(gaps))
-
-
-def _largest_turn_gap(seen: Float64Array, new: Float64Array) -> float:
-    """Largest distance, in turns, from a phase in `new` to the nearest one in `seen`, around the circle."""
-    seen = np.sort(seen)
-    around = np.concatenate([seen[-1:] - 1, seen, seen[:1] + 1])
-    above = np.searchsorted(around, new)
-    return float(np.minimum(around[above] - new, new - around[above - 1]).max())
 
 
 def _check_dims_and_base(dims: int, base: float) -> None:

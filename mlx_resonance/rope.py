@@ -9,10 +9,9 @@ import mlx.nn as nn
 import numpy as np
 
 from . import kernels
+from .config import LONGEST
 from .frequencies import RotaryFrequencies
 from .kernels import Angles
-
-MAX_POSITION = 2**31
 
 
 class ResonanceRoPE(nn.Module):
@@ -68,13 +67,14 @@ class ResonanceRoPE(nn.Module):
 
         Args:
             length: number of tokens, L.
-            offset: position of the first token, an int in [0, 2³¹ - L] or an integer array of shape () or (B,).
+            offset: position of the first token, an int in [0, 2³¹ - L] or an integer array of shape () or (B,), whose
+                values are taken as int32 and not looked at.
 
         Returns:
             What `rotate` takes: the offset, the constants, and on a CPU a table of cosines and sines.
 
         Raises:
-            ValueError: an offset out of range, not of an integer type, or of another shape.
+            ValueError: an int out of range, or an array not of an integer type or of another shape.
         """
         if isinstance(offset, mx.array):
             if offset.ndim > 1 or not mx.issubdtype(offset.dtype, mx.integer):
@@ -82,7 +82,7 @@ class ResonanceRoPE(nn.Module):
                     "[ResonanceRoPE] offset must be an integer or an integer array of shape () or (B,), "
                     f"got {offset.dtype} of shape {offset.shape}"
                 )
-        elif not (isinstance(offset, (int, np.integer)) and 0 <= offset <= MAX_POSITION - max(length, 1)):
+        elif not (isinstance(offset, (int, np.integer)) and 0 <= offset <= LONGEST - max(length, 1)):
             raise ValueError(f"[ResonanceRoPE] offset must be an integer in [0, 2**31 - {length}], got {offset}")
         if self._by_length is not None:
             last = int(np.array(offset).max()) if isinstance(offset, mx.array) else offset
@@ -156,3 +156,10 @@ class ResonanceRoPE(nn.Module):
             raise ValueError(f"[ResonanceRoPE] expected (..., L, D) with D >= {self.dims}, got shape {x.shape}")
         if not mx.issubdtype(x.dtype, mx.floating):
             raise ValueError(f"[ResonanceRoPE] expected a floating-point array, got {x.dtype}")
+
+
+def expect(model: nn.Module, length: int) -> None:
+    """Have every `ResonanceRoPE` of a model expect a text of `length` tokens: see its method."""
+    for module in model.modules():
+        if isinstance(module, ResonanceRoPE):
+            module.expect(length)

@@ -6,11 +6,10 @@ import math
 
 import numpy as np
 
-from .config import MAKERS, PREFIX, RopeConfig
+from .config import LONGEST, MAKERS, PREFIX, RopeConfig
 
 # With these three numbers alone; llama3 and longrope need parameters that belong to one trained checkpoint.
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")
-LARGEST = 2**31  # positions end there
 
 
 def new_rope(
@@ -43,7 +42,7 @@ def new_rope(
         )
     if factor is None:
         raise ValueError(f"[convert] --rope {rope} needs --factor")
-    if not 1 <= factor <= LARGEST:
+    if not 1 <= factor <= LONGEST:
         raise ValueError(f"[convert] factor must be at least 1 and at most 2**31, got {factor}")
     original = original if original is not None else source.trained_length
     if original is None:
@@ -51,8 +50,10 @@ def new_rope(
     if original < 1:
         raise ValueError(f"[convert] original_max_position_embeddings must be positive, got {original}")
     parameters: dict[str, float] = {"factor": factor}
+    if rope != "dynamic":
+        parameters |= {"original_max_position_embeddings": original}
     if rope == "yarn":  # the betas of the paper's language models, written out: other runtimes have other defaults
-        parameters |= {"original_max_position_embeddings": original, "beta_fast": 32, "beta_slow": 1}
+        parameters |= {"beta_fast": 32, "beta_slow": 1}
     # The dynamic formula counts from max_position_embeddings, which therefore stays the length before scaling.
     length = original if rope == "dynamic" else int(original * factor)
     return _with(source, prefix + rope, parameters, length)
@@ -81,12 +82,15 @@ def rescale(source: RopeConfig, factor: float) -> RopeConfig:
     Resonance-YaRN's.
 
     Raises:
-        ValueError: its type has no such factor.
+        ValueError: its type has no such factor, or config.json does not tell the context before scaling.
     """
     if source.base_type == "default":
         return new_rope(source, "yarn", factor, None, True)
     if source.base_type not in SCALINGS:
         raise ValueError(f"[load] factor: rope type {source.base_type} belongs to one trained length")
+    if source.trained_length is None:
+        key = "max_position_embeddings" if source.base_type == "dynamic" else "original_max_position_embeddings"
+        raise ValueError(f"[load] factor: config.json does not tell the context before scaling: it needs {key}")
     plain = _with(source, "default", {}, source.trained_length)
     return new_rope(plain, source.base_type, factor, None, source.is_resonant)
 

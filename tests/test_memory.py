@@ -67,7 +67,8 @@ def test_the_plan_is_within_a_tenth_of_the_peak(name: str, tmp_path: Path) -> No
     path = benchmark.make(tmp_path / "model", SHAPES[name])
     model, tokenizer = load(path)
     slow = SHAPES[name][-1] == mx.bfloat16 and mx.default_device() == mx.cpu
-    for context, step in ((512, 256), (1536, 512)) if slow else ((768, 512), (3072, 512), (3072, 2048)):
+    sizes = ((512, 256), (1536, 512)) if slow else ((768, 512), (3072, 512))
+    for context, step in (*sizes, (3072, 2048)) if name == next(iter(SHAPES)) else sizes:
         for kv_bits in (None, 8, 4):
             planned = plan_memory(path, context, kv_bits=kv_bits, prefill_step_size=step).total
             found = benchmark.measured(model, tokenizer, context, step, kv_bits)
@@ -142,9 +143,20 @@ def test_what_the_guard_advises_fits(big: Path, there: float, kv_bits: int | Non
 
 
 def test_the_guard_advises_both_flags_where_one_is_not_enough(big: Path) -> None:
-    options = {"memory": 8 * 10**9, "prefill_step_size": 8192}
+    options: dict[str, Any] = {"kv_bits": None, "memory": 8 * 10**9, "prefill_step_size": 8192}
     context = plan_memory(big, 1, **options | {"prefill_step_size": 128}).max_context["4 bit"]
     assert "--kv-bits 4 --prefill-step-size 128 (" in refusal(big, context, **options)
+
+
+@pytest.mark.parametrize("flag", ["kv_bits", "prefill_step_size"])
+def test_the_guard_advises_no_flag_that_the_command_does_not_have(big: Path, flag: str) -> None:
+    options: dict[str, Any] = {"kv_bits": None, "prefill_step_size": 8192}
+    del options[flag]
+    for there in (6, 8, 16):
+        context = plan_memory(big, 1, memory=there * 10**9).max_context["4 bit"]
+        assert flag.replace("_", "-") not in refusal(big, context, memory=there * 10**9, **options)
+    with pytest.raises(ValueError, match=r"^\[passkey\] "):
+        guard(big, 10**9, "passkey")
 
 
 def test_the_guard_of_the_command(random_llama: Path, run: Any) -> None:
@@ -161,7 +173,7 @@ def test_the_guard_of_the_command(random_llama: Path, run: Any) -> None:
 def test_plan_prints_what_the_design_says(random_llama: Path, run: Any) -> None:
     code, out, err = run("plan", "--model", random_llama, "--context", 100, "--json")
     plan = json.loads(out)
-    assert code == 0 and not err.replace("[ResonanceRoPE]", "").startswith("error") and out.count("\n") == 1
+    assert code == 0 and out.count("\n") == 1, err
     assert set(plan) == KEYS and plan["context"] == 100 and plan["fits"] is True
     assert set(plan["max_context"]) == {"16 bit"}  # its heads of 16 have no quantized form
     code, out, _ = run("plan", "--model", random_llama)

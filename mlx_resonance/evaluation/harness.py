@@ -32,7 +32,7 @@ from ..generation import prompt_tokens
 from ..generation.cache import make_cache
 from ..generation.prefill import prefill
 from ..records import Record
-from ..rope import ResonanceRoPE
+from ..rope import expect
 from .answers import greedy
 from .checkpoint import Checkpoint
 
@@ -152,9 +152,7 @@ class ResonanceLM(TemplateLM):
     def _score(self, context: list[int], continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
         """Log-likelihood, in nats, of each continuation of a context that is not empty."""
         longest = len(context) + max(map(len, continuations))
-        for module in self.model.modules():
-            if isinstance(module, ResonanceRoPE):
-                module.expect(longest)
+        expect(self.model, longest)
         cache: list[Any] = []
         results = []
         for continuation in continuations:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..generation.cache import make_cache
 from ..generation.prefill import BUDGET, STEP, chunk_size
-from ..rope import ResonanceRoPE
+from ..rope import expect
 
 LOGITS = 2**24  # numbers that the head makes at once
 
@@ -44,9 +44,7 @@ def score(
     """
     batch, length = rows.shape
     step, budget = max(1, step // batch), max(1, BUDGET // batch)
-    for module in model.modules():
-        if isinstance(module, ResonanceRoPE):
-            module.expect(length)  # as a pass over the whole window turns its keys
+    expect(model, length)  # as a pass over the whole window turns its keys
     tokens, cache = mx.array(rows), make_cache(model, length, kv_bits)
     parts: list[NDArray[np.float32]] = []
     done, first = 0, length - 1 - scored  # the token at `first` predicts the first scored one

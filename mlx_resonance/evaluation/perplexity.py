@@ -27,6 +27,7 @@ from pathlib import Path
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..checks import check_checkpoint
 from ..config import PREFIX, RopeConfig
 from ..generation.prompt_cache import model_digest
 from ..loading import load_model, set_rope
@@ -156,9 +157,13 @@ def run_perplexity(
         One summary, as of `summarize`, per checkpoint, rope and context.
 
     Raises:
-        ValueError: the file is of other settings, a line of it is no result, or a loss is no number.
+        ValueError: the file is of other settings, a line of it is no result, a checkpoint cannot be right with one of
+            its settings, or a loss is no number.
         OSError: the file cannot be written.
     """
+    for subject in subjects:
+        for rope in subject.ropes:
+            check_checkpoint(subject.folder, rope)
     options = options or Options()
     header = header | protocol.header() | {"kv_bits": options.kv_bits}
     lines = open_records(output, KIND, header)

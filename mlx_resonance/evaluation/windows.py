@@ -99,7 +99,7 @@ class Options:
         windows = self.batch(context)
         parts = min(windows, PREFILL_BATCH)  # the plan counts the work of so many rows, ours share a chunk
         guard(
-            folder, context, kv_bits=self.kv_bits, memory=memory, sequences=windows,
+            folder, context, "perplexity", kv_bits=self.kv_bits, memory=memory, sequences=windows,
             prefill_step_size=max(1, self.step // parts), budget=BUDGET // parts,
         )  # fmt: skip
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 
+from ..checks import check_config
 from ..config import LONGEST, RopeConfig
 from ..files import BYTES, TensorInfo, read_config, read_header, resolve, weight_files
-from ..loading import check_config
 from .cache import group_size
 from .prefill import BUDGET, PREFILL_BATCH, STEP, chunk_size
 
@@ -203,12 +203,13 @@ def device_memory() -> int:
     return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
 
 
-def guard(model: str | Path, context: int, **options: Any) -> None:
+def guard(model: str | Path, context: int, kind: str = "generate", /, **options: Any) -> None:
     """Refuse what does not fit into memory.
 
     Args:
         model, context: as in `plan_memory`.
-        options: of `plan_memory`.
+        kind: the command, for the message.
+        options: of `plan_memory`; those that a command has flags for, so that the advice names no other flag.
 
     Raises:
         ValueError: with what is needed, what there is, and what would make it fit.
@@ -216,22 +217,23 @@ def guard(model: str | Path, context: int, **options: Any) -> None:
     plan = plan_memory(model, context, **options)
     if not plan.fits:
         raise ValueError(
-            f"[generate] {context} tokens need {gigabytes(plan.total)} (weights {gigabytes(plan.weights)}, keys and "
+            f"[{kind}] {context} tokens need {gigabytes(plan.total)} (weights {gigabytes(plan.weights)}, keys and "
             f"values {gigabytes(plan.kv)}, reading the prompt {gigabytes(plan.prefill)}); there are "
             f"{gigabytes(plan.limit)}: {advice(model, plan, **options)} (--force goes on)"
         )
 
 
 def advice(model: str | Path, plan: MemoryPlan, **options: Any) -> str:
-    """What would make a context fit that does not: flags, or the largest context that does."""
+    """What would make a context fit that does not: flags of `options`, or the largest context that does."""
     kv_bits, step = options.get("kv_bits"), options.get("prefill_step_size", STEP)
     if (count := options.get("sequences", 1)) > 1:
         for size in (16, 8, 4, 2, 1):
             if size < count and plan_memory(model, plan.context, **options | {"sequences": size}).fits:
                 return f"--batch-size {size}"
         return "shorter prompts, or a smaller model"
-    fewer = [bits for name, bits in KV_FORMATS.items() if bits and name in plan.max_context and bits < (kv_bits or 16)]
-    smaller = [size for size in (512, 128) if size < step]
+    formats = [name for name in plan.max_context if "kv_bits" in options or KV_FORMATS[name] is None]
+    fewer = [bits for name in formats if (bits := KV_FORMATS[name]) and bits < (kv_bits or 16)]
+    smaller = [size for size in (512, 128) if "prefill_step_size" in options and size < step]
 
     def fits(**changes: int) -> bool:
         return plan_memory(model, plan.context, **options | changes).fits
@@ -241,7 +243,7 @@ def advice(model: str | Path, plan: MemoryPlan, **options: Any) -> str:
     if not parts:
         both = [(bits, size) for bits in fewer for size in smaller if fits(kv_bits=bits, prefill_step_size=size)]
         parts = [f"--kv-bits {bits} --prefill-step-size {size}" for bits, size in both[:1]]
-    best = max(plan.max_context, key=plan.max_context.__getitem__)
+    best = max(formats, key=plan.max_context.__getitem__)
     if not parts and plan.max_context[best] > 0:
         flag = f" with --kv-bits {KV_FORMATS[best]}" if KV_FORMATS[best] and KV_FORMATS[best] != kv_bits else ""
         parts.append(f"at most {plan.max_context[best]} tokens{flag}")

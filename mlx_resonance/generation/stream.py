@@ -15,7 +15,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..config import RopeConfig
-from ..rope import ResonanceRoPE
+from ..rope import expect
 from ..scaling import factor_for
 from .cache import make_cache
 from .prefill import STEP, Progress, prefill
@@ -84,9 +84,7 @@ def stream_generate(
     check_options(max_tokens, temp, top_p, seed, kv_bits, prefill_step_size)
     tokens = prompt_tokens(tokenizer, prompt)
     check_context(model.args.rope, len(tokens), max_tokens)
-    for module in model.modules():
-        if isinstance(module, ResonanceRoPE):
-            module.expect(len(tokens))
+    expect(model, len(tokens))
     if seed is not None:
         mx.random.seed(seed)
     cache = make_cache(model, len(tokens) + max_tokens, kv_bits)
