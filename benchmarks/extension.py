@@ -4,7 +4,7 @@
     python benchmarks/extension.py stdlib-llama --steps 0 --work-dir … --output …
 
 `mini` trains models of its own from the start, with plain RoPE and with resonance, three seeds of each; `stdlib-llama`
-takes the checkpoint of the package, `copy` the same after 100 steps with passkeys in its rows. Each is then extended
+takes the checkpoint of the package, `copy` the same after 400 steps with passkeys in its rows. Each is then extended
 with every scaling: as it is (0 steps of fine-tuning), after 50, after 400, as `--steps` says, on sequences of the
 trained length (the paper's cheapest recipe: 4096 tokens for a context of 32 768) or of any other `--length`. What is
 in the output is not done again, a killed run goes on.
@@ -22,47 +22,23 @@ from itertools import product
 from pathlib import Path
 
 from mlx_resonance import RopeConfig, feature_gap, load
-from mlx_resonance.convert import convert
-from mlx_resonance.evaluation.passkey import ANSWER_TOKENS, Grid, accuracy, passkey_prompt, run_passkey
+from mlx_resonance.evaluation.passkey import Grid, accuracy, run_passkey
 from mlx_resonance.evaluation.perplexity import Subject, named_rope, run_perplexity, select_documents
 from mlx_resonance.evaluation.windows import Protocol
 from mlx_resonance.files import read_config
 from mlx_resonance.finetuning import finetune
-from mlx_resonance.loading import load_model, model_classes, set_rope
+from mlx_resonance.loading import set_rope
 from mlx_resonance.plots import plot_perplexity
 from mlx_resonance.records import append_records, open_records
-from mlx_resonance.training import train, warmup_cosine
 
-import mlx.core as mx
-import mlx.nn as nn
-import mlx.optimizers as optim
 import numpy as np
-from mlx.utils import tree_flatten
+from extension_bases import CONTEXT, base_folder
 from stdlib_llama import CONFIG, read, source_files
 
-TINY = Path(__file__).parents[1] / "mlx_resonance/assets/stdlib-llama"
 FACTOR = 8
 T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by the number of seeds
 ROPES = ("default", "linear", "ntk", "yarn", "resonance_yarn")
 FROM_RESONANCE = ("resonance_default", "resonance_yarn")  # for what was trained with rounded wavelengths
-CONTEXT = 256  # that mini is trained with
-MINI = CONFIG | {
-    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 2,
-    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "dtype": "float32", "torch_dtype": "float32",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Rows:
-    """How a base is trained: rows of text and of passkeys in a step, steps, the highest learning rate."""
-
-    text: int
-    keys: int
-    steps: int
-    learning_rate: float
-
-
-ROWS = {"mini": Rows(6, 4, 600, 4e-3), "copy": Rows(2, 6, 100, 1e-3)}
 
 
 @dataclass(frozen=True)
@@ -86,82 +62,6 @@ SETTINGS = {
     "stdlib-llama": Setting(512, ("default",), 10, 0, 2e-4),
     "copy": Setting(512, ("default",), 10, 3, 2e-4),
 }
-
-
-def key_row(tokenizer, context: int, seed: list[int]) -> list[int]:
-    """A passkey prompt with its answer, of a length up to the context, the rest end tokens."""
-    rng = np.random.default_rng(seed)
-    length, depth, key = int(rng.integers(140, context + 1)), int(rng.integers(0, 101)), int(rng.integers(1, 50001))
-    prompt = passkey_prompt(tokenizer, length, depth, key)
-    answer = tokenizer.encode(f" {key}.", add_special_tokens=False)[:ANSWER_TOKENS]
-    row = prompt + answer + [CONFIG["eos_token_id"]] * (context + 1)
-    return row[: context + 1]
-
-
-def train_rows(model: nn.Module, rows: Rows, context: int, seed: int, checkpoint: Path) -> None:
-    """Train on rows of text and of passkeys."""
-    _, tokenizer = load(TINY)
-    parts = [[*tokenizer.encode(read(path)), CONFIG["eos_token_id"]] for path in source_files()[0]]
-    stream = np.concatenate([np.array(part, np.int32) for part in parts])
-
-    def batch(step: int) -> tuple[mx.array]:
-        starts = np.random.default_rng((seed, step)).integers(0, len(stream) - context - 1, size=rows.text)
-        tokens = [stream[i : i + context + 1] for i in starts]
-        tokens += [np.array(key_row(tokenizer, context, [seed, step, i, 1])) for i in range(rows.keys)]
-        return (mx.array(np.stack(tokens).astype(np.int32)),)
-
-    def loss(model: nn.Module, rows: mx.array) -> mx.array:
-        return nn.losses.cross_entropy(model(rows[:, :-1]), rows[:, 1:]).mean()
-
-    def on_step(step: int, loss: float) -> None:
-        if step % 20 == 0:
-            print(f"{checkpoint.stem} step {step}/{rows.steps} loss {loss:.3f}", file=sys.stderr, flush=True)
-
-    rate = warmup_cosine(rows.learning_rate, rows.steps, rows.steps // 15)
-    optimizer = optim.AdamW(rate, betas=[0.9, 0.95], weight_decay=0.0)
-    train(model, optimizer, loss, batch, rows.steps, seed=seed, checkpoint=checkpoint, on_step=on_step)
-
-
-def train_mini(rope: str, seed: int, folder: Path) -> None:
-    """Train a model from the start, and write a checkpoint."""
-    config = MINI | {"rope_scaling": None if rope == "default" else {"rope_type": rope}}
-    model_class, args_class = model_classes(config)
-    mx.random.seed(seed)
-    model = model_class(args_class.from_dict(config))
-    train_rows(model, ROWS["mini"], CONTEXT, seed, folder.with_suffix(".safetensors"))
-    write_checkpoint(model, config, TINY, folder)
-
-
-def train_copy(seed: int, source: Path, folder: Path) -> None:
-    """Train the package's checkpoint to say passkeys, and write a checkpoint."""
-    model, _ = load_model(source)
-    train_rows(model, ROWS["copy"], 512, seed, folder.with_suffix(".safetensors"))
-    write_checkpoint(model, read_config(source), source, folder)
-
-
-def write_checkpoint(model: nn.Module, config: dict, source: Path, folder: Path) -> None:
-    """A folder with the model's weights and the tokenizer of another; it appears whole."""
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    others = shutil.ignore_patterns("*.safetensors*", "config.json", "training.json", "conversion.json", "README.md")
-    shutil.copytree(source, partial, ignore=others)
-    mx.save_safetensors(str(partial / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    partial.rename(folder)
-
-
-def base_folder(name: str, base: str, seed: int, work: Path) -> Path:
-    """The checkpoint to extend, made where it is not there; in float32, the fast type on a CPU."""
-    folder = work / {"mini": f"base-{base}-{seed}", "copy": f"copy-{seed}"}.get(name, name)
-    if folder.exists():
-        return folder
-    if name == "mini":
-        train_mini(base, seed, folder)
-    elif name == "copy":
-        train_copy(seed, base_folder("stdlib-llama", base, seed, work), folder)
-    else:
-        convert(TINY, folder, resonance=False, dtype="float32")
-    return folder
 
 
 def training_text(work: Path) -> Path:
@@ -210,7 +110,7 @@ def measure(name: str, folder: Path, rope: RopeConfig, setting: Setting, work: P
     texts = [read(path) for path in source_files()[1]]
     documents, _ = select_documents(texts, tokenizer, longest - 1, setting.documents)
     subject = Subject(name, folder, [rope], start, documents)
-    protocol = Protocol(setting.contexts, truncate=True, last=setting.context // 2)
+    protocol = Protocol(setting.contexts, truncate=True, last=setting.context)
     rows = run_perplexity([subject], protocol, work / f"{name}-perplexity.jsonl", {"data": "held out"})
     result = {
         "perplexity": [row["perplexity_tokens"] for row in rows],
@@ -232,23 +132,26 @@ def tables(lines: list[dict], contexts: list[int]) -> str:
         groups.setdefault((line["steps"], line["length"], line["base"], line["rope"]), {})[line["seed"]] = line
     figures_of = ["perplexity", "perplexity_last", *(["passkey"] if "passkey" in lines[0] else [])]
     names = {"perplexity": "", "perplexity_last": "last tokens of ", "passkey": "passkeys found at "}
-    marks = [f"{names[figure]}{context}" for figure in figures_of for context in contexts]
+    # The last tokens of the shortest context are all of it.
+    cut = {"perplexity_last": 1}
+    marks = [f"{names[figure]}{context}" for figure in figures_of for context in contexts[cut.get(figure, 0) :]]
     rows = [
         f"| trained with | steps × length | rope | seeds | {' | '.join(marks)} |",
         "| --- " * (4 + len(marks)) + "|",
     ]
 
     def figures(line: dict) -> np.ndarray:
-        return np.concatenate([line[figure] for figure in figures_of])
+        return np.concatenate([line[figure][cut.get(figure, 0) :] for figure in figures_of])
 
-    for (steps, length, base, rope), seeds in sorted(groups.items(), key=lambda item: item[0][:3]):
+    order = [*ROPES[:-1], *FROM_RESONANCE]
+    for (steps, length, base, rope), seeds in sorted(groups.items(), key=lambda g: (*g[0][:3], order.index(g[0][3]))):
         values = np.array([figures(line) for line in seeds.values()])
         cells = [
             f"{m:.2f}" + (f" ± {s:.2f}" if len(values) > 1 else "") for m, s in zip(*_mean_and_std(values), strict=True)
         ]
         trained = f"{steps} × {length}" if steps else "as it is"
         rows.append(f"| {base} | {trained} | `{rope}` | {len(values)} | {' | '.join(cells)} |")
-        twin = groups.get((steps, length, base, rope.removeprefix("resonance_")), {})
+        twin = groups.get((steps, length, base.removeprefix("resonance_"), rope.removeprefix("resonance_")), {})
         both = [seed for seed in seeds if seed in twin] if rope.startswith("resonance_") else []
         if both:
             change = np.array([figures(seeds[seed]) - figures(twin[seed]) for seed in both])
@@ -301,12 +204,12 @@ def main() -> None:
     parser.add_argument("--length", type=int, help="tokens of a sequence of fine-tuning; by default the trained length")
     parser.add_argument("--ropes", default=",".join(ROPES), help="with commas, what to extend plain models with")
     parser.add_argument("--seeds", default="0,1,2", help="with commas")
-    parser.add_argument("--figure", type=Path, help="draw the perplexity of the last tokens over the context, as it is")
+    parser.add_argument("--figure", type=Path, help="draw the perplexity of the last tokens over the context")
     args = parser.parse_args()
     setting, work = SETTINGS[args.setting], args.work_dir
     length = args.length or setting.context
     work.mkdir(parents=True, exist_ok=True)
-    header = {"setting": args.setting, "context": setting.context, "contexts": setting.contexts}
+    header = {"setting": args.setting, "contexts": setting.contexts, "last": setting.context}
     lines = open_records(args.output, "extension", header)
     done = {(line["base"], line["rope"], line["steps"], line["length"], line["seed"]) for line in lines}
     for steps, seed, base, rope in cells(args, setting):
@@ -327,9 +230,11 @@ def main() -> None:
     print(tables(lines, setting.contexts))
     print("feature gap, as it is:", gaps(setting))
     if args.figure:
-        chosen = [line for line in lines if (line["base"], line["steps"], line["seed"]) == ("default", 0, 0)]
-        curves = {line["rope"]: line["perplexity_last"] for line in chosen}
-        plot_perplexity(setting.contexts, curves, args.figure)
+        panels: dict[str, dict[str, list]] = {}
+        for line in (line for line in lines if line["base"] == "default"):
+            title = f"{line['steps']} steps of {line['length']} tokens" if line["steps"] else "as it is"
+            panels.setdefault(title, {}).setdefault(line["rope"], []).append(line["perplexity_last"])
+        plot_perplexity(setting.contexts, panels, args.figure)
     print(json.dumps({"output": str(args.output), "models": len(lines), **header}))
 
 

@@ -138,6 +138,19 @@ def cross_entropy(model: nn.Module, tokens: mx.array) -> mx.array:
     return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
 
 
+def muon_and_adam(steps: int, part: float = 1.0) -> optim.MultiOptimizer:
+    """Muon for the matrices, AdamW for embeddings and gains; `part` of the learning rates that a start needs."""
+    warmup = steps * WARMUP // STEPS
+    return optim.MultiOptimizer(
+        [
+            # Its decay is added to the gradient before that is orthogonalized: where gradients are small, weights die.
+            optim.Muon(warmup_cosine(part * MUON_LR, steps, warmup), weight_decay=0.0),
+            optim.AdamW(warmup_cosine(part * ADAM_LR, steps, warmup), betas=[0.9, 0.95], weight_decay=0.0),
+        ],
+        [lambda name, weight: weight.ndim == 2 and "embed_tokens" not in name],
+    )
+
+
 def held_out_loss(model: nn.Module, tokens: np.ndarray) -> float:
     """Mean cross-entropy in nats per token, over windows of the training length that do not overlap."""
     rows = len(tokens) // (CONTEXT + 1)
@@ -192,14 +205,7 @@ def main() -> None:
         starts = np.random.default_rng((SEED, step)).integers(0, len(train_tokens) - CONTEXT - 1, size=BATCH)
         return (mx.array(np.stack([train_tokens[i : i + CONTEXT + 1] for i in starts]).astype(np.int32)),)
 
-    optimizer = optim.MultiOptimizer(
-        [
-            # Its decay is added to the gradient before that is orthogonalized: where gradients are small, weights die.
-            optim.Muon(warmup_cosine(MUON_LR, args.steps, WARMUP), weight_decay=0.0),
-            optim.AdamW(warmup_cosine(ADAM_LR, args.steps, WARMUP), betas=[0.9, 0.95], weight_decay=0.0),
-        ],
-        [lambda name, weight: weight.ndim == 2 and "embed_tokens" not in name],
-    )
+    optimizer = muon_and_adam(args.steps)
     log = args.work_dir / "log.jsonl"  # a line for every step: a resumed run knows the whole history
     last = time.perf_counter()
 

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import RopeConfig
-from .frequencies import Float64Array, RotaryFrequencies, feature_gap
+from .frequencies import Float64Array, RotaryFrequencies
+from .gap import feature_gap
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,7 @@ class Inspection:
         test_length: tokens of the longer text.
         unrounded: the frequencies of the base type.
         in_use: the frequencies the model turns by at `test_length`.
+        trained: those that it turned by in training, before any rounding.
         gap: feature gap of every pair, as in use.
     """
 
@@ -27,7 +29,16 @@ class Inspection:
     test_length: int
     unrounded: RotaryFrequencies
     in_use: RotaryFrequencies
+    trained: RotaryFrequencies
     gap: Float64Array
+
+    def gaps(self) -> dict[str, Float64Array]:
+        """Feature gap of every pair, with the wavelengths as computed and with rounded ones."""
+        lengths = self.train_length, self.test_length
+        return {
+            "as computed": feature_gap(self.unrounded, *lengths, self.trained),
+            "rounded": feature_gap(self.unrounded.resonate(), *lengths, self.trained.resonate()),
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """What `inspect --json` prints."""
@@ -61,10 +72,13 @@ def inspect_rope(rope: RopeConfig, train_length: int | None = None, test_length:
     """
     train_length = rope.trained_length if train_length is None else train_length
     if train_length is None:
-        raise ValueError("[inspect] config.json has no max_position_embeddings: give --train-length")
+        raise ValueError("[inspect] config.json does not tell the context before scaling: give --train-length")
     if test_length is None:
         test_length = max(rope.context_length or 0, train_length)
         test_length = 4 * train_length if test_length == train_length else test_length
+    # A dynamic model is trained unscaled; LongRoPE's authors fine-tune with the factors of long texts.
+    trained_at = train_length if rope.base_type == "dynamic" else test_length
+    unrounded, trained = rope.unrounded_frequencies(test_length), rope.unrounded_frequencies(trained_at)
     in_use = rope.frequencies(test_length)
-    gap = feature_gap(in_use, train_length, test_length)
-    return Inspection(rope, train_length, test_length, rope.unrounded_frequencies(test_length), in_use, gap)
+    gap = feature_gap(in_use, train_length, test_length, rope.frequencies(trained_at))
+    return Inspection(rope, train_length, test_length, unrounded, in_use, trained, gap)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogFormatter
 
-from .frequencies import feature_gap
+from .frequencies import Float64Array
 from .inspection import Inspection
 
 # Okabe and Ito's colours: told apart without seeing red and green.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
+MORE_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "black")
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "font.size": 9,
@@ -47,12 +50,7 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
         _wavelengths(axes[0], pairs, inspection)
         axes[1].bar(pairs, 100 * unrounded.angle_shift(), color=GREY)
         axes[1].set(yscale="log", ylabel="change of wavelength\nby rounding, %")
-        gaps = feature_gap(unrounded, *lengths), feature_gap(unrounded.resonate(), *lengths)
-        for gap, color, marker, label in zip(gaps, (ORANGE, BLUE), "o.", ("as computed", "rounded"), strict=True):
-            axes[2].plot(pairs, gap, marker, color=color, label=label, markersize=4, linewidth=0.8)
-        axes[2].set_yscale("symlog", linthresh=1e-3)  # a gap of exactly zero has its place
-        axes[2].set(ylabel="feature gap", xlabel="feature pair", ylim=(-2e-4, 3))
-        axes[2].legend(loc="lower right")
+        gap_panel(axes[2], inspection.gaps())
         figure.suptitle(
             f"{inspection.rope.rope_type}, base {inspection.rope.base:g}: "
             f"trained on {lengths[0]} tokens, read at {lengths[1]}"
@@ -112,8 +110,7 @@ def plot_posgen(
             axis.axvline(train_length + 0.5, color="black", linewidth=0.8, linestyle=":")
             axis.set(title=subtask, xlabel="position", ylim=(0, 103))
         axes[0].set_ylabel("accuracy, %, mean of two neighbours")
-        handles = {name: line for axis in axes for line, name in zip(*axis.get_legend_handles_labels(), strict=True)}
-        figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=4)
+        legend_below(figure, 4)
         figure.savefig(path)
 
 
@@ -160,38 +157,95 @@ def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarra
         figure.savefig(path)
 
 
-def plot_perplexity(contexts: Sequence[int], curves: Mapping[str, Sequence[float]], path: str | Path) -> None:
-    """Perplexity over the context, one line per rope: rounded ones are solid, in the colour of their dashed twin.
+def plot_perplexity(
+    contexts: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]], path: str | Path
+) -> None:
+    """Perplexity over the context, one line per rope.
 
     Args:
-        contexts: tokens, in rising order.
-        curves: by name of the rope, with the model's before it where there are several; one value for each context.
+        contexts, panels: as of `perplexity_panels`.
         path: the image to write; its suffix gives the format.
 
     Raises:
         ValueError: matplotlib does not write that format.
     """
     path = image_path(path)
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(6 if len(panels) == 1 else 3.2 * len(panels), 3.8), layout="constrained")
+        perplexity_panels(figure, contexts, panels)
+        figure.savefig(path)
+
+
+def perplexity_panels(
+    figure: Figure, contexts: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]]
+) -> None:
+    """Panels of `perplexity_curves` beside each other.
+
+    Args:
+        figure: to draw on.
+        contexts: tokens, in rising order.
+        panels: the curves by title.
+    """
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axis, (title, curves) in zip(axes, panels.items(), strict=True):
+        perplexity_curves(axis, contexts, curves)
+        axis.set(title=title, xlabel="context, tokens")
+    axes[0].set_ylabel("perplexity")
+    longest = max(len(name) for curves in panels.values() for name in curves)
+    legend_below(figure, 5 if longest < 20 else 1)  # names that have a model before them are long
+
+
+def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, Sequence[float] | np.ndarray]) -> None:
+    """A line for every rope; rounded ones are solid, in the colour of their dashed twin.
+
+    Args:
+        axis: to draw on.
+        contexts: tokens, in rising order.
+        curves: by name of the rope, with the model's before it where there are several; shape (contexts,), or (seeds,
+            contexts): then the line is the mean, and a band spans the seeds.
+    """
     colors = {"default": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
     twins = dict.fromkeys(name.replace("resonance_", "") for name in curves)
-    others = ("#CC79A7", "#E69F00", "#56B4E9", "black")
-    colors |= {twin: others[i % 4] for i, twin in enumerate(twin for twin in twins if twin not in colors)}
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6, 3.8), layout="constrained")
-        axis = figure.subplots()
-        for name, values in curves.items():
-            twin = name.replace("resonance_", "")
-            style = "o--" if twin == name else "o-"
-            axis.plot(contexts, values, style, color=colors[twin], label=name, markersize=3.5, linewidth=1.4)
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
-        axis.set_xticks([], minor=True)
-        every = [value for values in curves.values() for value in values]
-        if max(every) > 5 * min(every):  # a scaling that breaks down would press the others to the bottom
-            axis.set_yscale("log")
-        axis.set(xlabel="context, tokens", ylabel="perplexity")
-        figure.legend(loc="outside lower center", ncols=4 if max(map(len, curves)) < 20 else 1)
-        figure.savefig(path)
+    colors |= dict(zip((twin for twin in twins if twin not in colors), cycle(MORE_COLORS), strict=False))
+    seeds = {name: np.atleast_2d(np.asarray(values)) for name, values in curves.items()}
+    for name, values in seeds.items():
+        twin = name.replace("resonance_", "")
+        style = "o--" if twin == name else "o-"
+        axis.plot(contexts, values.mean(0), style, color=colors[twin], label=name, markersize=3.5, linewidth=1.4)
+        if len(values) > 1:
+            axis.fill_between(contexts, values.min(0), values.max(0), color=colors[twin], alpha=0.2, linewidth=0)
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
+    axis.set_xticks([], minor=True)
+    every = np.concatenate([values.ravel() for values in seeds.values()])
+    if every.max() > 5 * every.min():  # a scaling that breaks down would press the others to the bottom
+        axis.set_yscale("log")
+        for formats in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
+            formats(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
+
+
+def gap_panel(axis: Axes, gaps: Mapping[str, Float64Array]) -> None:
+    """The feature gap of every pair.
+
+    Args:
+        axis: to draw on.
+        gaps: by name, two to four.
+    """
+    looks = zip((ORANGE, BLUE, GREEN, GREY), ("^", "o", "s", "x"), (7, 3, 5, 5), strict=True)
+    for (name, gap), (color, marker, size) in zip(gaps.items(), looks, strict=False):
+        axis.plot(np.arange(len(gap)), gap, marker, color=color, label=name, markersize=size)
+    axis.set_yscale("symlog", linthresh=1e-3)  # a gap of exactly zero has its place
+    axis.set(xlabel="feature pair", ylabel="feature gap", ylim=(-2e-4, 4))
+    axis.set_yticks([0, 1e-3, 1e-2, 0.1, 1], ["0", "0.001", "0.01", "0.1", "1"])
+    axis.minorticks_off()
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 0.12))
+
+
+def legend_below(figure: Figure, columns: int) -> None:
+    """One legend for all panels, each name once."""
+    found = [axis.get_legend_handles_labels() for axis in figure.axes]
+    lines = {name: line for lines, names in found for line, name in zip(lines, names, strict=True)}
+    figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns)
 
 
 def image_path(path: str | Path) -> Path:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Option
 
+from .options import Factor, Force, Json, KvBits, Memory, memory_bytes, whole_numbers
 from .output import print_json, progress_bar, stderr, stdout
 
 if TYPE_CHECKING:
@@ -32,17 +33,17 @@ def command(
         str | None,
         Option(help="default, linear, ntk, dynamic, yarn, each also resonance_…, with commas. Default: config.json's."),
     ] = None,
-    factor: Annotated[float | None, Option(help="Stretch the context to so many times the trained one.")] = None,
+    factor: Factor = None,
     beyond: Annotated[
         bool, Option("--beyond", help="Measure contexts longer than the checkpoint is meant for.")
     ] = False,
     batch_size: Annotated[int | None, Option(help="Windows read together. Default: short ones, 2048 tokens.")] = None,
     prefill_step_size: Annotated[int, Option(help="Most tokens in one pass.")] = 2048,
-    kv_bits: Annotated[int | None, Option(help="Keep keys and values in 4 or 8 bits.")] = None,
-    memory: Annotated[str | None, Option(help="What there is, such as 16GB. Default: what the device says.")] = None,
-    force: Annotated[bool, Option("--force", help="Go on though it does not fit into memory.")] = False,
+    kv_bits: KvBits = None,
+    memory: Memory = None,
+    force: Force = False,
     plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw the perplexity over the context.")] = None,
-    json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Perplexity on local documents.
 
@@ -51,15 +52,15 @@ def command(
     from ..evaluation.perplexity import run_perplexity
     from ..evaluation.texts import check_files, data_digest
     from ..evaluation.windows import Options, Protocol
-    from ..files import parse_size, user_path
+    from ..files import user_path
 
     if plot is not None:
         from ..plots import image_path, plot_perplexity
 
         image_path(plot)  # refused now, not after hours
-    protocol = Protocol(_numbers(contexts), truncate, stride, last)
+    protocol = Protocol(whole_numbers("perplexity", "--contexts", contexts), truncate, stride, last)
     options = Options(batch_size, prefill_step_size, kv_bits)
-    size = None if memory is None else parse_size(memory, "--memory")
+    size = memory_bytes(memory)
     paths = [user_path(path) for path in data]
     check_files(paths)
     chosen = {"field": field, "documents": documents, "min_tokens": min_tokens}
@@ -75,7 +76,7 @@ def command(
             lambda label, done, total: bar.update(task, completed=done, total=total, description=label),
         )  # fmt: skip
     if plot is not None:
-        plot_perplexity(sorted(protocol.contexts), _curves(rows, len(subjects)), plot)
+        plot_perplexity(sorted(protocol.contexts), {"": _curves(rows, len(subjects))}, plot)
         stderr.print(f"wrote {plot}")
     if json:
         print_json({"output": str(output)} | protocol.header() | {"results": rows})
@@ -147,13 +148,3 @@ def _print(rows: list[dict[str, Any]], protocol: Protocol) -> None:
 
 def _names(text: str) -> list[str]:
     return list(dict.fromkeys(part.strip() for part in text.split(",")))
-
-
-def _numbers(text: str) -> list[int]:
-    """Different whole numbers with commas between them."""
-    try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise ValueError(
-            f"[perplexity] --contexts must be whole numbers with commas, such as 1024,2048, got {text!r}"
-        ) from None

@@ -12,9 +12,8 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..plots import BLUE, GREEN, GREY, ORANGE, STYLE
+from ..plots import BLUE, GREEN, GREY, MORE_COLORS, ORANGE, STYLE, perplexity_panels
 
-COLORS = (GREY, GREEN, ORANGE, BLUE, "#CC79A7", "#E69F00", "#56B4E9", "black")
 TEXT_GREY = "#555555"  # dark enough for letters
 
 
@@ -54,7 +53,7 @@ def lines(
         mark: a place on the axis to mark, such as the trained length.
     """
     figure, (axis,) = figure_of()
-    for (name, values), color in zip(curves.items(), COLORS, strict=False):
+    for (name, values), color in zip(curves.items(), (GREY, GREEN, ORANGE, BLUE, *MORE_COLORS), strict=False):
         style = "o-" if len(values) < 30 else "-"
         axis.plot(x[: len(values)], values, style, color=color, label=name, markersize=4, linewidth=1.4)
     for letter in log:
@@ -63,6 +62,16 @@ def lines(
         axis.axvline(mark, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel=xlabel, ylabel=ylabel)
     axis.legend(frameon=False)
+    return figure
+
+
+@matplotlib.rc_context(STYLE)
+def perplexity_over_context(
+    contexts: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float] | NDArray[np.floating]]]
+) -> Picture:
+    """Arguments: as of `plots.perplexity_panels`."""
+    figure = Picture(figsize=(3 * len(panels), 3.4), layout="constrained", facecolor="white", dpi=100)
+    perplexity_panels(figure, contexts, panels)
     return figure
 
 

@@ -10,7 +10,7 @@ from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ..plots import BLUE, GREY, ORANGE, STYLE, posgen_curves
+from ..plots import BLUE, GREY, ORANGE, STYLE, legend_below, posgen_curves
 from .common import TEXT_GREY, Picture, figure_of
 
 LIGHT_BLUE = "#8CBFDE"
@@ -89,7 +89,7 @@ def accuracy_over_position(
             axis.tick_params(labelleft=False)
     axes[0].text(train_length / 2, 4, "trained", ha="center", color=TEXT_GREY)
     axes[0].set_ylabel("accuracy, %\n(mean of two neighbours)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4)
+    legend_below(figure, 4)
     return figure
 
 
@@ -111,8 +111,7 @@ def seeds_and_paper(
             axis.plot(paper[subtask][encoding], y, "D", color=ORANGE, markersize=5, label="the paper's mean")
         axis.set(title=subtask, xlabel="accuracy, %", xlim=(0, 103), ylim=(len(encodings) - 0.5, -0.5))
         axis.set_yticks(range(len(encodings)), list(encodings) if axis is axes[0] else [])
-    handles = dict(zip(*reversed(axes[0].get_legend_handles_labels()), strict=True))
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=3)
+    legend_below(figure, 3)
     return figure
 
 
@@ -139,6 +138,5 @@ def differences(
     axis.axvline(0, color="black", linewidth=0.8, zorder=0)
     axis.set(xlabel="resonance minus plain, points of accuracy past the training length", ylim=(len(ours) - 0.5, -0.5))
     axis.set_yticks(range(len(ours)), list(ours))
-    handles = dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
-    figure.legend(list(handles.values()), list(handles), loc="outside lower center", ncols=5)
+    legend_below(figure, 5)
     return figure

@@ -8,9 +8,10 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..frequencies import RotaryFrequencies, default_frequencies, feature_gap, yarn_frequencies
+from ..frequencies import Float64Array, RotaryFrequencies, default_frequencies, yarn_frequencies
+from ..gap import feature_gap
 from ..inspection import Inspection
-from ..plots import BLUE, GREEN, GREY, ORANGE, STYLE
+from ..plots import BLUE, GREY, ORANGE, STYLE, gap_panel, legend_below
 from .common import TEXT_GREY, Picture, figure_of
 
 
@@ -35,8 +36,7 @@ def circles(wavelengths: Sequence[float], train_length: int, test_length: int) -
             axis.plot(radius * np.cos(angle), radius * np.sin(angle), marker, color=color, markersize=4, label=label)
         axis.set(title=f"wavelength {wavelength:.4g}", aspect="equal", xlim=(-1.3, 1.3), ylim=(-1.3, 1.3))
         axis.set_axis_off()
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=2)
+    legend_below(figure, 2)
     return figure
 
 
@@ -62,7 +62,7 @@ def gaps(frequencies: Mapping[str, RotaryFrequencies], train_length: int, test_l
         train_length, test_length: in tokens.
     """
     figure, (axis,) = figure_of()
-    _gaps(axis, frequencies, train_length, test_length)
+    gap_panel(axis, _gaps(frequencies, train_length, test_length))
     return figure
 
 
@@ -119,12 +119,14 @@ def playground(base: float, head_dim: int, factor: float, trained: int, times: i
     """
     plain, length = default_frequencies(head_dim, base), times * trained
     scaled = plain if factor == 1 else yarn_frequencies(head_dim, base, factor, trained)
-    figure = _wavelengths_and_gaps(scaled, trained, length)
+    rounded = scaled.resonate()
+    both = _gaps({"as computed": scaled, "rounded": rounded}, trained, length)
+    figure = _wavelengths_and_gaps(scaled, both, trained, length)
     if factor != 1:
         pairs = np.arange(head_dim // 2)
         figure.axes[0].plot(pairs, plain.wavelengths, "--", color=GREY, linewidth=0.8, zorder=1)
     name = "RoPE" if factor == 1 else f"YaRN, factor {factor:g}"
-    critical = scaled.resonate().critical_pairs(trained)
+    critical = rounded.critical_pairs(trained)
     figure.suptitle(
         f"{name}, base {base:g}, trained on {trained} tokens, read at {length}: "
         f"{critical} of {head_dim // 2} pairs pre-critical",
@@ -140,7 +142,8 @@ def inspected(inspection: Inspection) -> Picture:
     Args:
         inspection: from `inspect_rope`.
     """
-    figure = _wavelengths_and_gaps(inspection.unrounded, inspection.train_length, inspection.test_length)
+    lengths = inspection.train_length, inspection.test_length
+    figure = _wavelengths_and_gaps(inspection.unrounded, inspection.gaps(), *lengths)
     figure.suptitle(f"{inspection.rope.rope_type}, base {inspection.rope.base:g}", fontsize=9)
     return figure
 
@@ -164,10 +167,16 @@ def errors(positions: Sequence[int], measured: Mapping[str, Sequence[float]], bo
     return figure
 
 
-def _wavelengths_and_gaps(frequencies: RotaryFrequencies, train_length: int, test_length: int) -> Picture:
+def _gaps(frequencies: Mapping[str, RotaryFrequencies], train_length: int, test_length: int) -> dict[str, Float64Array]:
+    return {name: feature_gap(each, train_length, test_length) for name, each in frequencies.items()}
+
+
+def _wavelengths_and_gaps(
+    frequencies: RotaryFrequencies, gaps: Mapping[str, Float64Array], train_length: int, test_length: int
+) -> Picture:
     figure, (left, right) = figure_of(1, 2, (8.5, 3.4))
     _wavelengths(left, frequencies, train_length, test_length)
-    _gaps(right, {"as computed": frequencies, "rounded": frequencies.resonate()}, train_length, test_length)
+    gap_panel(right, gaps)
     return figure
 
 
@@ -181,15 +190,3 @@ def _wavelengths(axis: Axes, frequencies: RotaryFrequencies, train_length: int, 
         axis.text(0, length, f"{name} {length}", va="bottom", color=TEXT_GREY)
     axis.set(yscale="log", xlabel="feature pair", ylabel="wavelength, tokens per turn")
     axis.legend(loc="lower right")
-
-
-def _gaps(axis: Axes, frequencies: Mapping[str, RotaryFrequencies], train_length: int, test_length: int) -> None:
-    drawn = zip(frequencies.items(), (ORANGE, BLUE, GREEN, GREY), ("^", "o", "s", "x"), (7, 3, 5, 5), strict=False)
-    for (name, each), color, marker, size in drawn:
-        gap = feature_gap(each, train_length, test_length)
-        axis.plot(np.arange(len(gap)), gap, marker, color=color, label=name, markersize=size)
-    axis.set_yscale("symlog", linthresh=1e-3)  # a gap of exactly zero has its place
-    axis.set(xlabel="feature pair", ylabel="feature gap", ylim=(-2e-4, 4))
-    axis.set_yticks([0, 1e-3, 1e-2, 0.1, 1], ["0", "0.001", "0.01", "0.1", "1"])
-    axis.minorticks_off()
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 0.12))

@@ -1,0 +1,118 @@
+"""The checkpoints that `extension.py` extends: the package's, one that copies, and models trained from the start."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlx_resonance import load
+from mlx_resonance.checks import model_classes
+from mlx_resonance.convert import convert
+from mlx_resonance.evaluation.passkey import ANSWER_TOKENS, passkey_prompt
+from mlx_resonance.files import read_config
+from mlx_resonance.loading import load_model
+from mlx_resonance.training import train
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from mlx.utils import tree_flatten
+from stdlib_llama import CONFIG, muon_and_adam, read, source_files
+
+TINY = Path(__file__).parents[1] / "mlx_resonance/assets/stdlib-llama"
+CONTEXT = 256  # that mini is trained with
+MINI = CONFIG | {
+    "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 2,
+    "num_key_value_heads": 2, "max_position_embeddings": CONTEXT, "dtype": "float32", "torch_dtype": "float32",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Rows:
+    """How a base is trained: rows of text and of passkeys in a step, steps, part of stdlib-llama's learning rates."""
+
+    text: int
+    keys: int
+    steps: int
+    learning_rate: float
+
+
+ROWS = {"mini": Rows(6, 4, 1000, 1.0), "copy": Rows(2, 6, 400, 0.25)}
+
+
+def key_row(tokenizer, context: int, seed: list[int]) -> list[int]:
+    """A passkey prompt with its answer, of a length up to the context, the rest end tokens."""
+    rng = np.random.default_rng(seed)
+    length, depth, key = int(rng.integers(140, context + 1)), int(rng.integers(0, 101)), int(rng.integers(1, 50001))
+    prompt = passkey_prompt(tokenizer, length, depth, key)
+    answer = tokenizer.encode(f" {key}.", add_special_tokens=False)[:ANSWER_TOKENS]
+    row = prompt + answer + [CONFIG["eos_token_id"]] * (context + 1)
+    return row[: context + 1]
+
+
+def train_rows(model: nn.Module, rows: Rows, context: int, seed: int, checkpoint: Path) -> None:
+    """Train on rows of text and of passkeys."""
+    _, tokenizer = load(TINY)
+    parts = [[*tokenizer.encode(read(path)), CONFIG["eos_token_id"]] for path in source_files()[0]]
+    stream = np.concatenate([np.array(part, np.int32) for part in parts])
+
+    def batch(step: int) -> tuple[mx.array]:
+        starts = np.random.default_rng((seed, step)).integers(0, len(stream) - context - 1, size=rows.text)
+        tokens = [stream[i : i + context + 1] for i in starts]
+        tokens += [np.array(key_row(tokenizer, context, [seed, step, i, 1])) for i in range(rows.keys)]
+        return (mx.array(np.stack(tokens).astype(np.int32)),)
+
+    def loss(model: nn.Module, rows: mx.array) -> mx.array:
+        return nn.losses.cross_entropy(model(rows[:, :-1]), rows[:, 1:]).mean()
+
+    def on_step(step: int, loss: float) -> None:
+        if step % 20 == 0:
+            print(f"{checkpoint.stem} step {step}/{rows.steps} loss {loss:.3f}", file=sys.stderr, flush=True)
+
+    optimizer = muon_and_adam(rows.steps, rows.learning_rate)
+    train(model, optimizer, loss, batch, rows.steps, seed=seed, checkpoint=checkpoint, on_step=on_step)
+
+
+def train_mini(rope: str, seed: int, folder: Path) -> None:
+    """Train a model from the start, and write a checkpoint."""
+    config = MINI | {"rope_scaling": None if rope == "default" else {"rope_type": rope}}
+    model_class, args_class = model_classes(config)
+    mx.random.seed(seed)
+    model = model_class(args_class.from_dict(config))
+    train_rows(model, ROWS["mini"], CONTEXT, seed, folder.with_suffix(".safetensors"))
+    write_checkpoint(model, config, TINY, folder)
+
+
+def train_copy(seed: int, source: Path, folder: Path) -> None:
+    """Train the package's checkpoint to say passkeys, and write a checkpoint."""
+    model, _ = load_model(source)
+    train_rows(model, ROWS["copy"], 512, seed, folder.with_suffix(".safetensors"))
+    write_checkpoint(model, read_config(source), source, folder)
+
+
+def write_checkpoint(model: nn.Module, config: dict, source: Path, folder: Path) -> None:
+    """A folder with the model's weights and the tokenizer of another; it appears whole."""
+    partial = folder.with_suffix(".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    others = shutil.ignore_patterns("*.safetensors*", "config.json", "training.json", "conversion.json", "README.md")
+    shutil.copytree(source, partial, ignore=others)
+    mx.save_safetensors(str(partial / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
+    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    partial.rename(folder)
+
+
+def base_folder(name: str, base: str, seed: int, work: Path) -> Path:
+    """The checkpoint to extend, made where it is not there; in float32, the fast type on a CPU."""
+    folder = work / {"mini": f"base-{base}-{seed}", "copy": f"copy-{seed}"}.get(name, name)
+    if folder.exists():
+        return folder
+    if name == "mini":
+        train_mini(base, seed, folder)
+    elif name == "copy":
+        train_copy(seed, base_folder("stdlib-llama", base, seed, work), folder)
+    else:
+        convert(TINY, folder, resonance=False, dtype="float32")
+    return folder
