@@ -9,10 +9,10 @@ BENCHMARKS := $(addprefix benchmarks/,parity.py rotary.py convert.py memory.py g
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-browser mutants setup lint format notebooks docs bench
+.PHONY: help demo test test-browser mutants setup lint format notebooks docs bench dependencies
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-10s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## convert the tiny checkpoint, inspect it, generate past its training length
 	$(BIN)/mlx-resonance demo
@@ -47,6 +47,9 @@ endif
 
 docs: $(VENV)/.installed-docs ## render the docstrings of the public names into build/docs
 	$(BIN)/python docs/build.py build/docs
+
+dependencies: # of all checks, without running any
+	$(MAKE) --jobs=1 $(addprefix $(VENV)/.installed-,test dev docs notebooks browser)
 
 bench: $(VENV)/.installed-test ## measure the numbers that need no arguments; each script ends in one JSON line
 	for script in $(BENCHMARKS); do $(BIN)/python "$$script" || exit 1; done
