@@ -11,9 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import cli  # before anything imports mlx.core: it loads a fast BLAS on Linux
+from mlx_resonance.files import read_config
+from mlx_resonance.loading import load_tokenizer
 
 import mlx.core as mx
 import pytest
+
+from .checkpoints import in_float32
 
 STDLIB_LLAMA = Path(str(files("mlx_resonance") / "assets" / "stdlib-llama"))
 
@@ -30,6 +34,28 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 def stdlib_llama() -> Path:
     """The checkpoint that comes with the package."""
     return STDLIB_LLAMA
+
+
+@pytest.fixture(scope="session")
+def checkpoint(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in float32, which a CPU computes fast in."""
+    return in_float32(stdlib_llama, tmp_path_factory.mktemp("float32") / "model")
+
+
+@pytest.fixture(scope="session")
+def extended(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same converted with Resonance-YaRN × 8."""
+    from mlx_resonance.convert import convert
+
+    folder = tmp_path_factory.mktemp("converted") / "stdlib-llama-8x"
+    convert(stdlib_llama, folder, rope="yarn", factor=8, dtype="float32")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(stdlib_llama: Path) -> Any:
+    """Of these three."""
+    return load_tokenizer(stdlib_llama, read_config(stdlib_llama))
 
 
 @pytest.fixture(scope="session")

@@ -10,17 +10,6 @@ from typing import Any
 
 import pytest
 
-
-@pytest.fixture(scope="session")
-def extended(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny checkpoint converted with Resonance-YaRN × 8."""
-    from mlx_resonance.convert import convert
-
-    folder = tmp_path_factory.mktemp("converted") / "stdlib-llama-8x"
-    convert(stdlib_llama, folder, rope="yarn", factor=8, dtype="float32")
-    return folder
-
-
 GENERATION_KEYS = [
     "text", "prompt_tokens", "prompt_tps", "generation_tokens", "generation_tps", "peak_memory", "finish_reason",
 ]  # fmt: skip

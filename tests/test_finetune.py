@@ -7,7 +7,7 @@ import json
 import shutil
 import signal
 import subprocess
-import time
+import sys
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from .checkpoints import COMMAND, source
+from .checkpoints import source
 
 STDLIB_LLAMA = Path(str(files("mlx_resonance") / "assets" / "stdlib-llama"))
 ROPE = ("--rope", "resonance_yarn", "--factor", 4)
@@ -104,17 +104,26 @@ def test_lora_is_fused(run: Any, texts: Path, tmp_path: Path, bits: int | None) 
     assert "quantization" not in json.loads((out / "config.json").read_text())
 
 
+KILLED = """
+import os, signal
+from mlx_resonance import cli
+from mlx_resonance.finetuning import run
+append = run.append_records
+def append_and_die(path, lines):
+    append(path, lines)
+    if lines[0].get("step") == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+run.append_records = append_and_die
+cli.main()
+"""
+
+
 def test_killed_and_gone_on_with_is_bit_identical(run: Any, texts: Path, tmp_path: Path) -> None:
     options = (*SHORT, "--steps", 6, "--accumulate", 2, "--checkpoint-every", 2, "--grad-checkpoint")
     assert run(*arguments(texts, tmp_path / "whole", *options))[0] == 0
-    command = [COMMAND[0], *map(str, arguments(texts, tmp_path / "killed", *options))]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    record = tmp_path / "killed.partial" / finetuning.RECORD
-    until = time.monotonic() + 120
-    while time.monotonic() < until and not (record.exists() and record.read_text().count('"step"') >= 3):
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    command = [sys.executable, "-c", KILLED, *map(str, arguments(texts, tmp_path / "killed", *options))]
+    done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
     code, _, stderr = run(*arguments(texts, tmp_path / "killed", *options, "--seed", 1))
     assert code == 2 and "seed is 0 there, 1 now" in stderr and stderr.count("\n") == 1
     code, _, stderr = run(*arguments(texts, tmp_path / "killed", *options))

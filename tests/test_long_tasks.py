@@ -12,6 +12,7 @@ from mlx_resonance import records
 from mlx_resonance.evaluation import answers, leval, longbench
 from mlx_resonance.evaluation.answers import first_line, summarize
 from mlx_resonance.evaluation.prompts import Limits, Prompt, cut, fit
+from mlx_resonance.files import read_config
 from mlx_resonance.loading import load_tokenizer
 
 import pytest
@@ -30,15 +31,6 @@ def write(path: Path, *lines: Any) -> Path:
     path.parent.mkdir(exist_ok=True)
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
-
-
-def tokenizer_of(folder: Path) -> Any:
-    return load_tokenizer(folder, json.loads((folder / "config.json").read_text()))
-
-
-@pytest.fixture(scope="module")
-def tokenizer(stdlib_llama: Path) -> Any:
-    return tokenizer_of(stdlib_llama)
 
 
 def test_leval_prompts(tmp_path: Path) -> None:
@@ -104,10 +96,9 @@ def test_truncation(tokenizer: Any) -> None:
     words = [f"word{i}" for i in range(600)]
     text = " ".join(words)
     count = len(tokenizer.encode(text, add_special_tokens=False))
-    for part in (cut(tokenizer, text, 1250, "words"), cut(tokenizer, text, 1250, "words", keep_end=True)):
-        kept = part.split(" ")
-        assert len(kept) == 250  # as many words as tokens, less 250 at a time
-        assert kept in (words[: len(kept)], words[-len(kept) :])
+    # As many words as tokens, less 250 at a time.
+    assert cut(tokenizer, text, 1250, "words").split(" ") == words[:250]
+    assert cut(tokenizer, text, 1250, "words", keep_end=True).split(" ") == words[-250:]
     assert cut(tokenizer, text, count, "head") == text
     head, tail = cut(tokenizer, text, 50, "head"), cut(tokenizer, text, 50, "words", keep_end=True)
     assert text.startswith(head) and text.endswith(tail) and len(tokenizer.encode(head)) in range(45, 52)
@@ -128,7 +119,7 @@ def test_chat_template(stdlib_llama: Path, tokenizer: Any, tmp_path: Path) -> No
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         shutil.copy(stdlib_llama / name, tmp_path)
     (tmp_path / "chat_template.jinja").write_text("{{ bos_token }}{{ messages[0]['content'] }}")
-    chat = tokenizer_of(tmp_path)
+    chat = load_tokenizer(tmp_path, read_config(tmp_path))
     prompt = Prompt("t", "1", "Who", " is", " it?", 20, {}, start=" It is")
     plain = chat.encode("Who is it? It is")
     assert prompt.tokens(chat, "Who is it?", False) == prompt.tokens(tokenizer, "Who is it?", True) == plain

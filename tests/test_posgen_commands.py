@@ -57,15 +57,23 @@ def test_train_command_goes_on(run, tmp_path, monkeypatch) -> None:
         assert run(*TRAIN, tmp_path / "part")[0] == 130
     assert run("posgen", "eval", str(tmp_path / "part"))[0] == 2  # not finished
     assert "checkpoint.safetensors" in os.listdir(tmp_path / "part")
+    found, train = [], runs.run_training
+
+    def noted(run, path, *rest):
+        found.append(path.exists())
+        return train(run, path, *rest)
+
+    monkeypatch.setattr(runs, "run_training", noted)
     part = json.loads(run(*TRAIN, tmp_path / "part")[1])
+    assert found == [True]  # it goes on from the checkpoint
     assert {**part, "output": ""} == {**whole, "output": ""}
     assert (tmp_path / "part/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
 def test_sweep_and_report_commands(run, tmp_path) -> None:
     output = str(tmp_path / "posgen-smoke.jsonl")
-    sweep = json.loads(run("posgen", "sweep", "--preset", "smoke", "--seeds", "2", "--output", output, "--json")[1])
-    assert sweep["results"] == 48
+    sweep = json.loads(run("posgen", "sweep", "--preset", "smoke", "--seeds", "1", "--output", output, "--json")[1])
+    assert sweep["results"] == 24
     shown = run("posgen", "report", output, "--plot", str(tmp_path / "figure.png"))
     assert shown[0] == 0 and "48.46" in shown[1] and (tmp_path / "figure.png").stat().st_size > 10_000
     assert all(len(line) <= 80 for line in shown[1].splitlines())

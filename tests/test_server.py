@@ -29,18 +29,15 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 
 @pytest.fixture(scope="module")
-def port(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[int]:
+def port(extended: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[int]:
     """Where a server of the tiny checkpoint converted with Resonance-YaRN × 8 listens."""
-    from mlx_resonance.convert import convert
-
     folder = tmp_path_factory.mktemp("server")
-    convert(stdlib_llama, folder / "model", rope="yarn", factor=8, dtype="float32")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     with (folder / "log").open("w") as log:
         server = subprocess.Popen(
-            [*COMMAND, "--model", folder / "model", "--port", str(port)], stdout=log, stderr=log, env=environment
+            [*COMMAND, "--model", extended, "--port", str(port)], stdout=log, stderr=log, env=environment
         )
     try:
         deadline = time.monotonic() + 120

@@ -14,7 +14,7 @@ from mlx_resonance.generation import PromptCache
 
 import mlx.core as mx
 
-from .checkpoints import in_float32, prompt
+from .checkpoints import prompt
 
 REQUESTS, SETTLED, NEW = 200, 20, 12
 
@@ -26,8 +26,8 @@ def resident() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_two_hundred_requests(stdlib_llama: Path, tmp_path: Path) -> None:
-    model, tokenizer = load(in_float32(stdlib_llama, tmp_path / "model"), factor=4)
+def test_two_hundred_requests(checkpoint: Path, tmp_path: Path) -> None:
+    model, tokenizer = load(checkpoint, factor=4)
     chance = random.Random(0)
     documents = [prompt(tokenizer, 400, start=1000 * i) for i in range(4)]
     lengths = [20, 75, 140, 260, 400]
