@@ -13,18 +13,17 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import __version__
+from mlx_resonance.checks import check_config
 from mlx_resonance.config import RopeConfig
 from mlx_resonance.files import (
-    INDEX,
-    TOKENIZER_PATTERNS,
     TOKENIZERS,
-    file_of,
+    copy_tokenizer,
     has_tokenizer,
     parse_size,
     sha256,
+    tokenizer_files,
     user_path,
 )
-from mlx_resonance.loading import check_config
 from mlx_resonance.scaling import largest_shift, new_rope
 
 from .card import read_card, write_card
@@ -33,12 +32,11 @@ from .journal import Journal, fingerprint, workspace
 from .plan import Plan, disk_needed, make_plan
 from .quantization import check_arguments
 from .report import quantization_report, read_text
-from .source import TORCH_INDEX, Source, open_source
+from .source import Source, open_source
 from .verify import DTYPES, VerificationError, rope_table
 from .verify import verify as verify_result
 from .weights import Progress, write_weights
 
-NOT_COPIED = {"config.json", INDEX, TORCH_INDEX, RECORD}
 UNHASHED = {RECORD, "README.md"}  # one holds the hashes, the other is for its reader to write in
 DOWNLOADS = "source"  # in OUT.partial: weight files that are deleted as they are consumed
 
@@ -236,28 +234,18 @@ def _identity(source: Source) -> dict[str, Any]:
     if source.commit is not None:
         return {"name": source.name, "commit": source.commit}
     files = [source.folder / name for name in ("config.json", *(file.name for file in source.files))]
-    return {"name": source.name, "commit": None, **fingerprint([*files, *_tokenizer_files(source.folder)])}
+    return {"name": source.name, "commit": None, **fingerprint([*files, *tokenizer_files(source.folder)])}
 
 
 def _write_small_files(source: Source, plan: Plan, folder: Path, src: str | Path, card: dict[str, Any]) -> None:
     """config.json, tokenizer and card."""
     text = json.dumps(plan.config, indent=2, sort_keys=True) + "\n"
     (folder / "config.json").write_text(text, encoding="utf-8")
-    for file in _tokenizer_files(source.folder):
-        target = folder / file.relative_to(source.folder)
-        target.parent.mkdir(exist_ok=True)
-        shutil.copyfile(file, target)
+    copy_tokenizer(source.folder, folder)
     if not has_tokenizer(folder):
         logger.warning("%s has no tokenizer: the converted model takes token ids only", src)
-    write_card(folder, src, card, plan.rope)
+    write_card(folder, source.name, source.commit is not None, card, plan.rope)
 
 
 def _versions() -> dict[str, str]:
     return {"mlx_resonance": __version__, "mlx": version("mlx"), "mlx_lm": version("mlx-lm")}
-
-
-def _tokenizer_files(folder: Path) -> list[Path]:
-    """Tokenizer, chat templates and generation defaults. Raises ValueError for a link out of the folder."""
-    patterns = [*TOKENIZER_PATTERNS, "additional_chat_templates/*"]
-    names = sorted({path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)})
-    return [file_of(folder, name) for name in names if name not in NOT_COPIED and (folder / name).is_file()]

@@ -13,7 +13,7 @@ import mlx.core as mx
 METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors")  # of these, weights in E4M3
 SCALES = ("_scale_inv", "_scale")  # after the name of the weight
 OF_ACTIVATIONS = (".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")
-ROWS = 2**22  # elements that are in float32 at once
+AT_ONCE = 2**22  # elements that are in float32 at once
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Scale:
         scale = scale.astype(mx.float32)
         scale = mx.broadcast_to(scale, (weight.shape[0], 1)) if scale.size == 1 else scale
         scale = scale.reshape(-(-weight.shape[0] // rows), -1)
-        step = max(1, ROWS // (rows * weight.shape[1]))  # rows of scales
+        step = max(1, AT_ONCE // (rows * weight.shape[1]))  # rows of scales
         parts = []
         for i in range(0, scale.shape[0], step):
             part = mx.from_fp8(weight[i * rows : (i + step) * rows], mx.float32)

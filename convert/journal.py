@@ -7,7 +7,6 @@ the result it stays as the record of how it was made.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -20,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance.files import WEIGHTS, read_json, sha256
+from mlx_resonance.whole import in_the_way, partial_of, whole_file, whole_folder
 
 NAME = "conversion.json"
 MAX_RECORD = 2**24  # bytes
-TEMPORARY = ".tmp"  # ends the name of a file that is not whole yet
 
 
 @dataclass
@@ -52,12 +51,10 @@ class Journal:
     def write(self) -> None:
         """Write the journal, whole or not at all."""
         ordered = self.record | {"weights": dict(sorted(self.finished.items()))}
-        temporary = self.folder / (NAME + TEMPORARY)
-        with temporary.open("w", encoding="utf-8") as file:
+        with whole_file(self.folder / NAME) as partial, partial.open("w", encoding="utf-8") as file:
             file.write(json.dumps(ordered, indent=2, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(self.folder / NAME)
 
 
 @contextlib.contextmanager
@@ -72,7 +69,7 @@ def workspace(
 
     Args:
         target: the folder to make.
-        source: what the weights come from, as `fingerprint` has it.
+        source: what the weights come from: its name, and its commit or what `fingerprint` says of its files.
         settings: what decides every byte of the result.
         restart: drop what an earlier run has left.
         keep: name of a folder in OUT.partial that an earlier run may have left and this one goes on with.
@@ -84,24 +81,8 @@ def workspace(
         FileExistsError: the target exists, another run is at it, or OUT.partial is none of ours.
         ValueError: the earlier run had another source or other settings.
     """
-    partial = target.with_name(target.name + ".partial")
-    with contextlib.suppress(FileExistsError):
-        partial.mkdir(parents=True)
-    if partial.is_symlink() or not partial.is_dir():
-        raise FileExistsError(f"[convert] {partial} is in the way: this is where the work is done")
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
-        except BlockingIOError:
-            raise FileExistsError(f"[convert] another run is writing {partial}: wait for it to end") from None
-        if os.path.lexists(target):  # made by the run that has just ended
-            raise FileExistsError(f"[convert] {target} exists: choose another --mlx-path, or delete it")
+    with whole_folder("convert", target) as partial:
         yield _open(partial, {"source": dict(source), "settings": dict(settings), "weights": {}}, restart, keep)
-        partial.rename(target)
-        _sync(target.parent)
-    finally:
-        os.close(descriptor)
 
 
 def fingerprint(files: list[Path]) -> dict[str, str]:
@@ -119,12 +100,12 @@ def fingerprint(files: list[Path]) -> dict[str, str]:
 def _open(partial: Path, wanted: dict[str, Any], restart: bool, keep: str | None) -> Journal:
     names = {path.name for path in partial.iterdir()}
     journal = Journal(partial, wanted)
-    # Killed before its journal was there, a run leaves an empty folder, or the journal's temporary file.
-    if not names <= {NAME + TEMPORARY}:
+    # Killed before its journal was there, a run leaves an empty folder, or a part of the journal.
+    if not names <= {partial_of(Path(NAME)).name}:
         try:
             earlier = read_record(partial)
         except (OSError, ValueError):
-            raise FileExistsError(f"[convert] {partial} is in the way: this is where the work is done") from None
+            raise in_the_way("convert", partial) from None
         if not restart:
             for part in ("source", "settings"):
                 _compare(partial, part, earlier[part], wanted[part])
@@ -163,7 +144,7 @@ def read_record(folder: Path) -> dict[str, Any]:
         ):
             raise wrong
         errors = entry.get("quantization_error", {})
-        if not fnmatch(name, WEIGHTS) or Path(name).name != name or type(entry.get("bytes")) is not int:
+        if not fnmatch(name, WEIGHTS) or Path(name).name != name:
             raise wrong
         if not isinstance(errors, dict):
             raise wrong
@@ -180,11 +161,3 @@ def _compare(partial: Path, part: str, earlier: dict[str, Any], wanted: dict[str
                 f"[convert] {partial} was begun with {part} {key} = {json.dumps(before)}, now it is {json.dumps(now)}: "
                 "use the same as before, or --restart to begin anew"
             )
-
-
-def _sync(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance.files import INDEX, sha256
+from mlx_resonance.whole import disk_errors, whole_file
 
 import mlx.core as mx
 
-from .journal import TEMPORARY, Journal
+from .journal import Journal
 from .plan import Plan, Recipe
 from .quantization import quantize
 from .source import Source
@@ -54,10 +54,12 @@ def write_weights(
                         shard |= _make(source, recipe, errors, allow_nan)
                         if progress is not None:
                             progress(done + sum(value.nbytes for value in shard.values()), total)
-                    _save(journal.folder / name, shard)
+                    path = journal.folder / name
+                    with whole_file(path) as partial, disk_errors("convert", path):
+                        mx.save_safetensors(str(partial), shard, metadata={"format": "mlx"})
                     _note(journal, settling, source, plan)
                     # A file is synced to the disk and hashed while the next one is computed.
-                    settling.append((name, pool.submit(_settle, journal.folder / name, errors)))
+                    settling.append((name, pool.submit(_settle, path, errors)))
                 done += plan.sizes[name]
                 if progress is not None:
                     progress(done, total)
@@ -89,19 +91,6 @@ def _note(journal: Journal, settling: list[tuple[str, Future[dict[str, Any]]]], 
         name, settled = settling.pop()
         journal.finish(name, settled.result())
         source.release(recipe.name for recipe in plan.files[name])
-
-
-def _save(path: Path, shard: dict[str, mx.array]) -> None:
-    temporary = path.with_name(f"{path.stem}{TEMPORARY}.safetensors")  # MLX would add the suffix
-    try:
-        mx.save_safetensors(str(temporary), shard, metadata={"format": "mlx"})
-    except RuntimeError as error:
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            f"[convert] {temporary} cannot be written ({error}), {free / 1e6:.0f} MB are free: the same command goes "
-            "on from here"
-        ) from None
-    temporary.replace(path)
 
 
 def _settle(path: Path, errors: dict[str, float | None]) -> dict[str, Any]:

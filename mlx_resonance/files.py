@@ -7,6 +7,7 @@ import hashlib
 import json
 import math
 import re
+import shutil
 import struct
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -123,6 +124,23 @@ def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
 def has_tokenizer(folder: Path) -> bool:
     """Whether a folder holds a tokenizer."""
     return any((folder / name).is_file() for name in TOKENIZERS)
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    """Tokenizer, chat templates and generation defaults. Raises ValueError for a link out of the folder."""
+    patterns = [*TOKENIZER_PATTERNS, "additional_chat_templates/*"]
+    names = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
+    names -= {"config.json", "conversion.json"}  # the latter says how other weights were made
+    names = {name for name in names if not name.endswith(".index.json") and (folder / name).is_file()}
+    return [file_of(folder, name) for name in sorted(names)]
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    """Copy `tokenizer_files` to another folder."""
+    for file in tokenizer_files(source):
+        copy = target / file.relative_to(source)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def weight_files(folder: Path, pattern: str = WEIGHTS, index: str = INDEX) -> list[Path]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +40,25 @@ def read_records(path: Path, kind: str) -> tuple[Record, list[Record]]:
     if not lines or lines[0].get(kind) != 1:
         raise ValueError(f"[{kind}] {path} is no file of {kind} results: its first line must say their settings")
     return lines[0], lines[1:]
+
+
+def json_lines(kind: str, path: Path) -> Iterator[tuple[int, Any]]:
+    """The number of each line of any JSON lines that is not blank, from 1 on, and what it says.
+
+    Raises:
+        ValueError: a line is no UTF-8, or no JSON; its number is named.
+    """
+    with path.open("rb") as file:
+        for number, data in enumerate(file, 1):
+            if data.strip():
+                where = f"[{kind}] {path}, line {number}"
+                try:
+                    value = json.loads(data.decode("utf-8-sig"))  # Windows' editors put a mark before the first line
+                except UnicodeDecodeError as error:
+                    raise ValueError(f"{where} is not UTF-8 text: {error}") from None
+                except (ValueError, RecursionError) as error:  # a number of 5000 digits is no JSONDecodeError
+                    raise ValueError(f"{where} is not JSON: {error}") from None
+                yield number, value
 
 
 def open_records(path: Path, kind: str, header: Record) -> list[Record]:

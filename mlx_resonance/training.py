@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -15,15 +14,16 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
+from .whole import disk_errors, whole_file
 
-def warmup_cosine(peak: float, steps: int, warmup_steps: int, end: float = 0.0) -> Callable[[mx.array], mx.array]:
-    """Learning rate that rises linearly to `peak` and falls to `end` along a half cosine.
+
+def warmup_cosine(peak: float, steps: int, warmup_steps: int) -> Callable[[mx.array], mx.array]:
+    """Learning rate that rises linearly to `peak` and falls to 0 along a half cosine.
 
     Args:
         peak: the highest learning rate.
         steps: number of steps in all.
         warmup_steps: number of steps of the rise, fewer than `steps`.
-        end: the learning rate that the fall ends at, after the last step.
 
     Returns:
         A schedule for any `mlx.optimizers` optimizer: step number to learning rate.
@@ -33,7 +33,7 @@ def warmup_cosine(peak: float, steps: int, warmup_steps: int, end: float = 0.0) 
     """
     if not 0 <= warmup_steps < steps:
         raise ValueError(f"[warmup_cosine] warmup_steps must lie in [0, {steps}), got {warmup_steps}")
-    return _after_warmup(peak, warmup_steps, optim.cosine_decay(peak, steps - warmup_steps, end))
+    return _after_warmup(peak, warmup_steps, optim.cosine_decay(peak, steps - warmup_steps))
 
 
 def warmup_linear(peak: float, steps: int, warmup_steps: int) -> Callable[[mx.array], mx.array]:
@@ -91,16 +91,16 @@ class OneCycleAdamW(optim.AdamW):
     Args:
         peak: the highest learning rate; the first is a 25th of it, the last a 250 000th.
         steps: number of steps in all.
-        rise: part of the steps before the highest learning rate.
         weight_decay: decoupled, times the learning rate.
 
-    Source: torch `optim/adamw.py` with `optim/lr_scheduler.py`, OneCycleLR and its defaults.
+    Source: torch `optim/adamw.py` with `optim/lr_scheduler.py`, OneCycleLR and its defaults; but
+        pct_start is 0.1 as in sheryc/resonance_rope `configs/experiment/sweep.yaml`.
     """
 
-    def __init__(self, peak: float, steps: int, rise: float = 0.1, weight_decay: float = 0.01) -> None:
-        rate = one_cycle(peak / 25, peak, peak / 25 / 1e4, steps, rise)
+    def __init__(self, peak: float, steps: int, weight_decay: float = 0.01) -> None:
+        rate = one_cycle(peak / 25, peak, peak / 25 / 1e4, steps)
         super().__init__(rate, weight_decay=weight_decay, bias_correction=True)
-        self._maybe_schedule("beta_1", one_cycle(0.95, 0.85, 0.95, steps, rise))
+        self._maybe_schedule("beta_1", one_cycle(0.95, 0.85, 0.95, steps))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         """One parameter's update, with the momentum of this step."""
@@ -125,15 +125,10 @@ def save_checkpoint(
     Raises:
         OSError: the disk is full, or another fault of it; the file is as before.
     """
-    partial_path = path.with_suffix(".partial.safetensors")
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = _state(model, optimizer, carried)
-    try:
+    with whole_file(path) as partial_path, disk_errors("train", path):
         mx.save_safetensors(str(partial_path), arrays, metadata={"step": str(step)})
-    except (RuntimeError, OSError) as error:
-        partial_path.unlink(missing_ok=True)  # it would keep what is left of a full disk
-        raise OSError(f"[train] {path} cannot be written ({error}): the same command goes on from the last") from None
-    os.replace(partial_path, path)
 
 
 def load_checkpoint(

@@ -1,4 +1,4 @@
-"""What the tests of generation share: the tiny checkpoint in float32, texts, and a command in a process of its own."""
+"""What several tests share: the tiny checkpoint in float32, texts, what a folder holds, code for other processes."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ import mlx.core as mx
 
 COMMAND = [str(Path(sys.executable).with_name("mlx-resonance")), "generate"]
 
+# Code for a process of its own: the most memory that it has held, in bytes.
+PEAK = r"""
+import re
+def peak():
+    return 1024 * int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1])
+"""
+
 
 def in_float32(folder: Path, target: Path) -> Path:
     """A copy of a checkpoint with weights in float32: a CPU multiplies 16-bit matrices slowly."""
@@ -28,9 +35,19 @@ def in_float32(folder: Path, target: Path) -> Path:
     return target
 
 
+def weights(folder: Path) -> dict[str, mx.array]:
+    """The tensors of a checkpoint in one file."""
+    return mx.load(str(folder / "model.safetensors"))
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """The files of a folder."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 @cache
 def source() -> str:
-    """Python to read, about 90 000 tokens."""
+    """Python to read, about 54 000 tokens."""
     return inspect.getsource(argparse) + inspect.getsource(difflib)
 
 

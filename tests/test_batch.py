@@ -7,12 +7,14 @@ import json
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance import load, plan_memory, stream_generate
 from mlx_resonance.generation.batch import Request, answer_file, generate_batch, read_requests
+from mlx_resonance.records import json_lines
 
 import mlx.core as mx
 import pytest
@@ -210,3 +212,29 @@ def test_a_batch_that_does_not_fit_is_refused_with_a_size_that_does(
     assert run(*arguments, "--batch-size", advice[1])[0] == 0
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == 32
     assert run(*arguments, "--batch-size", 0)[0] == 2
+
+
+DEEP = "[" * 200_000 + "\n"
+
+
+@pytest.mark.parametrize("which", ["prompts", "output"])
+def test_lines_nested_too_deep(random_llama: Path, tmp_path: Path, run: Any, which: str) -> None:
+    contents = {"prompts": '{"id": 1, "prompt": "a"}\n', "output": ""} | {which: DEEP}
+    for name, content in contents.items():
+        (tmp_path / name).write_text(content)
+    files = ("--prompts-file", tmp_path / "prompts", "--output", tmp_path / "output")
+    code, out, err = run("generate", "--model", random_llama, *files, "--max-tokens", 4)
+    assert (code, out, err.count("\n")) == (2, "", 1) and f"{which}, line 1 is no" in err
+    assert {name: (tmp_path / name).read_text() for name in contents} == contents
+
+
+def test_an_answer_without_text_is_refused_without_assertions_too(tmp_path: Path) -> None:
+    (tmp_path / "output").write_text('{"id": 1}\n')
+    code = "import pathlib, sys, mlx_resonance.generation.batch as batch; batch.finished_ids(pathlib.Path(sys.argv[1]))"
+    done = subprocess.run([sys.executable, "-O", "-c", code, tmp_path / "output"], capture_output=True, text=True)
+    assert done.returncode == 1 and "line 1 is no answer" in done.stderr
+
+
+def test_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
+    (tmp_path / "lines").write_bytes(b"\xef\xbb\xbf[1]\r\n\n{}")
+    assert list(json_lines("kind", tmp_path / "lines")) == [(1, [1]), (3, {})]

@@ -6,12 +6,13 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 from mlx_resonance.convert import convert
 
 import pytest
 
+from .checkpoints import contents
 from .hub import CHUNK, COMMIT, OTHER, Hub, serve
 
 REPO = "someone/random-llama"
@@ -19,47 +20,63 @@ FIRST = "model-00001-of-00003.safetensors"
 SMALL = ("--max-shard-size", "0.3MB", "--rope", "yarn", "--factor", 8)
 
 
-@pytest.fixture
-def hub(random_llama: Path, copy_of: Any) -> Iterator[Hub]:
-    folder = copy_of(random_llama)
+@pytest.fixture(scope="module")
+def model(random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the hub has."""
+    folder = shutil.copytree(random_llama, tmp_path_factory.mktemp("hub") / "model")
     (folder / "pytorch_model.bin").write_bytes(b"not needed")
     (folder / "model.gguf").write_bytes(b"not needed")
-    with serve(REPO, folder) as hub:
+    return folder
+
+
+@pytest.fixture
+def hub(model: Path) -> Iterator[Hub]:
+    with serve(REPO, model) as hub:
         yield hub
 
 
-def files(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+class First(NamedTuple):
+    """A first conversion: the cache it has filled, its result, and what it has downloaded."""
+
+    cache: Path
+    out: Path
+    downloaded: list[str]
 
 
-def test_a_model_is_downloaded_once_and_only_what_is_needed(hub: Hub, tmp_path: Path) -> None:
-    first = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "one" / "out")
-    assert first.returncode == 0, first.stderr
-    assert FIRST in hub.downloaded and not {"pytorch_model.bin", "model.gguf"} & set(hub.downloaded)
-    once = len(hub.downloaded)
-    second = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "two" / "out")
+@pytest.fixture(scope="module")
+def first(model: Path, tmp_path_factory: pytest.TempPathFactory) -> First:
+    folder = tmp_path_factory.mktemp("first")
+    with serve(REPO, model) as hub:
+        done = hub.command(folder / "cache", "convert", REPO, "--mlx-path", folder / "out")
+    assert done.returncode == 0, done.stderr
+    return First(folder / "cache", folder / "out", hub.downloaded)
+
+
+@pytest.fixture
+def warm(first: First, tmp_path: Path) -> Path:
+    """A copy of the cache that the first conversion has filled; its links are relative ones."""
+    return shutil.copytree(first.cache, tmp_path / "cache", symlinks=True)
+
+
+def test_a_model_is_downloaded_once_and_only_what_is_needed(hub: Hub, first: First, warm: Path, tmp_path: Path) -> None:
+    assert FIRST in first.downloaded and not {"pytorch_model.bin", "model.gguf"} & set(first.downloaded)
+    second = hub.command(warm, "convert", REPO, "--mlx-path", tmp_path / "out")
     assert second.returncode == 0, second.stderr
-    assert len(hub.downloaded) == once
-    assert files(tmp_path / "one" / "out") == files(tmp_path / "two" / "out")
-    assert f"base_model: {REPO}" in (tmp_path / "one" / "out" / "README.md").read_text()
-    assert json.loads((tmp_path / "one" / "out" / "conversion.json").read_text())["source"] == {
-        "name": REPO, "commit": COMMIT,
-    }  # fmt: skip
+    assert hub.downloaded == []
+    assert contents(first.out) == contents(tmp_path / "out")
+    assert f"base_model: {REPO}" in (first.out / "README.md").read_text()
+    record = json.loads((first.out / "conversion.json").read_text())
+    assert record["source"] == {"name": REPO, "commit": COMMIT}
 
 
 @pytest.mark.parametrize("how", ["offline", "gone"])
-def test_without_the_hub_the_cache_is_used(hub: Hub, tmp_path: Path, how: str) -> None:
-    first = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "one" / "out")
-    assert first.returncode == 0, first.stderr
-    once = len(hub.downloaded)
+def test_without_the_hub_the_cache_is_used(hub: Hub, first: First, warm: Path, tmp_path: Path, how: str) -> None:
     environment = {"HF_HUB_OFFLINE": "1"} if how == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
     for flags in ((), ("--dry-run",)) if how == "offline" else ((),):
-        done = hub.command(
-            tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "two" / "out", *flags, **environment
-        )
+        done = hub.command(warm, "convert", REPO, "--mlx-path", tmp_path / "out", *flags, **environment)
         assert done.returncode == (0 if not flags else 2), done.stderr
-    assert len(hub.downloaded) == once
-    assert files(tmp_path / "one" / "out") == files(tmp_path / "two" / "out")
+    assert hub.downloaded == []
+    assert contents(first.out) == contents(tmp_path / "out")
 
 
 def test_a_token_from_the_environment(hub: Hub, tmp_path: Path) -> None:
@@ -98,7 +115,7 @@ def test_a_connection_that_does_not_come_back_is_one_line_and_the_next_run_goes_
     assert {name for name in hub.downloaded if hub.downloaded.count(name) > 1} == {FIRST}  # whole files are kept
 
 
-def test_a_revision_that_moved_between_two_runs_is_refused(hub: Hub, tmp_path: Path, copy_of: Any) -> None:
+def test_a_revision_that_moved_between_two_runs_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.commits[OTHER] = shutil.copytree(hub.commits[COMMIT], tmp_path / "other")
     (hub.commits[OTHER] / "README.md").write_text("# another\n")
     stop = """
@@ -150,16 +167,14 @@ def test_consumed_a_source_is_on_the_disk_one_file_at_a_time(hub: Hub, tmp_path:
     assert not (tmp_path / "work" / "out" / "source").exists()
     plain = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "plain" / "out", *SMALL)
     assert plain.returncode == 0, plain.stderr
-    assert files(tmp_path / "work" / "out") == files(tmp_path / "plain" / "out")
+    assert contents(tmp_path / "work" / "out") == contents(tmp_path / "plain" / "out")
 
 
-def test_what_was_in_the_cache_is_used_and_stays(hub: Hub, tmp_path: Path) -> None:
-    assert hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "one").returncode == 0
-    before, once = files_below(tmp_path / "cache"), len(hub.downloaded)
-    arguments = ("convert", REPO, "--mlx-path", tmp_path / "two", "--consume-source")
-    done = hub.command(tmp_path / "cache", *arguments)
+def test_what_was_in_the_cache_is_used_and_stays(hub: Hub, warm: Path, tmp_path: Path) -> None:
+    before = files_below(warm)
+    done = hub.command(warm, "convert", REPO, "--mlx-path", tmp_path / "out", "--consume-source")
     assert done.returncode == 0, done.stderr
-    assert files_below(tmp_path / "cache") == before and len(hub.downloaded) == once
+    assert files_below(warm) == before and hub.downloaded == []
 
 
 def files_below(folder: Path) -> set[Path]:
@@ -187,7 +202,7 @@ from mlx_resonance.cli import main; main()
     assert FIRST not in hub.downloaded and "model-00003-of-00003.safetensors" in hub.downloaded
     whole = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "whole" / "out", *SMALL)
     assert whole.returncode == 0, whole.stderr
-    assert files(tmp_path / "out") == files(tmp_path / "whole" / "out")
+    assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
 def test_a_folder_of_the_user_is_not_consumed(random_llama: Path, tmp_path: Path) -> None:

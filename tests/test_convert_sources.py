@@ -19,6 +19,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from .checkpoints import weights
+
 
 def state_of(folder: Path) -> dict[str, torch.Tensor]:
     state: dict[str, torch.Tensor] = {}
@@ -33,10 +35,6 @@ def without_weights(source: Path, target: Path, **changes: Any) -> Path:
     config = json.loads((target / "config.json").read_text()) | changes
     (target / "config.json").write_text(json.dumps(config))
     return target
-
-
-def weights(folder: Path) -> dict[str, mx.array]:
-    return mx.load(str(folder / "model.safetensors"))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])

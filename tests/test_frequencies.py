@@ -1,7 +1,8 @@
 """Wavelengths and attention scales: against the authors' figures, transformers, and the paper's formulas."""
 
+from __future__ import annotations
+
 import json
-import math
 from dataclasses import FrozenInstanceError
 from pathlib import Path
 
@@ -10,7 +11,6 @@ from mlx_resonance import (
     RotaryFrequencies,
     default_frequencies,
     dynamic_ntk_frequencies,
-    feature_gap,
     linear_frequencies,
     llama3_frequencies,
     longrope_frequencies,
@@ -25,6 +25,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from . import oracle
+from .scalings import LLAMA3, YARN
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "rotary.json").read_text(encoding="utf-8"))
 
@@ -75,8 +76,6 @@ def test_cos_and_sin_equal_those_of_the_authors(golden):
 
 # --- transformers
 
-YARN = {"factor": 8.0, "original_max_position_embeddings": 4096}
-LLAMA3 = {"factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
 LONGROPE = {
     "short_factor": [1 + i / 64 for i in range(32)],
     "long_factor": [1 + i / 2 for i in range(32)],
@@ -207,138 +206,6 @@ def test_angle_shift_is_the_relative_change_by_rounding():
 
 def test_critical_pairs_counts_the_pairs_that_turn_within_the_length():
     assert RotaryFrequencies(np.array([6.0, 64.0, 64.5, 1000.0])).critical_pairs(64) == 2
-
-
-# --- feature gap
-
-
-def brute_force_gap(wavelengths, train_length, test_length):
-    """The definition, position by position: distance of points on the unit circle."""
-
-    def point(m, wavelength):
-        angle = 2 * math.pi * oracle.turns(m, wavelength)
-        return complex(math.cos(angle), math.sin(angle))
-
-    return [
-        max(min(abs(point(m, λ) - point(n, λ)) for n in range(train_length)) for m in range(train_length, test_length))
-        for λ in wavelengths
-    ]
-
-
-@pytest.mark.parametrize("resonant", [False, True])
-@pytest.mark.parametrize("train_length, test_length", [(1, 2), (13, 40), (64, 80)])
-def test_feature_gap_is_its_definition(train_length, test_length, resonant):
-    frequencies = yarn_frequencies(16, 100, 4, 32, beta_fast=4)
-    frequencies = frequencies.resonate() if resonant else frequencies
-    expected = brute_force_gap(frequencies.wavelengths.tolist(), train_length, test_length)
-    np.testing.assert_allclose(feature_gap(frequencies, train_length, test_length), expected, rtol=0, atol=1e-13)
-
-
-def test_feature_gap_to_other_angles_of_training():
-    """Against every pair of positions, by complex numbers."""
-    trained, tested = default_frequencies(16, 100), yarn_frequencies(16, 100, 4, 32, beta_fast=4).resonate()
-    seen = np.exp(2j * np.pi * np.arange(30)[:, None] / trained.wavelengths)
-    new = np.exp(2j * np.pi * np.arange(30, 100)[:, None] / tested.wavelengths)
-    expected = np.abs(new[:, None] - seen).min(axis=1).max(axis=0)
-    np.testing.assert_allclose(feature_gap(tested, 30, 100, trained), expected, rtol=0, atol=1e-13)
-    assert np.any(feature_gap(tested, 30, 100) < expected - 0.01)
-    with pytest.raises(ValueError, match="trained has 4 pairs, expected 8"):
-        feature_gap(tested, 30, 100, default_frequencies(8))
-
-
-def test_rounding_closes_the_gap_of_every_pre_critical_pair():
-    plain = yarn_frequencies(64, 10000, 4, 512)
-    resonant = plain.resonate()
-    seen = resonant.wavelengths <= 512
-    assert 0 < seen.sum() < len(seen)
-    np.testing.assert_array_equal(feature_gap(resonant, 512, 2048)[seen], 0)
-    assert np.all(feature_gap(plain, 512, 2048)[seen] > 1e-5)
-    assert np.all(feature_gap(resonant, 512, 2048)[~seen] > 0)
-
-
-def test_feature_gap_of_one_length_is_zero():
-    np.testing.assert_array_equal(feature_gap(default_frequencies(8), 7, 7), np.zeros(4))
-
-
-def test_feature_gap_of_a_pair_that_never_turns_is_zero():
-    assert feature_gap(RotaryFrequencies(np.array([np.inf])), 4, 100) == [0]
-
-
-@pytest.mark.parametrize("train_length, test_length", [(0, 10), (-1, 10), (10, 9)])
-def test_feature_gap_refuses_lengths_out_of_order(train_length, test_length):
-    with pytest.raises(ValueError, match="train_length"):
-        feature_gap(default_frequencies(8), train_length, test_length)
-
-
-# --- what is refused
-
-NAN, INF = math.nan, math.inf
-REFUSED = [
-    ("dims", default_frequencies, {"dims": 7}),
-    ("dims", default_frequencies, {"dims": 0}),
-    ("dims", default_frequencies, {"dims": -2}),
-    ("dims", ntk_frequencies, {"dims": 2, "base": 1e4, "factor": 2}),
-    ("dims", dynamic_ntk_frequencies, {"dims": 2, "base": 1e4, "factor": 2, "max_position_embeddings": 64}),
-    *(("rope_theta", default_frequencies, {"dims": 8, "base": base}) for base in (1, 0, -10.0, NAN, INF)),
-    *(("factor", linear_frequencies, {"dims": 8, "base": 1e4, "factor": factor}) for factor in (0.5, 0, -2, NAN, INF)),
-    ("factor", ntk_frequencies, {"dims": 8, "base": 1e4, "factor": 0.9}),
-    ("factor", dynamic_ntk_frequencies, {"dims": 8, "base": 1e4, "factor": 0.9, "max_position_embeddings": 64}),
-    (
-        "max_position_embeddings",
-        dynamic_ntk_frequencies,
-        {"dims": 8, "base": 1e4, "factor": 2, "max_position_embeddings": 1},
-    ),
-    *(
-        (key, yarn_frequencies, {"dims": 64, "base": 1e4} | YARN | change)
-        for key, change in [
-            ("factor", {"factor": 0.5}),
-            ("original_max_position_embeddings", {"original_max_position_embeddings": 0}),
-            ("beta_fast", {"beta_fast": 0.5}),
-            ("beta_slow", {"beta_slow": 0}),
-            ("beta_fast", {"beta_fast": NAN}),
-            ("extrapolation_factor", {"extrapolation_factor": 1.5}),
-            ("extrapolation_factor", {"extrapolation_factor": NAN}),
-            ("attention_factor", {"attention_factor": 0}),
-            ("attention_factor", {"attention_factor": -1.0}),
-            ("attention_factor", {"attention_factor": NAN}),
-            ("dims", {"dims": 63}),
-            ("rope_theta", {"base": 1}),
-        ]
-    ),
-    *(
-        (key, llama3_frequencies, {"dims": 64, "base": 1e4} | LLAMA3 | change)
-        for key, change in [
-            ("factor", {"factor": 0.5}),
-            ("high_freq_factor", {"high_freq_factor": 1.0}),
-            ("low_freq_factor", {"low_freq_factor": 0}),
-            ("low_freq_factor", {"low_freq_factor": NAN}),
-            ("original_max_position_embeddings", {"original_max_position_embeddings": 1}),
-        ]
-    ),
-    *(
-        (key, longrope_frequencies, {"dims": 64, "base": 1e4} | LONGROPE | change)
-        for key, change in [
-            ("short_factor", {"short_factor": [1.0] * 31}),
-            ("long_factor", {"long_factor": [1.0] * 33}),
-            ("short_factor", {"short_factor": [1.0] * 31 + [0.0]}),
-            ("long_factor", {"long_factor": [1.0] * 31 + [NAN]}),
-            ("attention_factor", {"attention_factor": 0.0}),
-            ("original_max_position_embeddings", {"original_max_position_embeddings": 1}),
-        ]
-    ),
-    ("wavelengths", RotaryFrequencies, {"wavelengths": np.array([6.0, 0.0])}),
-    ("wavelengths", RotaryFrequencies, {"wavelengths": np.array([6.0, NAN])}),
-    ("wavelengths", RotaryFrequencies, {"wavelengths": np.array([])}),
-    ("wavelengths", RotaryFrequencies, {"wavelengths": np.ones((2, 2))}),
-    ("attention_scale", RotaryFrequencies, {"wavelengths": np.array([6.0]), "attention_scale": INF}),
-    ("wavelength", RotaryFrequencies(np.array([0.3])).resonate, {}),
-]
-
-
-@pytest.mark.parametrize("key, maker, arguments", REFUSED)
-def test_refused_with_the_key_in_the_message(key, maker, arguments):
-    with pytest.raises(ValueError, match=rf"^\[\w+\] .*\b{key}\b"):
-        maker(**arguments)
 
 
 # --- the value object

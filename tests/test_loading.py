@@ -73,24 +73,24 @@ def test_a_weight_file_that_the_index_does_not_name_is_refused(random_llama: Pat
 
 
 @pytest.mark.parametrize(
-    ("entries", "size"),
+    ("entries", "size", "named"),
     [
-        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [0, 8])}, 8),
-        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [4, 12])}, 12),
-        ({"a": ("F32", [2], [4, 12])}, 12),
-        ({"a": ("F32", [3], [0, 8])}, 8),
-        ({"a": ("F32", [-2], [0, -8])}, 0),
-        ({"a": ("F99", [2], [0, 8])}, 8),
+        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [0, 8])}, 8, "tensors do not follow each other"),
+        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [4, 12])}, 12, "tensors do not follow each other"),
+        ({"a": ("F32", [2], [4, 12])}, 12, "tensors do not follow each other"),
+        ({"a": ("F32", [3], [0, 8])}, 8, r"a has 8 bytes, which are no F32 of shape \[3\]"),
+        ({"a": ("F32", [-2], [0, -8])}, 0, "a has no shape and place of whole numbers"),
+        ({"a": ("F99", [2], [0, 8])}, 8, "the type F99 of a is not known"),
     ],
     ids=["same place", "overlap", "gap", "shape", "negative", "dtype"],
 )
-def test_tensors_that_do_not_fill_the_file_are_refused(tmp_path: Path, entries: dict[str, Any], size: int) -> None:
+def test_tensors_that_do_not_fill_the_file_are_refused(
+    tmp_path: Path, entries: dict[str, Any], size: int, named: str
+) -> None:
     keys = ("dtype", "shape", "data_offsets")
     header = json.dumps({name: dict(zip(keys, entry, strict=True)) for name, entry in entries.items()}).encode()
     (tmp_path / "model.safetensors").write_bytes(struct.pack("<Q", len(header)) + header + b"\0" * size)
-    with pytest.raises(
-        ValueError, match=r"model\.safetensors(: the type F99 of a is not known| has a damaged header| is truncated)"
-    ):
+    with pytest.raises(ValueError, match=rf"model\.safetensors.*{named}"):
         read_header(tmp_path / "model.safetensors")
 
 

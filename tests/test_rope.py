@@ -1,4 +1,6 @@
-"""ResonanceRoPE: exact phases at every position, and otherwise nn.RoPE's behaviour under every MLX transformation."""
+"""ResonanceRoPE: exact phases at every position, and otherwise nn.RoPE's behaviour."""
+
+from __future__ import annotations
 
 from mlx_resonance import (
     ResonanceRoPE,
@@ -19,38 +21,25 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from . import oracle
+from .rotations import MAX_POSITION, PLAIN_YARN, ROTATION, YARN, layouts, normal
 
-MAX_POSITION = 2**31 - 1
 FAR = [131071, 1000003, 10000019, MAX_POSITION]
 PLAIN = {
     "default": default_frequencies(64),
     "default-1e6": default_frequencies(128, 1e6),
     "linear-4": linear_frequencies(64, 10000, 4),
-    "yarn-8": yarn_frequencies(128, 10000, 8, 4096),
+    "yarn-8": PLAIN_YARN,
     "yarn-32-500000": yarn_frequencies(128, 500000, 32, 8192),
     "llama3": llama3_frequencies(128, 500000, 8, 1, 4, 8192),
 }
 RESONANT = {f"resonance-{name}": frequencies.resonate() for name, frequencies in PLAIN.items()}
 TABLES = PLAIN | RESONANT
-YARN = TABLES["resonance-yarn-8"]
-# One rounding of cos and of sin (2⁻²⁵ each and the scale's), two products and a sum: relative to the pair's length.
-ROTATION = 4e-7
-
-layouts = pytest.mark.parametrize("traditional", [False, True], ids=["halves", "neighbours"])
-
-
-def normal(*shape, seed=0):
-    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
-
-
-def expected_rotation(x, frequencies, positions, traditional=False):
-    """The oracle's rotation of x, shape (..., L, D), by L positions."""
-    theta = oracle.angles(positions, frequencies.wavelengths)
-    return oracle.rotate(x, theta, frequencies.attention_scale, traditional)
 
 
 def assert_rotated(actual, x, frequencies, positions, traditional=False):
-    expected = expected_rotation(x, frequencies, positions, traditional)
+    """Against the oracle's rotation of x, shape (..., L, D), by L positions."""
+    theta = oracle.angles(positions, frequencies.wavelengths)
+    expected = oracle.rotate(x, theta, frequencies.attention_scale, traditional)
     tolerance = ROTATION * frequencies.attention_scale * np.abs(x).max() * 2**0.5
     np.testing.assert_allclose(np.array(actual), expected, rtol=0, atol=tolerance)
 
@@ -169,11 +158,21 @@ def test_left_padding_gives_negative_positions(table):
         assert_rotated(rotated[row], x[row], frequencies, range(offset, offset + 6))
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8])
+def test_offsets_of_numpy(kind):
+    x = mx.array(normal(1, 1, 2, 128))
+    assert mx.array_equal(ResonanceRoPE(YARN)(x, offset=kind(5)), ResonanceRoPE(YARN)(x, offset=5))
+
+
 def test_far_offsets_per_row():
     x = normal(2, 1, 3, 128)
     rotated = ResonanceRoPE(YARN)(mx.array(x), offset=mx.array([MAX_POSITION - 2, 1000003]))
     assert_rotated(rotated[0], x[0], YARN, range(MAX_POSITION - 2, MAX_POSITION + 1))
     assert_rotated(rotated[1], x[1], YARN, range(1000003, 1000006))
+
+
+def test_repr_says_what_it_is():
+    assert repr(ResonanceRoPE(YARN)) == "ResonanceRoPE(128, traditional=False, resonant=True, scale=1.20794)"
 
 
 # --- queries and keys in one call
@@ -246,74 +245,6 @@ def test_views_that_are_not_contiguous(view, traditional):
     assert_rotated(rope(x, offset=9), np.array(x), default_frequencies(32), range(9, 9 + x.shape[2]), traditional)
 
 
-# --- transformations
-
-
-@layouts
-def test_gradient_is_the_rotation_back(traditional):
-    rope = ResonanceRoPE(YARN, traditional)
-    x, weight = mx.array(normal(1, 2, 5, 160)), normal(1, 2, 5, 160, seed=1)
-    gradient = mx.grad(lambda x: (rope(x, offset=1000003) * mx.array(weight)).sum())(x)
-    # The transpose of a scaled rotation by θ is the scaled rotation by -θ.
-    theta = -oracle.angles(range(1000003, 1000008), YARN.wavelengths)
-    expected = oracle.rotate(weight, theta, YARN.attention_scale, traditional)
-    np.testing.assert_allclose(np.array(gradient), expected, rtol=0, atol=ROTATION * YARN.attention_scale * 6)
-
-
-@pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16], ids=str)
-def test_gradient_in_half_precision(dtype):
-    x = mx.array(normal(1, 2, 5, 128)).astype(dtype)
-    gradient = mx.grad(lambda x: (ResonanceRoPE(YARN)(x, offset=7) ** 2).sum())(x)
-    assert gradient.dtype == dtype
-    # Σ|Rx|² = s²·Σ|x|² has the gradient 2s²x, here through two roundings to half precision.
-    expected = 2 * YARN.attention_scale**2 * np.array(x.astype(mx.float32))
-    rtol = 4 * {mx.float16: 2**-11, mx.bfloat16: 2**-8}[dtype]
-    np.testing.assert_allclose(np.array(gradient.astype(mx.float32)), expected, rtol=rtol, atol=rtol)
-
-
-def loss(rope):
-    return lambda x, offset: mx.square(rope(x, offset=offset)[..., :40]).sum()
-
-
-@layouts
-@pytest.mark.parametrize("transformed", [mx.compile, mx.checkpoint])
-def test_transformed_call_equals_the_plain_one(transformed, traditional):
-    rope = ResonanceRoPE(YARN, traditional)
-    x, offset = mx.array(normal(2, 3, 5, 128)), mx.array([3, 1000003])
-    call = transformed(lambda x, offset: rope(x, offset=offset))
-    np.testing.assert_array_equal(np.array(call(x, offset)), np.array(rope(x, offset=offset)))
-
-
-def test_gradient_through_checkpoint_and_compile():
-    rope = ResonanceRoPE(YARN)
-    x, offset = mx.array(normal(2, 3, 5, 128)), mx.array([3, 1000003])
-    plain = mx.grad(loss(rope))(x, offset)
-    for gradient in (mx.grad(mx.checkpoint(loss(rope))), mx.compile(mx.grad(loss(rope)))):
-        # The fused loss may round differently in the last bit.
-        np.testing.assert_allclose(np.array(gradient(x, offset)), np.array(plain), rtol=1e-6, atol=1e-6)
-
-
-@layouts
-def test_vmap_over_a_new_axis(traditional):
-    rope = ResonanceRoPE(YARN, traditional)
-    x = mx.array(normal(3, 2, 2, 5, 128))
-    mapped = mx.vmap(lambda x: rope(x, offset=1000003))(x)
-    for row in range(3):
-        np.testing.assert_array_equal(np.array(mapped[row]), np.array(rope(x[row], offset=1000003)))
-
-
-def test_vmap_over_offsets():
-    rope = ResonanceRoPE(YARN)
-    x, offsets = mx.array(normal(3, 1, 2, 5, 128)), mx.array([0, 3, 1000003])
-    mapped = mx.vmap(lambda x, offset: rope(x, offset=offset))(x, offsets)
-    for row in range(3):
-        np.testing.assert_array_equal(np.array(mapped[row]), np.array(rope(x[row], offset=offsets[row])))
-
-
-def test_no_parameters():
-    assert ResonanceRoPE(YARN).parameters() == {}
-
-
 # --- frequencies that change with the length
 
 
@@ -337,81 +268,6 @@ def test_frequencies_by_length(by_length, as_array):
         assert rope.frequencies == by_length(offset + 8)
         assert_rotated(rotated[1], x[1], by_length(offset + 8), range(offset, offset + 8))
     assert by_length(64) == by_length(1) != by_length(208)
-
-
-# --- what is refused
-
-
-@pytest.mark.parametrize(
-    "offset",
-    [-1, MAX_POSITION, 2**40, 1.5, 3.0, mx.array(1.5), mx.array([True]), mx.array([[1]])],
-    ids=["negative", "too far", "much too far", "1.5", "3.0", "float array", "bool array", "2-D"],
-)
-def test_offsets_that_are_refused(offset):
-    rope = ResonanceRoPE(YARN)
-    x = mx.zeros((1, 1, 2, 128))
-    for call in (lambda: rope(x, offset=offset), lambda: rope.rotate(x, x, offset), lambda: rope.angles(2, offset)):
-        with pytest.raises(ValueError, match=r"\[ResonanceRoPE\] offset"):
-            call()
-
-
-def test_the_last_position_is_allowed():
-    ResonanceRoPE(YARN).angles(2, MAX_POSITION - 1)
-    with pytest.raises(ValueError, match=r"\[ResonanceRoPE\] offset"):
-        ResonanceRoPE(YARN).angles(0, MAX_POSITION + 1)
-
-
-@pytest.mark.parametrize("kind", [np.int32, np.int64, np.uint8])
-def test_offsets_of_numpy(kind):
-    x = mx.array(normal(1, 1, 2, 128))
-    assert mx.array_equal(ResonanceRoPE(YARN)(x, offset=kind(5)), ResonanceRoPE(YARN)(x, offset=5))
-
-
-@pytest.mark.parametrize("batch", [1, 2])
-def test_offsets_for_another_number_of_rows(batch):
-    x = mx.zeros((batch, 1, 2, 128))
-    with pytest.raises(ValueError):
-        ResonanceRoPE(YARN)(x, offset=mx.array([1, 2, 3]))
-    with pytest.raises(ValueError):
-        ResonanceRoPE(YARN).rotate(x, x, mx.array([1, 2, 3]))
-
-
-@pytest.mark.parametrize(
-    "x, message",
-    [
-        (mx.zeros((1, 1, 2, 126)), "128"),
-        (mx.zeros((128,)), "shape"),
-        (mx.zeros((1, 1, 2, 128), dtype=mx.int32), "floating"),
-    ],
-    ids=["too few features", "1-D", "integers"],
-)
-def test_arrays_that_are_refused(x, message):
-    with pytest.raises(ValueError, match=rf"\[ResonanceRoPE\] .*{message}"):
-        ResonanceRoPE(YARN)(x)
-
-
-@pytest.mark.parametrize("shape", [(2, 2, 5, 128), (1, 2, 4, 128), (1, 2, 5, 160), (2, 5, 128)])
-def test_keys_that_do_not_fit_the_queries(shape):
-    with pytest.raises(ValueError, match=r"\[ResonanceRoPE\] q and k"):
-        ResonanceRoPE(YARN).rotate(mx.zeros((1, 4, 5, 128)), mx.zeros(shape))
-
-
-@pytest.mark.parametrize("length", [1, 4])
-def test_angles_of_another_length(length):
-    rope = ResonanceRoPE(YARN)
-    q = mx.zeros((1, 4, 5, 128))
-    with pytest.raises(ValueError):
-        rope.rotate(q, q, angles=rope.angles(length))
-
-
-@pytest.mark.parametrize("frequencies", [None, 10000.0, np.array([6.0])])
-def test_frequencies_of_another_kind(frequencies):
-    with pytest.raises(TypeError, match="RotaryFrequencies"):
-        ResonanceRoPE(frequencies)
-
-
-def test_repr_says_what_it_is():
-    assert repr(ResonanceRoPE(YARN)) == "ResonanceRoPE(128, traditional=False, resonant=True, scale=1.20794)"
 
 
 # --- any shape, any offset

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from .options import Dtype, Json, MlxPath, Original, ScaledBy
 from .output import bytes_bar, fail, print_json, stderr
 
 if TYPE_CHECKING:
@@ -19,14 +20,12 @@ if TYPE_CHECKING:
 
 def command(
     src: Annotated[str, Argument(metavar="SRC", help="Folder or Hugging Face hub id.")],
-    mlx_path: Annotated[Path, Option("--mlx-path", help="Folder to write; must not exist.")],
+    mlx_path: MlxPath,
     rope: Annotated[str | None, Option(help="New scaling: linear, ntk, dynamic or yarn.")] = None,
-    factor: Annotated[float | None, Option(help="How many times the context grows.")] = None,
-    original_max_position_embeddings: Annotated[
-        int | None, Option(help="Tokens of context before scaling. Default: as in the source.")
-    ] = None,
+    factor: ScaledBy = None,
+    original_max_position_embeddings: Original = None,
     resonance: Annotated[bool, Option(help="Round wavelengths to whole tokens.")] = True,
-    dtype: Annotated[str | None, Option(help="float32, float16 or bfloat16. Default: as in the source.")] = None,
+    dtype: Dtype = None,
     quantize: Annotated[bool, Option("-q", "--quantize", help="Quantize the weights.")] = False,
     q_bits: Annotated[int | None, Option(help="Bits per weight.")] = None,
     q_group_size: Annotated[int | None, Option(help="Weights per scale.")] = None,
@@ -46,7 +45,7 @@ def command(
     tokenizer: Annotated[bool, Option(help="Refuse a source that has no tokenizer.")] = True,
     allow_nan: Annotated[bool, Option("--allow-nan", help="Convert tensors that are all NaN.")] = False,
     restart: Annotated[bool, Option("--restart", help="Drop what an unfinished run has left.")] = False,
-    json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Convert a checkpoint to MLX with Resonance RoPE."""
     from ..convert import VerificationError, convert

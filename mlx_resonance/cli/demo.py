@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json as json_module
+import json
 import sysconfig
 import tempfile
 from dataclasses import replace
@@ -44,7 +44,7 @@ def command(
         report(replace(convert(source, target, rope="yarn", factor=FACTOR, dtype=dtype), path=Path(target.name)))
 
         _say(f"mlx-resonance inspect {target.name}")
-        print_schedule(inspect_rope(RopeConfig.from_hf(read_config(target))), stdout)
+        print_schedule(inspect_rope(RopeConfig.from_hf(read_config(target))))
 
         settings = f"--temp {temp} --seed {seed} --max-tokens {max_tokens} --prefill-step-size {PREFILL}"
         _say(f"mlx-resonance generate --model {target.name} {settings} < unseen.py")
@@ -64,7 +64,7 @@ def _say(line: str) -> None:
 
 def _unseen_module(checkpoint: Path) -> tuple[str, str]:
     """A module of this machine's standard library that was held out from training."""
-    held_out = json_module.loads((checkpoint / "training.json").read_text())["held_out_files"]
+    held_out = json.loads((checkpoint / "training.json").read_text())["held_out_files"]
     root = Path(sysconfig.get_paths()["stdlib"])
     for name in held_out:
         path = root / name

@@ -8,11 +8,12 @@ from typing import Annotated
 
 from typer import Option
 
+from .options import Context, Factor, Force, Json, KvBits, Memory, Model, memory_bytes
 from .output import print_json, stderr, stdout
 
 
 def command(
-    model: Annotated[str, Option(help="Folder or Hugging Face hub id.")],
+    model: Model,
     tasks: Annotated[str, Option(help="lm-eval's names, with commas.")],
     include_path: Annotated[Path | None, Option(metavar="DIR", help="Folder with more tasks, as YAML.")] = None,
     num_shots: Annotated[int | None, Option(help="Solved examples in front. Default: the task's.")] = None,
@@ -21,15 +22,13 @@ def command(
     apply_chat_template: Annotated[
         bool, Option("--apply-chat-template", help="Use the tokenizer's chat template.")
     ] = False,
-    context: Annotated[
-        int | None, Option(help="Most tokens of prompt and answer. Default: 16384, or the checkpoint's if fewer.")
-    ] = None,
-    factor: Annotated[float | None, Option(help="Stretch the context to so many times the trained one.")] = None,
-    kv_bits: Annotated[int | None, Option(help="Keep keys and values in 4 or 8 bits.")] = None,
-    memory: Annotated[str | None, Option(help="What there is, such as 16GB. Default: what the device says.")] = None,
-    force: Annotated[bool, Option("--force", help="Go on though it does not fit into memory.")] = False,
+    context: Context = None,
+    factor: Factor = None,
+    kv_bits: KvBits = None,
+    memory: Memory = None,
+    force: Force = False,
     output: Annotated[Path | None, Option(metavar="FILE.json", help="Where lm-eval's whole result goes.")] = None,
-    json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Tasks of lm-eval, which downloads their data, or yours.
 
@@ -37,10 +36,10 @@ def command(
     """
     from ..evaluation.checkpoint import open_checkpoint
     from ..evaluation.harness import run_harness, tables
-    from ..files import parse_size, user_path
+    from ..files import user_path
     from ..records import append_records
 
-    size = None if memory is None else parse_size(memory, "--memory")
+    size = memory_bytes(memory)
     output = None if output is None else user_path(output)
     if output is not None and output.exists() and output.stat().st_size:
         raise FileExistsError(f"[harness] {output} is there already: choose another --output")

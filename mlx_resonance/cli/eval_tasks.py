@@ -10,27 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Option
 
+from .options import Context, Factor, Force, Json, KvBits, Memory, Model, memory_bytes, whole_numbers
 from .output import count_bar, print_json, stdout
 
 if TYPE_CHECKING:
     from ..evaluation.checkpoint import Checkpoint
     from ..records import Record
 
-Model = Annotated[str, Option(help="Folder or Hugging Face hub id.")]
 Data = Annotated[list[Path], Option(metavar="FILE.jsonl", help="A task's file; give several for more.")]
 Output = Annotated[Path, Option(metavar="FILE.jsonl", help="The answers; what is there is not asked again.")]
-Context = Annotated[
-    int | None, Option(help="Most tokens of prompt and answer. Default: 16384, or the checkpoint's if fewer.")
-]
 MaxTokens = Annotated[int | None, Option(help="Most tokens of an answer. Default: the benchmark's, by task.")]
 Limit = Annotated[int | None, Option(help="Ask so many questions of each task, the first ones.")]
 Truncation = Annotated[str, Option(help="Of what is too long: words, head or middle.")]
-Factor = Annotated[float | None, Option(help="Stretch the context to so many times the trained one.")]
-KvBits = Annotated[int | None, Option(help="Keep keys and values in 4 or 8 bits.")]
-Memory = Annotated[str | None, Option(help="What there is, such as 16GB. Default: what the device says.")]
-Force = Annotated[bool, Option("--force", help="Go on though it does not fit into memory.")]
 NoChat = Annotated[bool, Option("--ignore-chat-template", help="Ask without the tokenizer's chat template.")]
-Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 
 def leval(
@@ -85,8 +77,9 @@ def ruler(
     from ..evaluation.answers import Answers
     from ..files import user_path
 
+    numbers = whole_numbers("ruler", "--lengths", lengths)
     if data:
-        checkpoint = _checkpoint("ruler", model, max(_numbers(lengths)), factor, kv_bits, memory, force)
+        checkpoint = _checkpoint("ruler", model, max(numbers), factor, kv_bits, memory, force)
         limits = {"max_tokens": max_tokens, "limit": None}
         _ask_files(benchmark, checkpoint, data, output, limits, "head", not ignore_chat_template, json)
         return
@@ -94,7 +87,7 @@ def ruler(
     names = {} if tasks is None else {"tasks": [name.strip() for name in tasks.split(",")]}
     _check_positive("ruler", {"max_tokens": max_tokens})
     grid = benchmark.Grid(
-        lengths=_numbers(lengths), samples=samples, seed=seed, chat=not ignore_chat_template, max_tokens=max_tokens,
+        lengths=numbers, samples=samples, seed=seed, chat=not ignore_chat_template, max_tokens=max_tokens,
         **names, **essay,
     )  # fmt: skip
     checkpoint = _checkpoint("ruler", model, max(grid.lengths), factor, kv_bits, memory, force)
@@ -110,9 +103,8 @@ def _checkpoint(
     force: bool,
 ) -> Checkpoint:  # fmt: skip
     from ..evaluation.checkpoint import open_checkpoint
-    from ..files import parse_size
 
-    size = None if memory is None else parse_size(memory, "--memory")
+    size = memory_bytes(memory)
     return open_checkpoint(kind, model, context=context, factor=factor, kv_bits=kv_bits, memory=size, force=force)
 
 
@@ -168,13 +160,3 @@ def _check_positive(kind: str, numbers: dict[str, int | None]) -> None:
     for name, value in numbers.items():
         if value is not None and value < 1:
             raise ValueError(f"[{kind}] {name} must be at least 1, got {value}")
-
-
-def _numbers(text: str) -> list[int]:
-    """Different whole numbers with commas between them."""
-    try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise ValueError(
-            f"[ruler] --lengths must be whole numbers with commas, such as 4096,8192, got {text!r}"
-        ) from None

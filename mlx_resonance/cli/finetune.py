@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Option
 
+from .options import Dtype, Force, Json, Memory, MlxPath, Model, Original, ScaledBy, memory_bytes
 from .output import count_bar, print_json, stderr
 
 if TYPE_CHECKING:
@@ -17,17 +18,15 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[str, Option(help="Folder or Hugging Face hub id.")],
+    model: Model,
     data: Annotated[Path, Option(metavar="DIR|FILE", help="Folder with train.jsonl or *.txt; or a .jsonl or text.")],
-    mlx_path: Annotated[Path, Option("--mlx-path", help="Folder to write; must not exist.")],
+    mlx_path: MlxPath,
     preset: Annotated[str | None, Option(help="The paper's: paper-7b, paper-13b or paper-4k.")] = None,
     rope: Annotated[
         str | None, Option(help="Rope type, such as resonance_yarn. Default: the preset's, or the checkpoint's.")
     ] = None,
-    factor: Annotated[float | None, Option(help="How many times the context grows.")] = None,
-    original_max_position_embeddings: Annotated[
-        int | None, Option(help="Tokens of context before scaling. Default: as in the source.")
-    ] = None,
+    factor: ScaledBy = None,
+    original_max_position_embeddings: Original = None,
     length: Annotated[int | None, Option(help="Tokens of a sequence. Default: the context.")] = None,
     steps: Annotated[int | None, Option(help="Updates of the weights. Default: 400.")] = None,
     warmup: Annotated[int | None, Option(help="Steps in which the learning rate rises. Default: 1 in 20.")] = None,
@@ -43,20 +42,19 @@ def command(
         bool, Option("--grad-checkpoint", help="Less memory, more time: compute activations again.")
     ] = False,
     seed: Annotated[int | None, Option(help="Of the order of the texts. Default: 0.")] = None,
-    dtype: Annotated[str | None, Option(help="float32, float16 or bfloat16. Default: as in the source.")] = None,
+    dtype: Dtype = None,
     checkpoint_every: Annotated[int, Option(help="Steps between two states to go on from.")] = 25,
-    memory: Annotated[str | None, Option(help="What there is, such as 16GB. Default: what the device says.")] = None,
-    force: Annotated[bool, Option("--force", help="Go on though it does not fit into memory.")] = False,
-    json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    memory: Memory = None,
+    force: Force = False,
+    json: Json = False,
 ) -> None:
     """Train a checkpoint on long texts.
 
     A run that was stopped goes on.
     """
-    from ..files import parse_size
     from ..finetuning import finetune
 
-    size = None if memory is None else parse_size(memory, "--memory")
+    size = memory_bytes(memory)
     with count_bar() as bar:
         done = finetune(
             model,

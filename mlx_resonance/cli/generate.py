@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from ..distributed import processes, together
+from .options import Factor, Force, KvBits, Memory, Model, PrefillStep, memory_bytes
 from .output import count_bar, print_json, progress_bar, stderr
 
 if TYPE_CHECKING:
@@ -20,20 +21,20 @@ if TYPE_CHECKING:
 
 @together
 def command(
-    model: Annotated[str, Option(help="Folder or Hugging Face hub id.")],
+    model: Model,
     prompt: Annotated[str | None, Option(help="The prompt. Default: --prompt-file, or standard input.")] = None,
     prompt_file: Annotated[Path | None, Option(help="Read the prompt from a file.")] = None,
     max_tokens: Annotated[int, Option(help="Most tokens to generate.")] = 256,
     temp: Annotated[float, Option(help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
     top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
     seed: Annotated[int | None, Option(help="Seed of the sampling.")] = None,
-    factor: Annotated[float | None, Option(help="Stretch the context to so many times the trained one.")] = None,
-    kv_bits: Annotated[int | None, Option(help="Keep keys and values in 4 or 8 bits.")] = None,
-    prefill_step_size: Annotated[int, Option(help="Most prompt tokens in one pass.")] = 2048,
+    factor: Factor = None,
+    kv_bits: KvBits = None,
+    prefill_step_size: PrefillStep = 2048,
     prompt_cache: Annotated[Path | None, Option(metavar="DIR", help="Keep what was read for the next prompt.")] = None,
     prompt_cache_size: Annotated[str, Option(help="Most that DIR may hold.")] = "10GB",
-    memory: Annotated[str | None, Option(help="What there is, such as 16GB. Default: what the device says.")] = None,
-    force: Annotated[bool, Option("--force", help="Go on though it does not fit into memory.")] = False,
+    memory: Memory = None,
+    force: Force = False,
     prompts_file: Annotated[Path | None, Option(metavar="JSONL", help="Many prompts: id and prompt a line.")] = None,
     output: Annotated[Path | None, Option(metavar="JSONL", help="Where their answers go.")] = None,
     batch_size: Annotated[int, Option(help="Most answers to --prompts-file at once.")] = 32,
@@ -78,7 +79,7 @@ def command(
     longest = max((len(request.tokens) for request in requests), default=len(tokens))
     check_context(rope, longest, max_tokens)
     if not force:
-        size = None if memory is None else parse_size(memory, "--memory")
+        size = memory_bytes(memory)
         step = prefill_step_size
         parts = {"processes": group.size, "sequences": max(1, min(batch_size, len(requests)))}
         guard(folder, longest + max_tokens, kv_bits=kv_bits, memory=size, prefill_step_size=step, **parts)

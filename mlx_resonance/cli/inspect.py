@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-from rich.console import Console
 from rich.table import Table
 from typer import Argument, Option
 
+from .options import Json
 from .output import print_json, stderr, stdout
 
 if TYPE_CHECKING:
@@ -20,13 +20,13 @@ def command(
     train_length: Annotated[int | None, Option(help="Default: the context before scaling.")] = None,
     test_length: Annotated[int | None, Option(help="Default: the checkpoint's context.")] = None,
     plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw wavelengths and feature gap.")] = None,
-    json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Show a checkpoint's wavelengths and feature gap."""
+    from ..checks import check_checkpoint
     from ..config import RopeConfig
     from ..files import read_config, resolve
     from ..inspection import inspect_rope
-    from ..loading import check_checkpoint
 
     folder = resolve(model, None, ["config.json"])
     # Of a model on the hub, config.json is all that is fetched.
@@ -40,19 +40,19 @@ def command(
     if json:
         print_json(inspection.to_dict())
     else:
-        print_schedule(inspection, stdout)
+        print_schedule(inspection)
 
 
-def print_schedule(inspection: Inspection, console: Console) -> None:
+def print_schedule(inspection: Inspection) -> None:
     """The wavelength table, one row per feature pair."""
     rope, in_use = inspection.rope, inspection.in_use
     critical = in_use.critical_pairs(inspection.train_length)
-    console.print(
+    stdout.print(
         f"{rope.rope_type}: base {rope.base:g}, {rope.dims} dims, factor {rope.parameters.get('factor', 1):g}, "
         f"attention scale {in_use.attention_scale:.4f}",
         soft_wrap=True,
     )
-    console.print(
+    stdout.print(
         f"{critical} of {rope.dims // 2} pairs turn fully within {inspection.train_length} tokens; "
         f"feature gap up to {inspection.test_length} tokens",
         soft_wrap=True,
@@ -71,6 +71,6 @@ def print_schedule(inspection: Inspection, console: Console) -> None:
             "yes" if in_use.wavelengths[pair] <= inspection.train_length else "no",
             f"{inspection.gap[pair]:.4f}",
         )
-    console.print(table)
+    stdout.print(table)
     if not rope.is_resonant:
-        console.print("The model turns by the unrounded wavelengths; convert rounds them.")
+        stdout.print("The model turns by the unrounded wavelengths; convert rounds them.")

@@ -7,25 +7,25 @@ from typing import Annotated, Any
 from rich.table import Table
 from typer import Option
 
+from .options import Json, KvBits, Memory, Model, PrefillStep, memory_bytes
 from .output import print_json, stdout
 
 
 def command(
-    model: Annotated[str, Option(help="Folder or Hugging Face hub id.")],
+    model: Model,
     context: Annotated[int | None, Option(help="Tokens of prompt and answer. Default: the checkpoint's.")] = None,
-    kv_bits: Annotated[int | None, Option(help="Keep keys and values in 4 or 8 bits.")] = None,
-    memory: Annotated[str | None, Option(help="What there is, such as 16GB. Default: what the device says.")] = None,
-    prefill_step_size: Annotated[int, Option(help="Most prompt tokens in one pass.")] = 2048,
-    json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    kv_bits: KvBits = None,
+    memory: Memory = None,
+    prefill_step_size: PrefillStep = 2048,
+    json: Json = False,
 ) -> None:
     """Show whether a context fits into memory.
 
     Also the largest one that does.
     """
-    from ..files import parse_size
     from ..generation.memory import advice, gigabytes, plan_memory
 
-    size = None if memory is None else parse_size(memory, "--memory")
+    size = memory_bytes(memory)
     options: dict[str, Any] = {"kv_bits": kv_bits, "memory": size, "prefill_step_size": prefill_step_size}
     plan = plan_memory(model, context, **options)
     if json:

@@ -10,6 +10,7 @@ import typer
 from rich.table import Table
 from typer import Argument, Option
 
+from .options import Json
 from .output import count_bar, print_json, stderr, stdout
 
 if TYPE_CHECKING:
@@ -29,7 +30,6 @@ TrainScaled = Annotated[
     bool | None, Option("--train-scaled/--no-train-scaled", help="Scale while training, too. Default: the preset's.")
 ]
 Epochs = Annotated[int | None, Option(help="Passes over the training rows. Default: the preset's.")]
-Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
 
 
 @app.command()
@@ -47,7 +47,7 @@ def data(
 
     from ..files import user_path
     from ..posgen.data import make_table
-    from ..posgen.files import whole_file
+    from ..whole import whole_file
 
     output = user_path(output)
     if output.is_dir():

@@ -9,6 +9,7 @@ import typer
 from typer import Argument, Option
 
 from .convert import describe_checks
+from .options import Json
 from .output import bytes_bar, print_json, stderr
 
 
@@ -16,7 +17,7 @@ def command(
     model: Annotated[Path, Argument(metavar="OUT", help="Folder that convert has written.")],
     source: Annotated[str | None, Option(metavar="SRC", help="What it was made from, to compare with.")] = None,
     revision: Annotated[str | None, Option(help="Of SRC on the hub. Default: the commit on record.")] = None,
-    json: Annotated[bool, Option("--json", help="Print one JSON object.")] = False,
+    json: Json = False,
 ) -> None:
     """Check a converted checkpoint.
 

@@ -77,7 +77,7 @@ def open_checkpoint(
         longer = "another model" if needed is None else f"--factor {needed}"
         raise ValueError(f"[{kind}] {wanted} tokens exceed the checkpoint's context of {longest}: take {longer}")
     if not force:
-        guard(folder, wanted, kv_bits=kv_bits, memory=memory)
+        guard(folder, wanted, kind, kv_bits=kv_bits, memory=memory)
     # The digest covers the weights; the rest is for who reads the file.
     digest = model_digest(folder, rope, kv_bits)
     header = {"model": model, "rope": rope.to_hf(), "kv_bits": kv_bits, "digest": digest}

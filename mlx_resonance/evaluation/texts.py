@@ -1,15 +1,15 @@
-"""Documents and JSON lines from local files, one after the other, with the place of what is wrong in them."""
+"""Documents from local files, one after the other, with the place of what is wrong in them."""
 
 from __future__ import annotations
 
 import hashlib
 import importlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..files import sha256
+from ..records import json_lines as json_lines
 
 TEXT, LINES, TABLE = (".txt", ".md", ".tex", ".py"), (".jsonl", ".ndjson"), (".parquet",)
 KINDS = {str: "a text", list: "a list of texts", int: "a whole number", float: "a number", bool: "true or false"}
@@ -58,24 +58,6 @@ def read_documents(paths: Sequence[Path], field: str, kind: str = "perplexity") 
             yield from _rows(kind, path, field)
         else:
             yield _decode(path.read_bytes(), f"[{kind}] {path}")
-
-
-def json_lines(kind: str, path: Path) -> Iterator[tuple[int, Any]]:
-    """The number of each line that is not blank, from 1 on, and what it says.
-
-    Raises:
-        ValueError: a line is no UTF-8, or no JSON; its number is named.
-    """
-    with path.open("rb") as file:
-        for number, data in enumerate(file, 1):
-            if data.strip():
-                where = f"[{kind}] {path}, line {number}"
-                text = _decode(data, where)
-                try:
-                    value = json.loads(text)
-                except (ValueError, RecursionError) as error:  # a number of 5000 digits is no JSONDecodeError
-                    raise ValueError(f"{where} is not JSON: {error}") from None
-                yield number, value
 
 
 def check_field(where: str, entry: Any, name: str, wanted: type) -> Any:

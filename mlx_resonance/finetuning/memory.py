@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..checks import check_config
 from ..files import TensorInfo, read_config, read_header, weight_files
 from ..generation.memory import RESERVE, RESERVE_PART, Shape, device_memory, gigabytes
-from ..loading import check_config
 from .chunks import POSITIONS, QUERIES
 from .recipes import Recipe
 

@@ -97,6 +97,11 @@ class Recipe:
         """Whether low-rank changes are trained, not the weights."""
         return self.fine_tune_type == "lora"
 
+    @property
+    def lora_parameters(self) -> dict[str, Any]:
+        """As mlx-lm has them."""
+        return {"rank": self.lora_rank, "scale": self.lora_scale, "dropout": 0.0}
+
 
 def choose(
     source: RopeConfig,

@@ -3,12 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
-import glob
 import hashlib
-import json
-import os
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -17,36 +12,26 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
-import mlx_lm.utils
 import numpy as np
-from mlx.utils import tree_flatten, tree_unflatten
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
+from ..checks import check_config, unite
 from ..config import RopeConfig
-from ..files import (
-    INDEX,
-    TOKENIZER_PATTERNS,
-    WEIGHTS,
-    file_of,
-    read_config,
-    read_header,
-    resolve,
-    user_path,
-    weight_files,
-)
+from ..files import TOKENIZER_PATTERNS, WEIGHTS, read_config, read_header, resolve, user_path, weight_files
 from ..generation.prompt_cache import model_digest
-from ..loading import check_config, for_models, load_model, load_tokenizer, unite
-from ..records import append_records, open_records
+from ..loading import for_models, load_model, load_tokenizer
+from ..records import append_records, open_records, read_records
 from ..training import train, warmup_linear
+from ..whole import check_new, in_the_way, whole_folder
 from .chunks import computed_again, next_token_loss
 from .data import Batches, data_files, packed
 from .memory import guard
 from .recipes import Recipe, choose
+from .result import write_result
 
 KIND, RECORD = "finetune", "finetune.jsonl"  # settings, then a line for each step
-CHECKPOINT, RESULT, ADAPTERS = "checkpoint.safetensors", "result", "adapters"
+CHECKPOINT, RESULT = "checkpoint.safetensors", "result"
 DTYPES = ("float32", "float16", "bfloat16")
-NOT_COPIED = {"config.json", INDEX, "conversion.json"}  # the last says how other weights were made
 HELD_OUT = 32  # most sequences that the loss of valid.jsonl is of
 
 OnStep = Callable[[Recipe, int, float, float], None]
@@ -96,10 +81,7 @@ def finetune(
         OSError: the disk is full; the same call goes on.
     """
     target = user_path(mlx_path)
-    if glob.escape(str(target)) != str(target):
-        raise ValueError(f"[finetune] {target}: mlx-lm does not find files in a folder with any of *?[ in its name")
-    if os.path.lexists(target):
-        raise FileExistsError(f"[finetune] {target} exists: choose another --mlx-path, or delete it")
+    check_new(KIND, target)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"[finetune] dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if checkpoint_every < 1:
@@ -131,7 +113,9 @@ def finetune(
             _train(trained, recipe, sequences, partial, checkpoint_every, on_step)
             held = {} if held_out is None else {"valid_loss": _mean_loss(trained, held_out, recipe.batch_size)}
         found = {"settings": settings, "losses": _losses(partial), **held, "peak_memory": mx.get_peak_memory()}
-        _write(trained, config, folder, partial, recipe, dtype, str(model))
+        write_result(
+            partial / RESULT, trained, config, folder, partial / RECORD, recipe=recipe, dtype=dtype, name=str(model)
+        )
     return found
 
 
@@ -159,7 +143,7 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
     model.freeze()
     if recipe.lora:
         mx.random.seed(recipe.seed)
-        linear_to_lora_layers(model, recipe.num_layers or len(model.layers), _lora_parameters(recipe))
+        linear_to_lora_layers(model, recipe.num_layers or len(model.layers), recipe.lora_parameters)
     elif recipe.num_layers is None:
         model.unfreeze()
     else:
@@ -167,35 +151,17 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
             layer.unfreeze()
 
 
-def _lora_parameters(recipe: Recipe) -> dict[str, Any]:
-    return {"rank": recipe.lora_rank, "scale": recipe.lora_scale, "dropout": 0.0}
-
-
 @contextlib.contextmanager
 def _workspace(target: Path, settings: dict[str, Any]) -> Iterator[Path]:
     """OUT.partial with the run's record; at the end its `result` becomes OUT by one rename, and the rest goes."""
-    partial = target.with_name(target.name + ".partial")
-    in_the_way = FileExistsError(f"[finetune] {partial} is in the way: this is where the work is done")
-    if partial.is_symlink() or (partial.exists() and not partial.is_dir()):
-        raise in_the_way
-    if partial.is_dir() and any(partial.iterdir()) and not (partial / RECORD).is_file():
-        raise in_the_way
-    partial.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel drops it with the process
-        except BlockingIOError:
-            raise FileExistsError(f"[finetune] another run is writing {partial}: wait for it to end") from None
+    with whole_folder(KIND, target, RESULT) as partial:
+        if any(partial.iterdir()) and not (partial / RECORD).is_file():
+            raise in_the_way(KIND, partial)
         try:
             open_records(partial / RECORD, KIND, settings)
         except ValueError as error:
             raise ValueError(str(error).replace("--output", "--mlx-path")) from None
         yield partial
-        (partial / RESULT).rename(target)
-        shutil.rmtree(partial)
-    finally:
-        os.close(descriptor)
 
 
 def _train(
@@ -237,8 +203,7 @@ def _train(
 
 def _losses(partial: Path) -> list[float]:
     """Of each step; of one that was done again after a kill, the last."""
-    lines = (partial / RECORD).read_text(encoding="utf-8").splitlines()[1:]
-    return list({line["step"]: line["loss"] for line in map(json.loads, lines)}.values())
+    return list({line["step"]: line["loss"] for line in read_records(partial / RECORD, KIND)[1]}.values())
 
 
 def _mean_loss(model: nn.Module, sequences: np.ndarray, batch_size: int) -> float:
@@ -248,55 +213,3 @@ def _mean_loss(model: nn.Module, sequences: np.ndarray, batch_size: int) -> floa
         rows = sequences[i : i + batch_size]
         total += float(np.array(next_token_loss(model, mx.array(rows)))) * len(rows)
     return total / len(sequences)
-
-
-def _write(
-    model: nn.Module, config: dict[str, Any], source: Path, partial: Path, recipe: Recipe, dtype: str, name: str
-) -> None:
-    """The result's folder: weights, config.json, tokenizer, the run's record, LoRA's changes."""
-    folder = partial / RESULT
-    if folder.exists():  # of a run that was killed meanwhile
-        shutil.rmtree(folder)
-    folder.mkdir()
-    try:
-        if recipe.lora:
-            _save_adapters(model, folder / ADAPTERS, recipe, name)
-            config = _fuse(model, config)
-        model.set_dtype(getattr(mx, dtype))
-        mlx_lm.utils.save_model(folder, model)
-    except RuntimeError as error:  # MLX's, of a full disk
-        raise OSError(f"[finetune] {folder} cannot be written: {error}; the same command goes on") from None
-    config = config | {"dtype": dtype, "torch_dtype": dtype}
-    (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    for pattern in TOKENIZER_PATTERNS:
-        for path in source.glob(pattern):
-            if path.name not in NOT_COPIED and path.is_file():
-                shutil.copyfile(file_of(source, path.name), folder / path.name)
-    shutil.copyfile(partial / RECORD, folder / RECORD)
-    for path in filter(Path.is_file, folder.rglob("*")):  # on the disk before the checkpoint goes
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-
-
-def _save_adapters(model: nn.Module, folder: Path, recipe: Recipe, name: str) -> None:
-    """In mlx-lm's format: for the source with the new rope settings."""
-    folder.mkdir()
-    mx.save_safetensors(str(folder / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
-    layers = recipe.num_layers or len(model.layers)
-    settings = {"model": name, "fine_tune_type": "lora", "num_layers": layers} | {
-        "lora_parameters": _lora_parameters(recipe)
-    }
-    (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-
-
-def _fuse(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-    """Add LoRA's changes to the weights in float32, of which quantized ones become plain: rounding would lose them.
-
-    Returns:
-        config.json without quantization.
-    """
-    model.set_dtype(mx.float32)
-    fused = [(path, layer.fuse(dequantize=True)) for path, layer in model.named_modules() if hasattr(layer, "fuse")]
-    model.update_modules(tree_unflatten(fused))
-    mlx_lm.utils.dequantize_model(model)
-    return {key: value for key, value in config.items() if not key.startswith("quantization")}

@@ -14,6 +14,7 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..records import json_lines
 from .prefill import PREFILL_BATCH, STEP
 from .stream import check_context, prompt_tokens
 
@@ -145,9 +146,9 @@ def finished_ids(output: Path) -> set[str | int]:
     for number, line in enumerate(whole.splitlines(), 1):
         try:
             answer = json.loads(line)
-            ids.add(answer["id"])
-            assert "text" in answer
-        except (ValueError, KeyError, TypeError, AssertionError):
+            name, _ = answer["id"], answer["text"]
+            ids.add(name)
+        except (ValueError, KeyError, TypeError, RecursionError):
             raise ValueError(f"[generate] {output}, line {number} is no answer: choose another --output") from None
     if len(whole) < len(content):
         if not b'{"id": '.startswith(content[len(whole) :][:7]):
@@ -168,14 +169,8 @@ def read_requests(path: Path, tokenizer: TokenizerWrapper, chat: bool = False) -
         raise FileNotFoundError(f"[generate] no prompts file {path}")
     requests: list[Request] = []
     seen: set[str | int] = set()
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        if not line.strip():
-            continue
+    for number, entry in json_lines("generate", path):
         where = f"[generate] {path}, line {number}"
-        try:
-            entry = json.loads(line)
-        except ValueError as error:
-            raise ValueError(f"{where} is not JSON: {error}") from None
         known = isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
         if not known or not isinstance(entry.get("id"), (str, int)) or isinstance(entry["id"], bool):
             raise ValueError(f'{where}: expected {{"id": …, "prompt": "…"}}')

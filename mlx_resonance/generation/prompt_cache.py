@@ -167,7 +167,7 @@ class PromptCache:
             total -= size
 
 
-def cache_key(folder: Path, rope: RopeConfig, kv_bits: int | None, adapter_path: str | None = None) -> str:
+def cache_key(folder: Path, rope: RopeConfig, kv_bits: int | None) -> str:
     """What keys and values depend on besides the tokens: the content of the model, its angles, their format.
 
     Args:
@@ -175,23 +175,19 @@ def cache_key(folder: Path, rope: RopeConfig, kv_bits: int | None, adapter_path:
             stands for the rest.
         rope: the settings in use.
         kv_bits: of the caches.
-        adapter_path: folder of LoRA adapters.
 
     Raises:
         ValueError: the angles change with the length of a text.
     """
     if rope.depends_on_length:
         raise ValueError(f"[generate] --prompt-cache: the angles of {rope.rope_type} change with the length of a text")
-    return model_digest(folder, rope, kv_bits, adapter_path)
+    return model_digest(folder, rope, kv_bits)
 
 
-def model_digest(folder: Path, rope: RopeConfig, kv_bits: int | None, adapter_path: str | None = None) -> str:
+def model_digest(folder: Path, rope: RopeConfig, kv_bits: int | None) -> str:
     """What a model's results depend on: arguments as of `cache_key`, any rope."""
     digest = hashlib.sha256(json.dumps([rope.to_hf("4"), kv_bits], sort_keys=True).encode())
-    files = [folder / "config.json", *weight_files(folder)]
-    if adapter_path is not None:
-        files += sorted(path for path in Path(adapter_path).iterdir() if path.is_file())
-    for path in files:
+    for path in (folder / "config.json", *weight_files(folder)):
         size = path.stat().st_size
         changed = path.stat().st_mtime_ns if size > SAMPLES * SAMPLE else 0
         digest.update(f"{path.name} {size} {changed}".encode())

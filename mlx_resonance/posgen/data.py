@@ -12,7 +12,6 @@ from .tasks import Int32Array, Task
 
 SPLITS = ("official", "disjoint")
 LARGEST = 2**31  # tokens of a table: 8 GB
-IGNORED = -100  # label of a token that is not predicted
 
 
 @dataclass(frozen=True)
@@ -153,10 +152,3 @@ def tokens(rows: Int32Array, modulus: int) -> Int32Array:
         int32, shape (N, 1 + L).
     """
     return np.concatenate([np.full((len(rows), 1), modulus + 4, dtype=np.int32), rows], axis=1)
-
-
-def labels(rows: Int32Array, task: Task) -> Int32Array:
-    """The tokens again, `IGNORED` where they are given: [EOS] and the seed. Shape (N, 1 + L)."""
-    result = tokens(rows, task.modulus)
-    result[:, : 1 + task.seed_length] = IGNORED
-    return result

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from ..files import read_header, read_json, user_path
 from ..records import check_same
-from .files import partial_of, whole_file
+from ..whole import disk_errors, partial_of, whole_file
 from .settings import Settings
 from .sweep import KIND, from_header, header
 from .tasks import Task
@@ -65,11 +65,8 @@ def train_into(
     _write(record, wanted)
     model, best = run_training(run, folder / CHECKPOINT, on_progress)
     result = results(run, model, best)[0]
-    with whole_file(folder / WEIGHTS) as partial:
-        try:
-            mx.save_safetensors(str(partial), dict(tree_flatten(model.parameters())))
-        except RuntimeError as error:  # what MLX raises when the disk is full
-            raise OSError(f"[posgen] {folder / WEIGHTS} cannot be written: {error}") from None
+    with whole_file(folder / WEIGHTS) as partial, disk_errors("posgen", folder / WEIGHTS):
+        mx.save_safetensors(str(partial), dict(tree_flatten(model.parameters())))
     _write(record, wanted | {"result": result})
     (folder / CHECKPOINT).unlink()
     return result

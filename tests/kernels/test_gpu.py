@@ -5,21 +5,21 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 
-from mlx_resonance import ResonanceRoPE, default_frequencies, yarn_frequencies
+from mlx_resonance import ResonanceRoPE, default_frequencies
 from mlx_resonance.kernels import PhaseConstants, gpu, ops
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-YARN = yarn_frequencies(128, 10000, 8, 4096).resonate()
-WARNING = "rotating with plain mlx.core operations"
+from .. import rotations
+from ..rotations import YARN, layouts
 
-layouts = pytest.mark.parametrize("traditional", [False, True], ids=["halves", "neighbours"])
+WARNING = "rotating with plain mlx.core operations"
 
 
 def normal(*shape: int, seed: int = 0) -> mx.array:
-    return mx.array(np.random.default_rng(seed).standard_normal(shape, dtype=np.float32))
+    return mx.array(rotations.normal(*shape, seed=seed))
 
 
 @pytest.fixture(autouse=True)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from fractions import Fraction
 
-from mlx_resonance import RotaryFrequencies, default_frequencies, yarn_frequencies
+from mlx_resonance import RotaryFrequencies, default_frequencies
 from mlx_resonance.kernels import gpu, ops
 
 import mlx.core as mx
@@ -15,23 +14,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from .. import oracle
+from ..rotations import MAX_POSITION, PLAIN_YARN, layouts, normal
 from . import emulator
+from .checks import DTYPES, NO_COMPILER, TABLES, Run, check, dtypes, heads, offsets
 from .emulator import Strided
-
-MAX_POSITION = 2**31 - 1
-YARN = yarn_frequencies(128, 10000, 8, 4096)
-TABLES = {"yarn": YARN, "resonance": YARN.resonate()}
-DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-# Of the pair's length: a rounding each of cos, sin, the two products and the sum, as for ops.py in test_rope.py.
-ROTATION = 4e-7
-# Half the distance of two neighbours, as a part of the smaller one: the rounding at the end.
-ROUNDING = {mx.float32: 0.0, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
-SUBNORMAL = {mx.float32: 0.0, mx.float16: 2.0**-25, mx.bfloat16: 0.0}
-NO_COMPILER = "no GCC on Linux to run the Metal source with"
-
-Run = Callable[..., list[np.ndarray]]
-layouts = pytest.mark.parametrize("traditional", [False, True], ids=["halves", "neighbours"])
-dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("mlx.core."))
 
 
 def on_gpu(backend: str) -> Run:
@@ -53,48 +39,6 @@ def run(request: pytest.FixtureRequest) -> Run:
             pytest.skip(NO_COMPILER)
         return emulator.run
     return on_gpu(request.param)
-
-
-def normal(*shape: int, seed: int = 0) -> np.ndarray:
-    return np.random.default_rng(seed).standard_normal(shape, dtype=np.float32)
-
-
-def heads(batch: int, count: int, length: int, dims: int, seed: int = 0) -> np.ndarray:
-    """(B, H, L, D) as attention makes it from a projection."""
-    return normal(batch, length, count * dims, seed=seed).reshape(batch, length, count, dims).transpose(0, 2, 1, 3)
-
-
-def offsets(*values: int) -> np.ndarray:
-    return np.array(values, dtype=np.int32)
-
-
-def check(
-    run: Run,
-    xs: list[Strided],
-    offset: np.ndarray,
-    frequencies: RotaryFrequencies,
-    traditional: bool = False,
-    backward: bool = False,
-) -> list[np.ndarray]:
-    """Run the kernel; compare it with the oracle, and with the ops twin."""
-    constants = ops.phase_constants(frequencies)
-    rotated = run(xs, offset, constants, traditional, backward)
-    length = xs[0].shape[2]
-    cos, sin = ops.cos_sin(mx.array(offset), length, constants)
-    twins = ops.rotate([x.mlx() for x in xs], cos, -sin if backward else sin, traditional)
-    sign = -1 if backward else 1
-    theta = np.stack([oracle.angles(range(m, m + length), frequencies.wavelengths) for m in offset.tolist()])
-    for x, y, twin in zip(xs, rotated, twins, strict=True):
-        values = x.values()
-        assert y.shape == x.shape
-        expected = oracle.rotate(values, sign * theta[:, None], frequencies.attention_scale, traditional)
-        rotation = ROTATION * frequencies.attention_scale * np.abs(values).max(initial=0) * 2**0.5
-        tolerance = rotation + SUBNORMAL[x.dtype] + ROUNDING[x.dtype] * (np.abs(expected) + rotation)
-        assert np.all(np.abs(y - expected) <= tolerance), np.abs(y - expected).max()
-        # Two roundings apart at most, where the two float32 results fall on either side of a tie.
-        assert np.all(np.abs(y - np.array(twin.astype(mx.float32))) <= 2 * tolerance)
-        np.testing.assert_array_equal(y[..., frequencies.dims :], values[..., frequencies.dims :])
-    return rotated
 
 
 # --- exact phases
@@ -215,20 +159,20 @@ def test_types_of_queries_and_keys_may_differ(
     run: Run, q_dtype: mx.Dtype, k_dtype: mx.Dtype, traditional: bool
 ) -> None:
     xs = [Strided.of(heads(1, 3, 4, 128), q_dtype), Strided.of(heads(1, 2, 4, 128, 1), k_dtype)]
-    check(run, xs, offsets(9), YARN, traditional)
+    check(run, xs, offsets(9), PLAIN_YARN, traditional)
 
 
 @layouts
 @dtypes
 def test_backward_is_the_transpose(run: Run, dtype: mx.Dtype, traditional: bool) -> None:
     xs = [Strided.of(heads(2, count, 4, 144, count), dtype) for count in (3, 1)]
-    check(run, xs, offsets(1_000_003), YARN, traditional, backward=True)
+    check(run, xs, offsets(1_000_003), PLAIN_YARN, traditional, backward=True)
 
 
 @layouts
 @pytest.mark.parametrize("count", [1, 8, 11])
 def test_one_array_alone(run: Run, count: int, traditional: bool) -> None:
-    check(run, [Strided.of(heads(2, count, 4, 144))], offsets(3, 8), YARN, traditional)
+    check(run, [Strided.of(heads(2, count, 4, 144))], offsets(3, 8), PLAIN_YARN, traditional)
 
 
 # --- any call

@@ -17,9 +17,10 @@ import numpy as np
 import pytest
 
 from .. import oracle
+from ..rotations import PLAIN_YARN, layouts, normal
 from . import emulator
+from .checks import NO_COMPILER, TABLES, check, dtypes, heads, offsets
 from .emulator import Strided
-from .test_kernel import NO_COMPILER, TABLES, YARN, check, dtypes, heads, layouts, normal, offsets
 
 pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason=NO_COMPILER)
 
@@ -93,7 +94,7 @@ def test_address_spaces(tmp_path: Path, dtype: mx.Dtype, batch: int, pairs: int)
 def test_every_pointer_names_its_address_space() -> None:
     """Metal demands it of casts and of parameters; C++ for OpenCL would take a generic pointer."""
     x = Strided.of(normal(1, 2, 3, 128))
-    source, _ = emulator.metal_source([x, x], offsets(0), ops.phase_constants(YARN), False, False)
+    source, _ = emulator.metal_source([x, x], offsets(0), ops.phase_constants(PLAIN_YARN), False, False)
     spaces = re.findall(r"(\w+) (?:\w+|Pack<[^>]*>)\*", source)  # a product has spaces around its sign
     assert len(spaces) > 15 and set(spaces) == {"device", "constant", "DEVICE_MEMORY"}
 

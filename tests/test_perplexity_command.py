@@ -1,0 +1,151 @@
+"""`eval perplexity` as a command: files of documents, what is refused, and what is left behind."""
+
+from __future__ import annotations
+
+import errno
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance.evaluation import perplexity
+from mlx_resonance.evaluation.texts import read_documents
+
+import pyarrow
+import pytest
+from pyarrow import parquet
+
+from .checkpoints import source
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """A folder of documents, good and bad ones."""
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "a.py").write_text(source()[:1500])
+    (folder / "short.txt").write_text("def f(): pass")
+    lines = [{"text": source()[:900], "n": 1}, {"text": "x = 1\n"}, {"text": source()[3000:4000]}]
+    (folder / "b.jsonl").write_text("\n\n".join(map(json.dumps, lines)) + "\n")
+    (folder / "empty.txt").write_text("")
+    (folder / "bytes.txt").write_bytes(b"caf\xe9")
+    (folder / "x.csv").write_text("text\na")
+    (folder / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (folder / "surrogate.jsonl").write_text('{"text": "\\ud800"}\n')
+    (folder / "digits.jsonl").write_text('{"text": ' + "9" * 5000 + "}\n")
+    (folder / "bytes.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
+    (folder / "t.parquet").write_bytes(b"PAR1")
+    return folder
+
+
+def test_command(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    output, figure = tmp_path / "out" / "lines.jsonl", tmp_path / "curve.svg"
+    both = ("eval", "perplexity", "--data", data / "b.jsonl", "--data", data / "a.py", "--output", output)
+    common = (*both, "--contexts", "64,200", "--truncate", "--last", "50")
+    ropes = ("--rope", "default,resonance_yarn", "--factor", "4")
+    code, out, err = run(*common, "--model", checkpoint, *ropes, "--plot", figure, "--json")
+    result = json.loads(out)
+    assert code == 0 and "3 documents of at least 199 tokens, 1 shorter ones left out" in err
+    assert [(row["rope"], row["context"]) for row in result["results"]] == [
+        (rope, context) for rope in ("default", "resonance_yarn") for context in (64, 200)
+    ]
+    assert {row["tokens"] for row in result["results"]} == {3 * 63, 3 * 199} and result["last"] == 50
+    assert 2 < result["results"][1]["perplexity_last"] < 500 and figure.read_bytes().startswith(b"<?xml")
+    before = output.read_bytes()
+    code, out, _ = run(*common, "--model", checkpoint, *ropes, "--documents", "1")
+    assert code == 0 and "resonance_yarn" in out and "last 50" in out and output.read_bytes() == before
+    assert run(*common, "--model", checkpoint, "--rope", "default", "--stride", "9")[0] == 0  # means nothing here
+    code, _, err = run(*both, "--model", checkpoint, "--contexts", "64", "--stride", "40")
+    assert code == 2 and "truncate is True there, False now" in err
+
+
+def test_beyond(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    common = ("eval", "perplexity", "--model", checkpoint, "--data", data / "short.txt", "--contexts", "600")
+    code, out, err = run(*common, "--output", tmp_path / "x.jsonl")
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "--factor 2, or --beyond" in err
+    code, out, _ = run(*common, "--output", tmp_path / "x.jsonl", "--beyond", "--json")
+    assert code == 0 and json.loads(out)["results"][0]["windows"] == 1
+    assert run(*common, "--output", tmp_path / "x.jsonl", "--rope", "yarn", "--factor", "2")[0] == 0
+
+
+BAD = {
+    "": "Missing option '--data'",
+    "--data none.txt": "none.txt: no such file",
+    "--data empty.txt": "empty.txt is empty",
+    "--data bytes.txt": "bytes.txt is not UTF-8 text",
+    "--data digits.jsonl": "digits.jsonl, line 1 is not JSON",
+    "--data x.csv": "x.csv: the suffix must be one of .txt",
+    "--data broken.jsonl": "broken.jsonl, line 2 is not JSON",
+    "--data bytes.jsonl": "bytes.jsonl, line 2 is not UTF-8 text",
+    "--data surrogate.jsonl": "surrogate.jsonl, line 1 has no 'text' that is a text",
+    "--data b.jsonl --field n": "b.jsonl, line 1 has no 'n' that is a text",
+    "--data t.parquet": "t.parquet needs pyarrow, which is not installed",
+    "--data a.py --documents 0": "documents must be at least 1",
+    "--data short.txt --min-tokens 100": "none of 1 documents has 100 tokens",
+    "--data short.txt --truncate": "none of 1 documents has 299 tokens",
+    "--data a.py --contexts 1": "contexts must be at least 2 tokens",
+    "--data a.py --contexts x": "--contexts must be whole numbers",
+    "--data a.py --contexts 256": "stride must lie in [1, 255]",
+    "--data a.py --stride 0": "stride must lie in [1, 299]",
+    "--data a.py --truncate --last 0": "last must be at least 1",
+    "--data a.py --rope yarn": "needs --factor",
+    "--data a.py --rope yarm --factor 2": "--rope must be some of default, linear",
+    "--data a.py --batch-size 0": "batch_size must be at least 1",
+    "--data a.py --prefill-step-size 0": "prefill_step_size must be at least 1",
+    "--data a.py --kv-bits 3": "kv_bits must be 4 or 8",
+    "--data a.py --memory 1MB": "there are",
+    "--data a.py --plot x.abc": "suffix must be one of",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input(
+    run: Any, checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: str
+) -> None:
+    monkeypatch.chdir(data)
+    for name in ("pyarrow", "pyarrow.parquet"):
+        monkeypatch.setitem(sys.modules, name, None)
+    contexts = () if "--contexts" in arguments else ("--contexts", "300")
+    output = tmp_path / "x.jsonl"
+    code, out, err = run("eval", "perplexity", "--model", checkpoint, "--output", output, *contexts, *arguments.split())
+    assert (code, out) == (2, "") and BAD[arguments] in err and len(err.splitlines()) == 1
+    assert not output.exists()
+
+
+def test_a_full_disk(run: Any, checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(perplexity, "append_records", full)
+    code, out, err = run(
+        "eval", "perplexity", "--model", checkpoint, "--data", data / "short.txt", "--contexts", "4", "--stride", "2",
+        "--output", tmp_path / "x.jsonl",
+    )  # fmt: skip
+    assert (code, out) == (1, "") and "No space left" in err and len(err.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("name", "value"), [("digest", [1]), ("nll", None), ("tokens", "x"), ("last_nll", 1)])
+def test_output_with_a_wrong_line(
+    run: Any, checkpoint: Path, data: Path, tmp_path: Path, name: str, value: Any
+) -> None:
+    output = tmp_path / "x.jsonl"
+    common = ("eval", "perplexity", "--model", checkpoint, "--data", data / "short.txt", "--output", output)
+    assert run(*common, "--contexts", "4", "--truncate")[0] == 0
+    header, line = output.read_text().splitlines()
+    output.write_text(header + "\n" + json.dumps(json.loads(line) | {name: value}) + "\n")
+    code, out, err = run(*common, "--contexts", "4", "--truncate")
+    assert (code, out) == (2, "") and f"x.jsonl, line 2 has no {name!r} that is" in err and len(err.splitlines()) == 1
+
+
+def test_parquet(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    parquet.write_table(pyarrow.table({"text": [*map(str, range(40)), None], "n": list(range(41))}), path)
+    texts = read_documents([path], "text")
+    assert [next(texts) for _ in range(40)] == list(map(str, range(40)))
+    with pytest.raises(ValueError, match=r"row 41 has no 'text'"):
+        next(texts)
+    with pytest.raises(ValueError, match=r"no column 'x': there are text, n"):
+        list(read_documents([path], "x"))
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(ValueError, match="is no whole parquet file"):
+        list(read_documents([path], "text"))

@@ -1,0 +1,92 @@
+"""Files and folders that appear whole or not at all; what a checkpoint's folder takes over from its source."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance.convert import convert
+from mlx_resonance.files import tokenizer_files
+from mlx_resonance.finetuning import run as finetuning
+from mlx_resonance.whole import disk_errors, whole_file, whole_folder
+
+import pytest
+
+SHORT = ("--length", 64, "--steps", 1, "--accumulate", 1)
+
+
+def test_a_folder_is_made_by_one_rename(tmp_path: Path) -> None:
+    with whole_folder("kind", tmp_path / "new" / "out", "result") as partial:
+        (partial / "result").mkdir()
+        (partial / "result" / "file").touch()
+        (partial / "rest").touch()
+        with pytest.raises(FileExistsError, match=r"\[kind\] another run is writing"):
+            whole_folder("kind", tmp_path / "new" / "out").__enter__()
+        assert not (tmp_path / "new" / "out").exists()
+    assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
+        "new", "new/out", "new/out/file",
+    ]  # fmt: skip
+
+
+def test_a_fault_leaves_what_is_done(tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt), whole_folder("kind", tmp_path / "out") as partial:
+        (partial / "file").touch()
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["out.partial"] and (tmp_path / "out.partial/file").exists()
+    with whole_folder("kind", tmp_path / "out"):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_full_disk_is_an_os_error_and_leaves_the_file_before(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    path.write_text("before")
+    with pytest.raises(OSError, match=r"^\[kind\] .*a\.safetensors cannot be written \(full\), \d+ MB are free"):
+        with whole_file(path) as partial, disk_errors("kind", path):
+            partial.write_text("a part")
+            raise RuntimeError("full")
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == "before"
+
+
+def finetune(run: Any, model: Path, tmp_path: Path) -> tuple[int, str, str]:
+    (tmp_path / "data.txt").write_text("import os\n" * 100)
+    return run("finetune", "--model", model, "--data", tmp_path / "data.txt", "--mlx-path", tmp_path / "out", *SHORT)
+
+
+def test_a_run_that_ended_meanwhile_is_seen_before_training(
+    run: Any, stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def other(path: Path) -> Any:
+        (tmp_path / "out").mkdir()
+        return [Path(path)], []
+
+    monkeypatch.setattr(finetuning, "data_files", other)
+    code, _, err = finetune(run, stdlib_llama, tmp_path)
+    assert code == 2 and "out exists: choose another --mlx-path" in err and err.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["data.txt", "out"]
+
+
+def test_what_is_fine_tuned_has_the_tokenizer_of_its_source(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    source, templates = tmp_path / "source", "additional_chat_templates"
+    shutil.copytree(stdlib_llama, source)
+    (source / templates).mkdir()
+    (source / templates / "tools.jinja").write_text("{{ messages }}")
+    for name in ("pytorch_model.bin.index.json", "conversion.json"):
+        (source / name).write_text(json.dumps({"weight_map": {}}))
+    code, _, err = finetune(run, source, tmp_path)
+    assert code == 0, err
+    out = tmp_path / "out"
+    names = [path.relative_to(source).as_posix() for path in tokenizer_files(source)]
+    assert f"{templates}/tools.jinja" in names and "tokenizer.json" in names
+    assert all((out / name).read_bytes() == (source / name).read_bytes() for name in names)
+    assert not list(out.glob("pytorch_model*")) and not (out / "conversion.json").exists()
+
+
+def test_the_card_names_no_folder_as_base_model(
+    stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(stdlib_llama.parent))
+    card = (convert(f"~/{stdlib_llama.name}", tmp_path / "out").path / "README.md").read_text()
+    assert "base_model" not in card and "\n`stdlib-llama` converted to MLX" in card and "~" not in card
