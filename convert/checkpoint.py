@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import glob
 import json
 import logging
-import os
 import shutil
 from dataclasses import dataclass, replace
 from importlib.metadata import version
@@ -25,6 +23,7 @@ from mlx_resonance.files import (
     user_path,
 )
 from mlx_resonance.scaling import largest_shift, new_rope
+from mlx_resonance.whole import check_new
 
 from .card import read_card, write_card
 from .journal import NAME as RECORD
@@ -150,10 +149,7 @@ def convert(
         VerificationError: the result is not what it should be; it stays in `mlx_path`.partial.
     """
     target = user_path(mlx_path)
-    if glob.escape(str(target)) != str(target):
-        raise ValueError(f"[convert] {target}: mlx-lm does not find files in a folder with any of *?[ in its name")
-    if os.path.lexists(target):
-        raise FileExistsError(f"[convert] {target} exists: choose another --mlx-path, or delete it")
+    check_new("convert", target)
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     check_arguments(quantize, q_bits, q_group_size, q_mode, quant_predicate)
     if dtype is not None and dtype not in DTYPES:

@@ -112,7 +112,7 @@ def test_the_command(checkpoint: Path, tmp_path: Path, run: Any, loaded: Any) ->
         ('{"id": true, "prompt": "a"}\n', "line 1: expected"),
         ('{"id": 1, "prompt": ["a"]}\n', "line 1: expected"),
         ('{"id": 1, "prompt": "  "}\n', "line 1: .*the prompt is empty"),
-        ("\xff\xfe\n", "line 1 is not JSON"),
+        ("\xff\xfe\n", "line 1 is not UTF-8"),
         ("\n\n", "has no prompts"),
         ("", "has no prompts"),
     ],

@@ -29,7 +29,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from .checkpoints import source
+from .checkpoints import source, weights
 
 STDLIB_LLAMA = Path(str(files("mlx_resonance") / "assets" / "stdlib-llama"))
 ROPE = ("--rope", "resonance_yarn", "--factor", 4)
@@ -49,10 +49,6 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(texts: Path, out: Path, *more: object, model: Path = STDLIB_LLAMA) -> tuple[object, ...]:
     return ("finetune", "--model", model, "--data", texts, "--mlx-path", out, *more)
-
-
-def weights(folder: Path) -> dict[str, mx.array]:
-    return mx.load(str(folder / "model.safetensors"))
 
 
 def logits(model: nn.Module) -> mx.array:

@@ -81,8 +81,9 @@ def command(
     if not force:
         size = memory_bytes(memory)
         step = prefill_step_size
-        parts = {"processes": group.size, "sequences": max(1, min(batch_size, len(requests)))}
-        guard(folder, longest + max_tokens, kv_bits=kv_bits, memory=size, prefill_step_size=step, **parts)
+        parts: dict[str, Any] = {"processes": group.size, "sequences": max(1, min(batch_size, len(requests)))}
+        parts |= {} if requests else {"kv_bits": kv_bits}  # a batch keeps keys and values in 16 bits
+        guard(folder, longest + max_tokens, memory=size, prefill_step_size=step, **parts)
     kept = None
     if prompt_cache is not None:
         size = parse_size(prompt_cache_size, "--prompt-cache-size")

@@ -11,8 +11,8 @@ from pathlib import Path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..generation import prompt_tokens
-from ..records import Record
-from .texts import check_field, json_lines
+from ..records import Record, json_lines
+from .texts import check_field
 
 TRUNCATIONS = ("words", "head", "middle")
 WORDS = 250  # that L-Eval leaves out at once

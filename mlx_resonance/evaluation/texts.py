@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import sha256
-from ..records import json_lines as json_lines
+from ..records import json_lines
 
 TEXT, LINES, TABLE = (".txt", ".md", ".tex", ".py"), (".jsonl", ".ndjson"), (".parquet",)
 KINDS = {str: "a text", list: "a list of texts", int: "a whole number", float: "a number", bool: "true or false"}
