@@ -90,34 +90,61 @@ assert accuracy(grid, trials).max() == 0
 # ## The experiment
 #
 # `benchmarks/extension.py` asks the same of more documents, and fine-tunes. Its results are in the repository: the tiny
-# checkpoint at 8 times its context, as it is and after 50 steps on sequences of the trained length.
+# checkpoint at 8 times its context, as it is and after steps on sequences of the trained length, with several seeds.
 
 # %%
 import json
 
-results = Path("../benchmarks/results/extension-stdlib-llama.jsonl")
-if not results.exists():
+import numpy as np
+
+folder = Path("../benchmarks/results")
+if not folder.exists():
     raise SystemExit("this notebook is alone: the results are in benchmarks/results of the repository")
-header, *models = map(json.loads, results.read_text().splitlines())
-contexts = header["contexts"]
+
+
+def results(name):
+    header, *models = map(json.loads, (folder / f"extension-{name}.jsonl").read_text().splitlines())
+    return header["contexts"], models
+
+
+contexts, models = results("stdlib-llama")
+last = {}  # by steps, then by rope: perplexity of the last 512 tokens, shape (seeds, contexts)
 for line in models:
-    figures = "  ".join(f"{value:7.2f}" for value in line["perplexity_last"])
-    print(f"{line['rope']:15} {line['steps']:3} steps, seed {line['seed']}: {figures}")
+    last.setdefault(line["steps"], {}).setdefault(line["rope"], []).append(line["perplexity_last"])
+for steps, ropes in last.items():
+    for rope, seeds in ropes.items():
+        print(f"{steps:3} steps  {rope:15} {len(seeds)} seeds: ", *(f"{x:7.2f}" for x in np.mean(seeds, 0)))
 
 # %%
-from IPython.display import display
+from mlx_resonance.notebook_figures.common import perplexity_over_context
 
-for steps in (0, 50):
-    last = {line["rope"]: line["perplexity_last"] for line in models if (line["steps"], line["seed"]) == (steps, 0)}
-    figure = lines(contexts, last, "context, tokens", "perplexity of its last 256 tokens", log="xy")
-    figure.axes[0].set_title(f"after {steps} steps")
-    display(figure)
+perplexity_over_context(contexts, {f"{steps} steps" if steps else "as it is": ropes for steps, ropes in last.items()})
+
+# %% [markdown]
+# YaRN is what makes the long context work: plain RoPE breaks down, and so does NTK-aware scaling at the full factor.
+# What rounding changes beside that is small, with or without fine-tuning.
 
 # %%
-as_it_is = {line["rope"]: line["perplexity_last"][-1] for line in models if line["steps"] == 0}
-assert as_it_is["default"] > 3 * as_it_is["yarn"]  # YaRN is what makes the long context work
-assert as_it_is["ntk"] > 2 * as_it_is["yarn"]
-assert abs(as_it_is["resonance_yarn"] / as_it_is["yarn"] - 1) < 0.05  # and rounding changes little here
+for ropes in last.values():
+    far = {rope: np.mean(seeds, 0)[-1] for rope, seeds in ropes.items()}
+    assert abs(far["resonance_yarn"] / far["yarn"] - 1) < 0.05
+    assert all(far[rope] > 2 * far["yarn"] for rope in {"default", "ntk"} & set(far))
+
+# %% [markdown]
+# A checkpoint that was trained to copy finds the passkey within 512 tokens with its own angles and never past them;
+# with YaRN's it finds most, up to 8 times as far.
+
+# %%
+contexts, models = results("copy")
+found = {}
+for line in models:
+    found.setdefault(line["rope"], []).append(line["passkey"])
+share = {rope: 100 * np.mean(seeds, 0) for rope, seeds in found.items()}
+lines(contexts, share, "context, tokens", "passkeys found, %", log="x", mark=512)
+
+# %%
+assert share["default"][0] == 100 and share["default"][1:].max() == 0
+assert min(share["yarn"].min(), share["resonance_yarn"].min()) > 50
 
 # %% [markdown]
 # ## On a LLaMA of your own

@@ -58,6 +58,9 @@ def lines(
         axis.plot(x[: len(values)], values, style, color=color, label=name, markersize=4, linewidth=1.4)
     for letter in log:
         getattr(axis, f"set_{letter}scale")("log")
+    if "x" in log and len(x) < 8:  # lengths, which are no powers of 10
+        axis.set_xticks(x, [f"{value:,}" for value in x])
+        axis.set_xticks([], minor=True)
     if mark:
         axis.axvline(mark, color="black", linewidth=0.8, linestyle=":")
     axis.set(xlabel=xlabel, ylabel=ylabel)
