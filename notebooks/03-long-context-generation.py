@@ -123,7 +123,7 @@ assert most[whole] < most["8 bit"] < most["4 bit"] < saved * most[whole]
 from mlx_resonance.generation.memory import guard
 
 try:
-    guard(folder, most[whole] + 1, memory=MEMORY, prefill_step_size=STEP)
+    guard(folder, most[whole] + 1, kv_bits=None, memory=MEMORY, prefill_step_size=STEP)
 except ValueError as error:
     refusal = str(error)
 print(refusal)
