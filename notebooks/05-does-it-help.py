@@ -31,7 +31,7 @@ from mlx_resonance.convert import convert
 
 work = Path(tempfile.mkdtemp())
 folder = work / "float32"
-convert(CHECKPOINT, folder, resonance=False, dtype="float32")  # the fast type of a CPU
+made = convert(CHECKPOINT, folder, resonance=False, dtype="float32")  # the fast type of a CPU
 
 # %% [markdown]
 # ## Perplexity over the context
