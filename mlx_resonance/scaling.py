@@ -89,8 +89,10 @@ def rescale(source: RopeConfig, factor: float) -> RopeConfig:
     if source.base_type not in SCALINGS:
         raise ValueError(f"[load] factor: rope type {source.base_type} belongs to one trained length")
     if source.trained_length is None:
-        key = "max_position_embeddings" if source.base_type == "dynamic" else "original_max_position_embeddings"
-        raise ValueError(f"[load] factor: config.json does not tell the context before scaling: it needs {key}")
+        raise ValueError(
+            "[load] factor: config.json does not tell the context before scaling: it needs "
+            "original_max_position_embeddings"
+        )
     plain = _with(source, "default", {}, source.trained_length)
     return new_rope(plain, source.base_type, factor, None, source.is_resonant)
 
