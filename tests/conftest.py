@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import shutil
 import sys
+from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,14 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
         pytest.skip("no Metal on this machine")
     if item.get_closest_marker("gpu") and not mx.cuda.is_available():
         pytest.skip("no CUDA on this machine")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def processes_without_torch() -> Iterator[None]:
+    """Of those that tests start: a user's have none."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", str(Path(__file__).with_name("without_torch")), prepend=os.pathsep)
+        yield
 
 
 @pytest.fixture(scope="session")

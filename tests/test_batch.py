@@ -165,7 +165,7 @@ def test_killed_half_way_and_run_again(checkpoint: Path, tmp_path: Path) -> None
     prompts, output = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     pieces = [source()[300 * i : 300 * i + 20 + i] for i in range(60)]
     prompts.write_text("".join(json.dumps({"id": i, "prompt": text}) + "\n" for i, text in enumerate(pieces)))
-    command = [*COMMAND, "--model", checkpoint, "--prompts-file", prompts, "--output", output, "--max-tokens", "60"]
+    command = [*COMMAND, "--model", checkpoint, "--prompts-file", prompts, "--output", output, "--max-tokens", "24"]
     kills = 0
     for wanted in (1, 30):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -198,12 +198,10 @@ def test_the_plan_counts_the_whole_batch(checkpoint: Path, loaded: Any, count: i
     assert planned == pytest.approx(mx.get_peak_memory(), rel=0.2)
 
 
-def test_a_batch_that_does_not_fit_is_refused_with_a_size_that_does(
-    run: Any, stdlib_llama: Path, tmp_path: Path
-) -> None:
+def test_a_batch_that_does_not_fit_is_refused_with_a_size_that_does(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     lines = [json.dumps({"id": i, "prompt": f"import os  # {i}\n" * 30}) for i in range(32)]
     (tmp_path / "prompts.jsonl").write_text("\n".join(lines))
-    arguments = ("generate", "--model", stdlib_llama, "--prompts-file", tmp_path / "prompts.jsonl", "--max-tokens", 2)
+    arguments = ("generate", "--model", checkpoint, "--prompts-file", tmp_path / "prompts.jsonl", "--max-tokens", 2)
     arguments = (*arguments, "--output", tmp_path / "out.jsonl", "--memory", "3.27GB")
     code, stdout, stderr = run(*arguments)
     assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr

@@ -150,11 +150,11 @@ cli.main()
 
 def test_ctrl_c_in_a_prompt_and_the_next_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
-    (tmp_path / "prompt.txt").write_text(source()[:20_000])
+    (tmp_path / "prompt.txt").write_text(source()[:6000])
     command = [*COMMAND, "--model", checkpoint, "--prompt-file", tmp_path / "prompt.txt", "--factor", "64", "--json"]
     command += ["--max-tokens", "8", "--prefill-step-size", "64"]
     expected = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
-    assert expected["prompt_tokens"] > 4096
+    assert expected["prompt_tokens"] > 1024
     command += ["--prompt-cache", folder]
     terminal, theirs = os.openpty()
     process = subprocess.Popen(

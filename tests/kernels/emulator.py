@@ -31,7 +31,7 @@ BUILT = HERE / ".built"  # programs, by the hash of what they were built from
 # Only GCC takes the attributes of the generated source where they stand; on a Mac g++ is another name of Clang.
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
 FLAGS = [
-    "-std=c++17", "-O1", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra",
+    "-std=c++17", "-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra",
     "-Werror", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
 ]  # fmt: skip
 PARAMETER = re.compile(r"^  (const )?(?:device|constant) (\w+)([*&]) (\w+) \[\[buffer\(\d+\)\]\]", re.MULTILINE)

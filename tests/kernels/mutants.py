@@ -110,7 +110,7 @@ def outcome(fault: Fault, folder: Path) -> str:
         return f"ERROR: {fault.file} has {text.count(fault.right)} times {fault.right!r}"
     path.write_text(text.replace(fault.right, fault.wrong))
     # The copy comes before an installed package: -m puts the working directory first.
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder / "tests" / "without_torch")}
     command = [sys.executable, "-m", "pytest", *TESTS]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if "BuildError" in done.stdout:

@@ -75,9 +75,9 @@ CASES = [
 ]
 
 
-def tokens() -> np.ndarray:
-    """The text: LENGTH random token ids."""
-    return np.random.default_rng(0).integers(0, VOCABULARY, LENGTH)
+def tokens(length: int = LENGTH) -> np.ndarray:
+    """The text: random token ids."""
+    return np.random.default_rng(0).integers(0, VOCABULARY, length)
 
 
 def save_with_transformers(case: Case, folder: Path) -> None:
@@ -116,11 +116,11 @@ def use_style(folder: Path, style: str) -> None:
     path.write_text(json.dumps(config))
 
 
-def transformers_logits(folder: Path) -> np.ndarray:
-    """Logits of transformers, float32, shape (LENGTH, VOCABULARY)."""
+def transformers_logits(folder: Path, length: int = LENGTH) -> np.ndarray:
+    """Logits of transformers, float32, shape (length, VOCABULARY)."""
     model = LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.no_grad():
-        return model(torch.from_numpy(tokens())[None], use_cache=False).logits[0].numpy()
+        return model(torch.from_numpy(tokens(length))[None], use_cache=False).logits[0].numpy()
 
 
 def compare(logits: np.ndarray, reference: np.ndarray) -> tuple[float, float]:
