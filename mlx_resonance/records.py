@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,8 @@ def append_records(path: Path, records: Sequence[Record]) -> None:
                 written += file.write(data[written:])
             os.fsync(file.fileno())
         except OSError:
-            file.truncate(size)
+            with suppress(OSError):  # a device, such as /dev/full, cannot be cut: what came first is the cause
+                file.truncate(size)
             raise
 
 

@@ -131,8 +131,8 @@ for ropes in last.values():
     assert all(far[rope] > 2 * far["yarn"] for rope in {"default", "ntk"} & set(far))
 
 # %% [markdown]
-# A checkpoint that was trained to copy finds the passkey within 512 tokens with its own angles and never past them;
-# with YaRN's it finds most, up to 8 times as far.
+# Checkpoints that were trained to copy find the passkey within 512 tokens with their own angles and never past them;
+# with YaRN's they find most, up to 8 times as far.
 
 # %%
 contexts, models = results("copy")

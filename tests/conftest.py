@@ -16,10 +16,14 @@ from mlx_resonance import cli  # before anything imports mlx.core: it loads a fa
 from mlx_resonance.files import read_config
 from mlx_resonance.loading import load_tokenizer
 
+import hypothesis
 import mlx.core as mx
 import pytest
 
 from .checkpoints import in_float32
+
+# Of tests/kernels/mutants.py: that a test fails is enough, a smaller example of it takes minutes to find.
+hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate])
 
 STDLIB_LLAMA = Path(str(files("mlx_resonance") / "assets" / "stdlib-llama"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import multiprocessing
 import resource
 import signal
@@ -79,3 +80,10 @@ def test_a_full_disk_leaves_the_file_as_it_was(tmp_path: Path) -> None:
     writer.join()
     assert writer.exitcode == 1  # it raised OSError
     assert path.read_bytes() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_device_that_cannot_be_cut_names_the_cause() -> None:
+    with pytest.raises(OSError) as error:
+        append_records(Path("/dev/full"), [{"n": 1}])
+    assert error.value.errno == errno.ENOSPC

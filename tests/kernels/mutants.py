@@ -18,15 +18,9 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
 TESTS = [
-    "tests/kernels/test_kernel.py",
-    "tests/kernels/test_source.py",
-    "-k",
-    "not address_spaces",
-    "-x",
-    "-q",
-    "-p",
-    "no:cacheprovider",
-]
+    "tests/kernels/test_kernel.py", "tests/kernels/test_source.py", "-k", "not address_spaces",
+    "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants",
+]  # fmt: skip
 
 
 class Fault(NamedTuple):

@@ -3,9 +3,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#ifndef __aarch64__
-#include <immintrin.h>
-#endif
 
 struct uint3 {
   uint32_t x, y, z;
@@ -20,11 +17,14 @@ inline uint3 make_uint3(uint32_t x, uint32_t y, uint32_t z) { return {x, y, z}; 
 #ifdef __aarch64__
 typedef __fp16 float16_t;
 #else
+// What immintrin.h calls: reading that header would take most of a compiler's time.
+typedef float float4 __attribute__((vector_size(16)));
+typedef int16_t short8 __attribute__((vector_size(16)));
 struct float16_t {
   uint16_t bits;
   float16_t() = default;
-  explicit float16_t(float value) : bits(_cvtss_sh(value, _MM_FROUND_TO_NEAREST_INT)) {}
-  operator float() const { return _cvtsh_ss(bits); }
+  explicit float16_t(float value) : bits(uint16_t(__builtin_ia32_vcvtps2ph(float4{value}, 0)[0])) {}
+  operator float() const { return __builtin_ia32_vcvtph2ps(short8{int16_t(bits)})[0]; }
 };
 #endif
 
