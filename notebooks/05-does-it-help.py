@@ -128,7 +128,7 @@ perplexity_over_context(contexts, {f"{steps} steps" if steps else "as it is": ro
 for ropes in last.values():
     far = {rope: np.mean(seeds, 0)[-1] for rope, seeds in ropes.items()}
     assert abs(far["resonance_yarn"] / far["yarn"] - 1) < 0.05
-    assert all(far[rope] > 2 * far["yarn"] for rope in {"default", "ntk"} & set(far))
+    assert all(far[rope] > 2 * far["yarn"] for rope in ("default", "ntk"))
 
 # %% [markdown]
 # Checkpoints that were trained to copy find the passkey within 512 tokens with their own angles and never past them;

@@ -30,7 +30,7 @@ HERE = Path(__file__).parent
 BUILT = HERE / ".built"  # programs, by the hash of what they were built from
 # Only GCC takes the attributes of the generated source where they stand; on a Mac g++ is another name of Clang.
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
-FLAGS = [
+FLAGS = [  # most of the time is the compiler's: nothing is optimized
     "-std=c++17", "-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra",
     "-Werror", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
 ]  # fmt: skip

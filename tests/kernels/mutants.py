@@ -68,7 +68,12 @@ FAULTS = {
     "heads past the last": Fault(
         "body.h", "k_shape[1] - head < HEADS ? int(k_shape[1] - head) : HEADS", "k_shape[1] > 0 ? HEADS : 0"
     ),
-    "packed where it is not": Fault("rotary.h", "(x + runs.low) % sizeof(Pack<PAIRS, T>) == 0", "(x) % 2 == 0"),
+    "packed where the low run is not": Fault(
+        "rotary.h", "(x + runs.low) % sizeof(Pack<PAIRS, T>) == 0", "(x) % 2 == 0"
+    ),
+    "packed where the high run is not": Fault(
+        "rotary.h", "(x + runs.high) % sizeof(Pack<PAIRS, T>) == 0", "(x) % 2 == 0"
+    ),
     "packed across a gap": Fault("rotary.h", "&& feature_stride == 1 &&", "&&"),
     "heads off the packs": Fault("rotary.h", "head_stride % PAIRS == 0 &&", ""),
     "output packed like the input": Fault("rotary.h", "&& is_packed<PAIRS>(y, y_head_stride, 1, runs)", ""),
@@ -104,7 +109,9 @@ def outcome(fault: Fault, folder: Path) -> str:
         return f"ERROR: {fault.file} has {text.count(fault.right)} times {fault.right!r}"
     path.write_text(text.replace(fault.right, fault.wrong))
     # The copy comes before an installed package: -m puts the working directory first.
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1", "PYTHONPATH": str(folder / "tests" / "without_torch")}
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
+    before = filter(None, [environment.get("PYTHONPATH")])
+    environment["PYTHONPATH"] = os.pathsep.join([str(folder / "tests" / "without_torch"), *before])
     command = [sys.executable, "-m", "pytest", *TESTS]
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if "BuildError" in done.stdout:

@@ -143,7 +143,7 @@ def test_any_number_of_pairs_and_features(run: Run, pairs: int, unrotated: int, 
 @layouts
 @dtypes
 def test_one_run_on_the_packs_and_one_off_them(run: Run, dtype: mx.Dtype, traditional: bool) -> None:
-    """The second token's: the 5 features from its 11th on, and the 5 from the 16th on."""
+    """In the second token pairs are of elements 11 to 15, off the packs of 4, and 16 to 20, on them."""
     xs = [Strided.of(normal(2, count, 4, 11, seed=count), dtype) for count in (9, 2)]
     check(run, xs, offsets(0, 12), default_frequencies(10).resonate(), traditional)
 
