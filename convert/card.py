@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.config import RopeConfig
 from mlx_resonance.files import file_of
+from mlx_resonance.rope_config import RopeConfig
 
 from huggingface_hub import ModelCard, ModelCardData
 from yaml import YAMLError  # type: ignore[import-untyped]
@@ -38,7 +38,7 @@ def read_card(folder: Path) -> dict[str, Any]:
     """Licence, language, tags and base models of a checkpoint's card: texts, or lists of texts, that are there.
 
     Raises:
-        ValueError: README.md is a link out of the folder.
+        UsageError: README.md is a link out of the folder.
     """
     path = file_of(folder, "README.md")
     if not path.is_file() or path.stat().st_size > MAX_CARD:

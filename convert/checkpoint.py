@@ -11,19 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import __version__
-from mlx_resonance.checks import check_config
-from mlx_resonance.config import RopeConfig
-from mlx_resonance.files import (
-    TOKENIZERS,
-    copy_tokenizer,
-    has_tokenizer,
-    parse_size,
-    sha256,
-    tokenizer_files,
-    user_path,
-)
+from mlx_resonance.errors import MissingFileError, UsageError
+from mlx_resonance.files import user_path
+from mlx_resonance.rope_config import RopeConfig
 from mlx_resonance.scaling import largest_shift, new_rope
-from mlx_resonance.whole import check_new
+from mlx_resonance.sizes import parse_size
+from mlx_resonance.storage import check_new_folder, sha256
+from mlx_resonance.tokenizer import TOKENIZERS, copy_tokenizer, has_tokenizer, tokenizer_files
 
 from .card import read_card, write_card
 from .journal import NAME as RECORD
@@ -142,35 +136,35 @@ def convert(
         What was made.
 
     Raises:
-        FileNotFoundError: no such source, or a file of it is missing.
+        MissingFileError: no such source, or a file of it is missing.
         FileExistsError: `mlx_path` exists, another run is at it, or `mlx_path`.partial is none of ours.
         OSError: the disk is full, or the connection broke.
-        ValueError: an argument or a file of the source is wrong, or an earlier run had other ones.
+        UsageError: an argument or a file of the source is wrong, or an earlier run had other ones.
         VerificationError: the result is not what it should be; it stays in `mlx_path`.partial.
     """
     target = user_path(mlx_path)
-    check_new("convert", target)
+    check_new_folder(target)
     shard_bytes = parse_size(max_shard_size, "max_shard_size")
     check_arguments(quantize, q_bits, q_group_size, q_mode, quant_predicate)
     if dtype is not None and dtype not in DTYPES:
-        raise ValueError(f"[convert] dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
+        raise UsageError(f"dtype must be one of {', '.join(DTYPES)}, got {dtype!r}")
     if portable and quantize:
-        raise ValueError("[convert] --portable is for transformers too, which does not read mlx-lm's quantization")
+        raise UsageError("--portable is for transformers too, which does not read mlx-lm's quantization")
     if verify and consume_source:
-        raise ValueError("[convert] --verify reads the source again, which --consume-source deletes: choose one")
+        raise UsageError("--verify reads the source again, which --consume-source deletes: choose one")
     if quant_report is not None and (not quantize or consume_source):
-        raise ValueError("[convert] --quant-report compares with the source: it needs --quantize, not --consume-source")
+        raise UsageError("--quant-report compares with the source: it needs --quantize, not --consume-source")
 
     partial = target.with_name(target.name + ".partial")
     source = open_source(src, revision, partial / DOWNLOADS if consume_source or dry_run else None)
     if consume_source and source.commit is None:
-        raise ValueError(f"[convert] --consume-source deletes what it has downloaded: {src} is a folder of yours")
+        raise UsageError(f"--consume-source deletes what it has downloaded: {src} is a folder of yours")
     if tokenizer and not has_tokenizer(source.folder):
         names = ", ".join(TOKENIZERS)
-        raise FileNotFoundError(f"[convert] {src} has no tokenizer: expected one of {names} (--no-tokenizer goes on)")
-    ids = None if quant_report is None else read_text(user_path(quant_report), source.folder, source.config)
+        raise MissingFileError(f"{src} has no tokenizer: expected one of {names} (--no-tokenizer goes on)")
+    ids = None if quant_report is None else read_text(user_path(quant_report), source.checkpoint)
     card = read_card(source.folder)
-    before = RopeConfig.from_hf(check_config(source.config, source.tensors))
+    before = source.checkpoint.rope
     after = new_rope(before, rope, factor, original_max_position_embeddings, resonance)
     quantization = (q_bits, q_group_size, q_mode, quant_predicate) if quantize else None
     plan = make_plan(source, after, portable=portable, dtype=dtype, quantize=quantization, shard_bytes=shard_bytes)
@@ -220,7 +214,7 @@ def _verify(journal: Journal, source: Source, progress: Progress | None) -> dict
     if checks.problems:
         journal.record["refused"] = checks.problems[0]  # no later run may publish it
         journal.write()
-        raise VerificationError(f"[convert] {journal.folder} is not right (--restart): {checks.problems[0]}")
+        raise VerificationError(f"{journal.folder} is not right (--restart): {checks.problems[0]}")
     journal.record["checks"] = checks.to_dict()
     return checks.to_dict()
 

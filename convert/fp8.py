@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_resonance.errors import UsageError
 from mlx_resonance.files import TensorInfo
 
 import mlx.core as mx
@@ -66,21 +67,21 @@ def scales(
         The scale of each weight in 8-bit floating point, and the tensors without those scales.
 
     Raises:
-        ValueError: another kind of quantization, or scales that do not fit.
+        UsageError: another kind of quantization, or scales that do not fit.
     """
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else f"{quantization!r:.40}"
     original = f", {' or '.join(originals)}" if originals else ""
-    refusal = f"[convert] the weights are quantized with {method}, which is not read: convert the original{original}"
+    refusal = f"the weights are quantized with {method}, which is not read: convert the original{original}"
     block = _block(method, quantization) if method in METHODS else ()
     if block == ():
-        raise ValueError(refusal)
+        raise UsageError(refusal)
     dtype = {"float16": "F16", "float32": "F32"}.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
     found: Scales = {}
     for name, info in tensors.items():
         if info.dtype == "F8_E4M3":
             scale = next((name + suffix for suffix in SCALES if name + suffix in tensors), None)
             if scale is None or len(info.shape) != 2:
-                raise ValueError(f"[convert] {name} is in 8-bit float without a scale: convert the original{original}")
+                raise UsageError(f"{name} is in 8-bit float without a scale: convert the original{original}")
             found[name] = Scale(scale, _fit(name, info, tensors[scale], block), dtype)
     used = {scale.name for scale in found.values()}
     rest = {name: info for name, info in tensors.items() if name not in used and not name.endswith(OF_ACTIVATIONS)}
@@ -120,7 +121,7 @@ def _fit(name: str, weight: TensorInfo, scale: TensorInfo, block: tuple[int, ...
             return block[0], block[1]
         if block is None and scale.shape in ((rows,), (rows, 1)):
             return 1, columns
-    raise ValueError(
-        f"[convert] {name} of shape {weight.shape} has scales of type {scale.dtype} and shape {scale.shape}: "
+    raise UsageError(
+        f"{name} of shape {weight.shape} has scales of type {scale.dtype} and shape {scale.shape}: "
         f"expected one, one per row, or one per block of weight_block_size = {block}"
     )

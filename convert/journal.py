@@ -18,8 +18,9 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.files import WEIGHTS, read_json, sha256
-from mlx_resonance.whole import in_the_way, partial_of, whole_file, whole_folder
+from mlx_resonance.errors import MissingFileError, UsageError
+from mlx_resonance.files import WEIGHTS, read_json
+from mlx_resonance.storage import atomic_file, atomic_folder, in_the_way, partial_name, sha256
 
 NAME = "conversion.json"
 MAX_RECORD = 2**24  # bytes
@@ -51,7 +52,7 @@ class Journal:
     def write(self) -> None:
         """Write the journal, whole or not at all."""
         ordered = self.record | {"weights": dict(sorted(self.finished.items()))}
-        with whole_file(self.folder / NAME) as partial, partial.open("w", encoding="utf-8") as file:
+        with atomic_file(self.folder / NAME) as partial, partial.open("w", encoding="utf-8") as file:
             file.write(json.dumps(ordered, indent=2, allow_nan=False) + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -79,9 +80,9 @@ def workspace(
 
     Raises:
         FileExistsError: the target exists, another run is at it, or OUT.partial is none of ours.
-        ValueError: the earlier run had another source or other settings.
+        UsageError: the earlier run had another source or other settings.
     """
-    with whole_folder("convert", target) as partial:
+    with atomic_folder(target) as partial:
         yield _open(partial, {"source": dict(source), "settings": dict(settings), "weights": {}}, restart, keep)
 
 
@@ -101,16 +102,16 @@ def _open(partial: Path, wanted: dict[str, Any], restart: bool, keep: str | None
     names = {path.name for path in partial.iterdir()}
     journal = Journal(partial, wanted)
     # Killed before its journal was there, a run leaves an empty folder, or a part of the journal.
-    if not names <= {partial_of(Path(NAME)).name}:
+    if not names <= {partial_name(Path(NAME)).name}:
         try:
             earlier = read_record(partial)
         except (OSError, ValueError):
-            raise in_the_way("convert", partial) from None
+            raise in_the_way(partial) from None
         if not restart:
             for part in ("source", "settings"):
                 _compare(partial, part, earlier[part], wanted[part])
             if "refused" in earlier:
-                raise ValueError(f"[convert] {partial} was refused ({earlier['refused']}): --restart begins anew")
+                raise UsageError(f"{partial} was refused ({earlier['refused']}): --restart begins anew")
             for name, entry in earlier["weights"].items():
                 path = partial / name
                 if path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]:
@@ -126,14 +127,14 @@ def read_record(folder: Path) -> dict[str, Any]:
     """The record of a conversion, finished or not.
 
     Raises:
-        FileNotFoundError: there is none.
-        ValueError: it is not one that a run has written. They write it whole: it is somebody else's, or was edited.
+        MissingFileError: there is none.
+        UsageError: it is not one that a run has written. They write it whole: it is somebody else's, or was edited.
     """
     path = folder / NAME
     if path.is_symlink() or not path.is_file():
-        raise FileNotFoundError(f"[verify] {folder} has no {NAME}: expected a folder that convert has written")
+        raise MissingFileError(f"{folder} has no {NAME}: expected a folder that convert has written")
     record = read_json(path, MAX_RECORD)
-    wrong = ValueError(f"[verify] {path} is no record of a conversion")
+    wrong = UsageError(f"{path} is no record of a conversion")
     if not all(isinstance(record.get(part), dict) for part in ("source", "settings", "weights")):
         raise wrong
     for name, entry in record["weights"].items():
@@ -157,7 +158,7 @@ def _compare(partial: Path, part: str, earlier: dict[str, Any], wanted: dict[str
     for key in [*wanted, *(set(earlier) - set(wanted))]:
         before, now = earlier.get(key), wanted.get(key)
         if before != now:
-            raise ValueError(
-                f"[convert] {partial} was begun with {part} {key} = {json.dumps(before)}, now it is {json.dumps(now)}: "
+            raise UsageError(
+                f"{partial} was begun with {part} {key} = {json.dumps(before)}, now it is {json.dumps(now)}: "
                 "use the same as before, or --restart to begin anew"
             )

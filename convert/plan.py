@@ -6,10 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mlx_resonance.checks import check_config, model_classes
-from mlx_resonance.config import RopeConfig
+from mlx_resonance.errors import UsageError
 from mlx_resonance.files import TensorInfo
-from mlx_resonance.loading import for_models, set_rope
+from mlx_resonance.rope_config import RopeConfig
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -106,7 +105,7 @@ def make_plan(
         shard_bytes: no file is larger unless one tensor is.
 
     Raises:
-        ValueError: config.json and the weights do not fit together, or the settings do not fit them.
+        UsageError: config.json and the weights do not fit together, or the settings do not fit them.
     """
     config, model, names = check_tensors(source, rope)
     config = {key: value for key, value in config.items() if value is not None or not key.startswith("quantization")}
@@ -115,12 +114,12 @@ def make_plan(
     settings: dict[str, quantization.Settings] = {}
     if quantize is not None:
         if config.get("quantization"):
-            raise ValueError(f"[convert] {source.name} is quantized already: convert the original checkpoint")
+            raise UsageError(f"{source.name} is quantized already: convert the original checkpoint")
         settings, config = quantization.decide(model, config, *quantize)
     written, factor, scaled = rope, 1.0, set[str]()
     if portable:
         if config.get("rope_traditional"):
-            raise ValueError("[convert] --portable: mlx-lm's longrope does not read rope_traditional")
+            raise UsageError("--portable: mlx-lm's longrope does not read rope_traditional")
         written, factor = portable_rope(rope)
         config |= written.to_hf("4")
         scaled = scaled_by(names)
@@ -129,7 +128,7 @@ def make_plan(
     sizes = {recipe.name: recipe.nbytes(source.tensors[recipe.name]) for recipe in recipes}
     files = plan_files(recipes, sizes, shard_bytes)
     totals = {name: sum(sizes[recipe.name] for recipe in file) for name, file in files.items()}
-    largest = max(info.end - info.start for name, info in source.tensors.items() if name in sizes)
+    largest = max(info.nbytes for name, info in source.tensors.items() if name in sizes)
     memory = PROCESS + max(totals.values()) + largest
     return Plan(config, written, factor, files, totals, memory, sorted(set(source.tensors) - set(names)))
 
@@ -152,7 +151,7 @@ def plan_files(recipes: list[Recipe], sizes: Mapping[str, int], shard_bytes: int
 
 def model_tensors(source: Source) -> tuple[RopeConfig, list[str]]:
     """A checkpoint's own rope settings, and which of its tensors its model has. Raises as `check_tensors`."""
-    rope = RopeConfig.from_hf(source.config)
+    rope = source.checkpoint.rope
     return rope, check_tensors(source, rope)[2]
 
 
@@ -164,35 +163,31 @@ def check_tensors(source: Source, rope: RopeConfig) -> tuple[dict[str, Any], nn.
         the order of the files.
 
     Raises:
-        ValueError: they do not fit together.
+        UsageError: they do not fit together.
     """
-    config, model_config = for_models(check_config(source.config, source.tensors, rope), rope)
-    kind, tensors = config["model_type"], source.tensors
+    checkpoint = source.checkpoint.with_rope(rope)
+    config, kind, tensors = checkpoint.mlx_config, checkpoint.config["model_type"], source.tensors
+    model = checkpoint.build()
     try:
         lazy = {name: mx.zeros(info.shape, TYPES[info.dtype]) for name, info in tensors.items()}
-        model_class: Any  # nn.Module's own constructor takes nothing
-        args_class: Any
-        model_class, args_class = model_classes(config)
-        model = model_class(args_class.from_dict(model_config))
-        set_rope(model, rope)
         names = set(model.sanitize(lazy))
         if own := config.get("quantization"):
             settings = quantization.settings_of(list(names), own)
             common = {key: own[key] for key in ("group_size", "bits")} | {"mode": own.get("mode", "affine")}
             nn.quantize(model, **common, class_predicate=lambda path, _: settings.get(f"{path}.weight", False))
     except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise ValueError(f"[convert] no {kind} model is like this config.json: {error!r}") from None
+        raise UsageError(f"no {kind} model is like this config.json: {error!r}") from None
     wanted = dict(tree_flatten(model.parameters()))
     for name in sorted(set(wanted) - names):
-        raise ValueError(f"[convert] {name} is missing, which the {kind} model of config.json has")
+        raise UsageError(f"{name} is missing, which the {kind} model of config.json has")
     for name in sorted(names):
         if name not in wanted:
-            raise ValueError(f"[convert] {name} is in the weights, but not in the {kind} model of config.json")
+            raise UsageError(f"{name} is in the weights, but not in the {kind} model of config.json")
         asked, found = wanted[name], tensors[name]
         if asked.shape != found.shape:
-            raise ValueError(f"[convert] {name} has shape {found.shape}, config.json asks for {tuple(asked.shape)}")
+            raise UsageError(f"{name} has shape {found.shape}, config.json asks for {tuple(asked.shape)}")
         if mx.issubdtype(asked.dtype, mx.floating) == found.dtype.startswith("U"):
-            raise ValueError(f"[convert] {name} is of type {found.dtype}, a {kind} model has {asked.dtype} there")
+            raise UsageError(f"{name} is of type {found.dtype}, a {kind} model has {asked.dtype} there")
     return config, model, [name for name in tensors if name in names]
 
 

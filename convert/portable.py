@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Collection
 
-from mlx_resonance.config import RopeConfig
+from mlx_resonance.errors import UsageError
 from mlx_resonance.frequencies import default_frequencies
+from mlx_resonance.rope_config import RopeConfig
 
 # What follows the rotation last: the projections, or the norms after them (Qwen 3).
 PROJECTIONS = re.compile(r"\.self_attn\.[qk]_proj\.(weight|bias)$")
@@ -27,16 +28,16 @@ def portable_rope(rope: RopeConfig) -> tuple[RopeConfig, float]:
         The settings, and what queries and keys must be multiplied by beyond LongRoPE's scale.
 
     Raises:
-        ValueError: the angles change with the length, a head is rotated in part, which mlx-lm's LLaMA does not do, or
+        UsageError: the angles change with the length, a head is rotated in part, which mlx-lm's LLaMA does not do, or
             config.json has no context length.
     """
     if rope.depends_on_length:
-        raise ValueError(f"[convert] --portable: the angles of {rope.rope_type} change with the length of a text")
+        raise UsageError(f"--portable: the angles of {rope.rope_type} change with the length of a text")
     if rope.partial_rotary_factor != 1:
-        raise ValueError("[convert] --portable: mlx-lm does not read partial_rotary_factor")
+        raise UsageError("--portable: mlx-lm does not read partial_rotary_factor")
     context = rope.context_length
     if context is None:
-        raise ValueError("[convert] --portable: config.json has no context length (max_position_embeddings)")
+        raise UsageError("--portable: config.json has no context length (max_position_embeddings)")
     frequencies = rope.frequencies()
     factors = (frequencies.wavelengths / default_frequencies(rope.dims, rope.base).wavelengths).tolist()
     portable = RopeConfig(

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 from mlx_resonance.checks import QUANTIZATIONS
+from mlx_resonance.errors import UsageError
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -36,20 +37,20 @@ def check_arguments(quantize: bool, bits: int | None, group_size: int | None, mo
     """Raise ValueError where they contradict each other, or mlx-lm has no such value."""
     if not quantize:
         if bits is not None or group_size is not None or predicate is not None or mode != "affine":
-            raise ValueError("[convert] quantization settings need --quantize (-q)")
+            raise UsageError("quantization settings need --quantize (-q)")
         return
     if mode not in MODES:
-        raise ValueError(f"[convert] q_mode must be one of {', '.join(MODES)}, got {mode!r}")
+        raise UsageError(f"q_mode must be one of {', '.join(MODES)}, got {mode!r}")
     if mode != "affine":
         if bits or group_size or predicate:
-            raise ValueError(f"[convert] q_mode {mode} has its own bits and group size: leave the others out")
+            raise UsageError(f"q_mode {mode} has its own bits and group size: leave the others out")
         return
     for name, value, allowed in (("q_bits", bits, AFFINE_BITS), ("q_group_size", group_size, AFFINE_GROUPS)):
         if value is not None and value not in allowed:
-            raise ValueError(f"[convert] {name} must be one of {', '.join(map(str, allowed))}, got {value}")
+            raise UsageError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
     if predicate is not None and predicate not in QUANT_RECIPES:
         recipes = ", ".join(QUANT_RECIPES)
-        raise ValueError(f"[convert] quant_predicate must be one of {recipes}, got {predicate!r}")
+        raise UsageError(f"quant_predicate must be one of {recipes}, got {predicate!r}")
 
 
 def decide(
@@ -66,7 +67,7 @@ def decide(
         Settings by the name of the weight, and the config with the key `quantization`.
 
     Raises:
-        ValueError: no layer can be quantized.
+        UsageError: no layer can be quantized.
     """
     predicate: Callable[..., Any] | None = None
     if recipe is not None:
@@ -78,9 +79,7 @@ def decide(
     names = list(dict(tree_flatten(result[0].parameters())))
     settings = settings_of(names, result[1]["quantization"])
     if not settings:
-        raise ValueError(
-            f"[convert] no layer is as wide as a multiple of q_group_size {group_size}: nothing to quantize"
-        )
+        raise UsageError(f"no layer is as wide as a multiple of q_group_size {group_size}: nothing to quantize")
     return settings, result[1]
 
 

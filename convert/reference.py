@@ -7,9 +7,8 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from mlx_resonance.checks import check_config
-from mlx_resonance.config import RopeConfig
-from mlx_resonance.loading import ROPE_KEYS, load_model
+from mlx_resonance.checkpoint import ROPE_KEYS
+from mlx_resonance.rope_config import RopeConfig
 
 import mlx.core as mx
 import numpy as np
@@ -38,14 +37,14 @@ def compare_logits(source: Source, rope: RopeConfig) -> dict[str, Any] | str:
     """
     if find_spec("torch") is None or find_spec("transformers") is None:
         return "torch and transformers are not installed"
-    config = check_config(source.config, source.tensors)
+    config = dict(source.checkpoint.config)
     if config.get("rope_traditional") or rope.partial_rotary_factor != 1:
         return "transformers has no such rotation"
     layers = _layers_that_fit(source, config)
     if layers < 1:
         return f"a layer in float32 takes more than a quarter of the memory, {MEMORY / 1e9:.3g} GB"
     tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (1, TOKENS))
-    model, _ = load_model(source.folder, lazy=True)
+    model = source.checkpoint.load(lazy=True)
     model.model.layers = model.model.layers[:layers]
     model.set_dtype(mx.float32)
     ours = np.array(model(mx.array(tokens)))

@@ -6,7 +6,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.loading import load_tokenizer
+from mlx_resonance.checkpoint import Checkpoint
+from mlx_resonance.errors import MissingFileError, UsageError
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -68,27 +69,27 @@ def quantization_report(folder: Path, source: Source, ids: list[int]) -> dict[st
     }
 
 
-def read_text(path: Path, folder: Path, config: dict[str, Any]) -> list[int]:
+def read_text(path: Path, checkpoint: Checkpoint) -> list[int]:
     """The tokens of a text file, as far as the report reads it.
 
     Args:
         path: of the file.
-        folder, config: of the checkpoint that has the tokenizer.
+        checkpoint: whose tokenizer reads it.
 
     Raises:
-        FileNotFoundError: there is no such file, or no tokenizer.
-        ValueError: it is not UTF-8, or has fewer than two tokens.
+        MissingFileError: there is no such file, or no tokenizer.
+        UsageError: it is not UTF-8, or has fewer than two tokens.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"[convert] --quant-report: no file {path}")
+        raise MissingFileError(f"--quant-report: no file {path}")
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(WINDOW * WINDOWS * LONGEST_TOKEN)
     except UnicodeDecodeError as error:
-        raise ValueError(f"[convert] --quant-report: {path} is not UTF-8 text: {error}") from None
-    ids: list[int] = load_tokenizer(folder, config).encode(text)[: WINDOW * WINDOWS]
+        raise UsageError(f"--quant-report: {path} is not UTF-8 text: {error}") from None
+    ids: list[int] = checkpoint.tokenizer.encode(text)[: WINDOW * WINDOWS]
     if len(ids) < 2:
-        raise ValueError(f"[convert] --quant-report needs a text of at least two tokens, {path} has {len(ids)}")
+        raise UsageError(f"--quant-report needs a text of at least two tokens, {path} has {len(ids)}")
     return ids
 
 
@@ -102,7 +103,7 @@ class Streamed:
 
     def __init__(self, source: Source, model: nn.Module) -> None:
         self.source, self.model = source, model
-        self._quantized = settings_of(list(source.tensors), source.config.get("quantization") or {})
+        self._quantized = settings_of(list(source.tensors), source.checkpoint.config.get("quantization") or {})
         self._parts = group_parts(list(source.tensors), self._quantized)
         names = list(dict(tree_flatten(model.parameters())))
         layers: list[Any] = model.model.layers

@@ -5,22 +5,24 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
-from mlx_resonance.checks import unite
+from mlx_resonance.checkpoint import Checkpoint
+from mlx_resonance.errors import MissingFileError, UsageError
 from mlx_resonance.files import (
-    TOKENIZER_PATTERNS,
     WEIGHTS,
     TensorInfo,
-    check_header,
+    check_types,
     hub_errors,
     indexed_files,
+    merge_headers,
     read_config,
     read_header,
     resolve,
     user_path,
     weight_files,
 )
+from mlx_resonance.tokenizer import TOKENIZER_PATTERNS
 
 import mlx.core as mx
 
@@ -61,7 +63,7 @@ class SafetensorsFile:
         try:
             tensors: dict[str, mx.array] = mx.load(str(self.path), format="safetensors")  # type: ignore[assignment]
         except RuntimeError as error:
-            raise ValueError(f"[convert] MLX cannot read {self.path}: {error}") from None
+            raise UsageError(f"MLX cannot read {self.path}: {error}") from None
         return tensors[tensor]
 
     def release(self) -> None:
@@ -86,10 +88,11 @@ class HubFile:
         try:
             with hub_errors(repo):
                 header = HfApi().parse_safetensors_file_metadata(repo, name, revision=commit).tensors
-            self.tensors = check_header({key: vars(info) for key, info in header.items()}, f"{repo}/{name}")
+            self.tensors = {key: TensorInfo(info.dtype, tuple(info.shape)) for key, info in header.items()}
+            check_types(self.tensors, f"{repo}/{name}")
         except (SafetensorsParsingError, TypeError) as error:
-            raise ValueError(f"[convert] {repo}/{name} has a damaged header: {error}") from None
-        self.download = 0 if self.cached else max((info.end for info in self.tensors.values()), default=0)
+            raise UsageError(f"{repo}/{name} has a damaged header: {error}") from None
+        self.download = 0 if self.cached else sum(info.nbytes for info in self.tensors.values())
 
     def read(self, tensor: str) -> mx.array:
         """One tensor, lazy; the first one downloads the file."""
@@ -101,7 +104,7 @@ class HubFile:
                 hf_hub_download(self.repo, self.name, revision=self.commit, local_dir=self.folder)
         file = SafetensorsFile(path)
         if file.tensors != self.tensors:
-            raise ValueError(f"[convert] {path} has other tensors than its header on the hub: delete it")
+            raise UsageError(f"{path} has other tensors than its header on the hub: delete it")
         return file.read(tensor)
 
     def release(self) -> None:
@@ -119,19 +122,17 @@ class Source:
         files: of weights.
 
     Raises:
-        ValueError: a tensor is in two files or of a type that cannot be converted, or all are quantized in a format
+        UsageError: a tensor is in two files or of a type that cannot be converted, or all are quantized in a format
             that is not read.
     """
 
     def __init__(self, name: str, commit: str | None, folder: Path, files: Sequence[WeightFile]) -> None:
         self.name, self.commit, self.folder, self.files = name, commit, folder, files
-        place = unite({file.name: file.tensors for file in files})
-        by_name = {file.name: file for file in files}
-        self._file = {name: by_name[file] for name, file in place.items()}
-        found = {name: info for file in files for name, info in file.tensors.items()}
+        found = merge_headers({file.name: file.tensors for file in files})
+        self._file = {name: file for file in files for name in file.tensors}
         for name, info in found.items():
             if info.dtype not in TYPES:
-                raise ValueError(f"[convert] {name} is of type {info.dtype}: supported are float32, float16, bfloat16")
+                raise UsageError(f"{name} is of type {info.dtype}: supported are float32, float16, bfloat16")
         config = read_config(folder)
         self._scales: fp8.Scales = {}
         foreign = config.get("quantization_config") or None
@@ -140,12 +141,12 @@ class Source:
             del config["quantization_config"]
         for name, info in found.items():
             if info.dtype == "F8_E4M3" and name not in self._scales:
-                raise ValueError(f"[convert] {name} is in 8-bit float without a scale: convert the original checkpoint")
-        self.config: dict[str, Any] = config
+                raise UsageError(f"{name} is in 8-bit float without a scale: convert the original checkpoint")
         self.tensors = {
             name: info._replace(dtype=self._scales[name].dtype) if name in self._scales else info
             for name, info in found.items()
         }
+        self.checkpoint = Checkpoint.of(name, folder, config, {"": self.tensors})
         self._left = {
             file.name: {part for name in found for part in self._parts(name)} & set(file.tensors) for file in files
         }
@@ -179,9 +180,9 @@ def open_source(src: str | Path, revision: str | None = None, downloads: Path | 
             deleted when they are released; None for all of them in the hub's cache, now.
 
     Raises:
-        FileNotFoundError: neither, or a file is missing.
+        MissingFileError: neither, or a file is missing.
         OSError: the connection broke.
-        ValueError: a file that cannot be right, or a format that is not read.
+        UsageError: a file that cannot be right, or a format that is not read.
     """
     is_folder = user_path(src).exists()
     remote = downloads is not None and not is_folder and not _offline()
@@ -195,7 +196,7 @@ def open_source(src: str | Path, revision: str | None = None, downloads: Path | 
     else:
         folder = resolve(src, revision, [*SMALL_FILES, TORCH_WEIGHTS])
         if not any(folder.glob(TORCH_WEIGHTS)) and indexed_files(folder, TORCH_INDEX) is None:
-            raise FileNotFoundError(f"[convert] {src} has no {WEIGHTS}, and no {TORCH_WEIGHTS}")
+            raise MissingFileError(f"{src} has no {WEIGHTS}, and no {TORCH_WEIGHTS}")
         files = [TorchFile(path) for path in weight_files(folder, TORCH_WEIGHTS, TORCH_INDEX)]
     return Source(name, commit, folder, files)
 
@@ -225,7 +226,7 @@ def _hub_files(repo: str, commit: str, folder: Path) -> list[str]:
         with hub_errors(repo):
             names = [name for name in HfApi().list_repo_files(repo, revision=commit) if fnmatch(name, WEIGHTS)]
     if not names:
-        raise FileNotFoundError(f"[convert] {repo} has no {WEIGHTS}: nothing else can be read without all of it here")
+        raise MissingFileError(f"{repo} has no {WEIGHTS}: nothing else can be read without all of it here")
     return sorted(names)
 
 

@@ -7,6 +7,7 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+from mlx_resonance.errors import UsageError
 from mlx_resonance.files import TensorInfo
 
 import mlx.core as mx
@@ -19,7 +20,7 @@ class TorchFile:
     """A file that torch has saved. It is mapped anew for every tensor, so that no other stays in memory.
 
     Raises:
-        ValueError: torch is missing or too old, or the file holds something else than tensors.
+        UsageError: torch is missing or too old, or the file holds something else than tensors.
     """
 
     download = 0
@@ -27,9 +28,9 @@ class TorchFile:
     def __init__(self, path: Path) -> None:
         self.path, self.name = path, path.name
         self.tensors = {}
-        for place, (name, value) in enumerate(self._load().items()):
+        for name, value in self._load().items():
             dtype = str(value.dtype).removeprefix("torch.")
-            self.tensors[name] = TensorInfo(NAMES.get(dtype, dtype), tuple(value.shape), place, place + 1)
+            self.tensors[name] = TensorInfo(NAMES.get(dtype, dtype), tuple(value.shape))
 
     def read(self, tensor: str) -> mx.array:
         """One tensor."""
@@ -48,27 +49,25 @@ class TorchFile:
         try:
             import torch
         except ImportError:
-            raise ValueError(f"[convert] {self.path} is a PyTorch file: to read it, install torch") from None
+            raise UsageError(f"{self.path} is a PyTorch file: to read it, install torch") from None
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_VERSION:
-            raise ValueError(
-                f"[convert] {self.path}: torch {torch.__version__} is not safe for it, install 2.6 or later"
-            )
+            raise UsageError(f"{self.path}: torch {torch.__version__} is not safe for it, install 2.6 or later")
         if not zipfile.is_zipfile(self.path):
-            raise ValueError(f"[convert] {self.path} is damaged, or was saved by a torch before 1.6: save it anew")
+            raise UsageError(f"{self.path} is damaged, or was saved by a torch before 1.6: save it anew")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
         except Exception as error:  # whatever the damage makes of the unpickler and the zip reader
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"[convert] {self.path} is no file of tensors alone, or damaged: {reason}") from None
+            raise UsageError(f"{self.path} is no file of tensors alone, or damaged: {reason}") from None
         if not isinstance(state, dict):
-            raise ValueError(f"[convert] {self.path} holds a {type(state).__name__}: expected tensors by name")
+            raise UsageError(f"{self.path} holds a {type(state).__name__}: expected tensors by name")
         for name, value in state.items():
             if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-                raise ValueError(f"[convert] {self.path}: {name} is no tensor")
+                raise UsageError(f"{self.path}: {name} is no tensor")
             if value.device.type != "cpu" or value.is_quantized or value.is_neg() or value.is_conj():
-                raise ValueError(f"[convert] {self.path}: {name} is no plain tensor")
+                raise UsageError(f"{self.path}: {name} is no plain tensor")
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
-                raise ValueError(f"[convert] {self.path}: {name} of shape {tuple(value.shape)} is larger than its data")
+                raise UsageError(f"{self.path}: {name} of shape {tuple(value.shape)} is larger than its data")
         return {name: value.detach() for name, value in state.items()}

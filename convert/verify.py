@@ -6,9 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from mlx_resonance.config import RopeConfig
-from mlx_resonance.files import TOKENIZER_PATTERNS, WEIGHTS, has_tokenizer, sha256, user_path
-from mlx_resonance.loading import load_tokenizer
+from mlx_resonance.errors import UsageError
+from mlx_resonance.files import WEIGHTS, user_path
+from mlx_resonance.rope_config import RopeConfig
+from mlx_resonance.storage import sha256
+from mlx_resonance.tokenizer import TOKENIZER_PATTERNS, has_tokenizer
 
 import mlx.core as mx
 import numpy as np
@@ -84,8 +86,8 @@ def verify(
         What was found; `problems` is empty if all is well.
 
     Raises:
-        FileNotFoundError: no such folder, or it was not made by `convert`; or the source is missing.
-        ValueError: a file of the source cannot be right.
+        MissingFileError: no such folder, or it was not made by `convert`; or the source is missing.
+        UsageError: a file of the source cannot be right.
     """
     folder = user_path(path)
     record = _read_whole_record(folder)
@@ -101,7 +103,7 @@ def verify(
         rope, names = model_tensors(ours)
         _check_rope(rope, record["rope"], found)
         if has_tokenizer(folder):
-            load_tokenizer(folder, ours.config)
+            ours.checkpoint.tokenizer  # noqa: B018
     except (ValueError, FileNotFoundError) as error:  # then there is no model to look into
         found.problems.append(" ".join(str(error).split()))
         return found
@@ -123,15 +125,15 @@ def _read_whole_record(folder: Path) -> dict[str, Any]:
     record = read_record(folder)
     files, rope, settings = record.get("files"), record.get("rope"), record["settings"]
     if not isinstance(files, dict) or not isinstance(rope, dict) or not isinstance(rope.get("wavelengths"), list):
-        raise ValueError(f"[verify] {folder / RECORD} is no record of a finished conversion")
+        raise UsageError(f"{folder / RECORD} is no record of a finished conversion")
     numbers = [*rope["wavelengths"], rope.get("attention_scale"), settings.get("query_key_factor")]
     right = all(type(number) in (int, float) for number in numbers)
     if not right or settings.get("dtype") not in (None, *DTYPES):
-        raise ValueError(f"[verify] {folder / RECORD} is no record of a finished conversion")
+        raise UsageError(f"{folder / RECORD} is no record of a finished conversion")
     for name, digest in files.items():
         parts = PurePosixPath(name).parts
         if len(parts) not in (1, 2) or not {"..", "/"}.isdisjoint(parts) or not isinstance(digest, str):
-            raise ValueError(f"[verify] {folder / RECORD} names {name!r}: expected files of the same folder")
+            raise UsageError(f"{folder / RECORD} names {name!r}: expected files of the same folder")
     return record
 
 
@@ -167,8 +169,8 @@ def _check_tensors(
     progress: Progress | None,
 ) -> None:
     """Read every tensor, and compare it with its source."""
-    settings, was_quantized = record["settings"], source is not None and source.config.get("quantization")
-    quantized = settings_of(names, ours.config.get("quantization") or {})
+    settings, was_quantized = record["settings"], source is not None and source.checkpoint.config.get("quantization")
+    quantized = settings_of(names, ours.checkpoint.config.get("quantization") or {})
     groups = {name: [name] for name in names} if was_quantized else group_parts(names, quantized)
     if source is not None:
         wanted = set(model_tensors(source)[1])
@@ -176,7 +178,7 @@ def _check_tensors(
             found.problems.append(f"{name} is in {'the source' if name in wanted else 'the result'} only")
     scaled = scaled_by(groups)
     dtype = None if settings.get("dtype") is None else getattr(mx, str(settings["dtype"]))
-    total, done = sum(info.end - info.start for info in ours.tensors.values()), 0
+    total, done = sum(info.nbytes for info in ours.tensors.values()), 0
     for name, parts in groups.items():
         arrays = [ours.read(part) for part in parts]
         original = source.read(name) if source is not None and name in source.tensors else None

@@ -9,8 +9,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.files import INDEX, sha256
-from mlx_resonance.whole import disk_errors, whole_file
+from mlx_resonance.errors import UsageError
+from mlx_resonance.files import INDEX
+from mlx_resonance.storage import atomic_file, disk_errors, sha256
 
 import mlx.core as mx
 
@@ -37,7 +38,7 @@ def write_weights(
 
     Raises:
         OSError: a file cannot be written or downloaded; those that are whole stay.
-        ValueError: a tensor is all NaN.
+        UsageError: a tensor is all NaN.
     """
     total, done = sum(plan.sizes.values()), 0
     source.release(plan.unused)
@@ -55,7 +56,7 @@ def write_weights(
                         if progress is not None:
                             progress(done + sum(value.nbytes for value in shard.values()), total)
                     path = journal.folder / name
-                    with whole_file(path) as partial, disk_errors("convert", path):
+                    with atomic_file(path) as partial, disk_errors(path):
                         mx.save_safetensors(str(partial), shard, metadata={"format": "mlx"})
                     _note(journal, settling, source, plan)
                     # A file is synced to the disk and hashed while the next one is computed.
@@ -75,7 +76,7 @@ def _make(source: Source, recipe: Recipe, errors: dict[str, float | None], allow
     value = source.read(recipe.name)
     mx.eval(value)
     if not allow_nan and value.size and mx.isnan(value.reshape(-1)[0]).item() and mx.all(mx.isnan(value)).item():
-        raise ValueError(f"[convert] {recipe.name} is all NaN: the checkpoint is damaged (--allow-nan converts it)")
+        raise UsageError(f"{recipe.name} is all NaN: the checkpoint is damaged (--allow-nan converts it)")
     value = recipe.cast(value)
     mx.eval(value)
     parts = [value]

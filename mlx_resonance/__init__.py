@@ -3,31 +3,33 @@
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from . import linux
+from . import blas
 
-linux.load_blas()  # before anything imports mlx.core
-linux.keep_freed_memory()
+blas.load_blas()  # before anything imports mlx.core
+blas.keep_freed_memory()
 
-from .config import RopeConfig  # noqa: E402
 from .frequencies import (  # noqa: E402
     RotaryFrequencies,
     default_frequencies,
     dynamic_ntk_frequencies,
+    feature_gap,
     linear_frequencies,
     llama3_frequencies,
     longrope_frequencies,
     ntk_frequencies,
     yarn_frequencies,
 )
-from .gap import feature_gap  # noqa: E402
 from .rope import ResonanceRoPE  # noqa: E402
+from .rope_config import RopeConfig  # noqa: E402
 
 if TYPE_CHECKING:
+    from .checkpoint import Checkpoint, load
     from .generation import generate, plan_memory, stream_generate
-    from .loading import install, load
+    from .mlx_lm_models import install
 
 __version__ = "0.1.0"
 __all__ = [
+    "Checkpoint",
     "ResonanceRoPE",
     "RopeConfig",
     "RotaryFrequencies",
@@ -48,8 +50,9 @@ __all__ = [
 
 # These bring in mlx-lm and transformers, three seconds of imports that the rotary op and `--help` do without.
 _LATER = {
-    "load": "loading",
-    "install": "loading",
+    "Checkpoint": "checkpoint",
+    "load": "checkpoint",
+    "install": "mlx_lm_models",
     "generate": "generation",
     "plan_memory": "generation",
     "stream_generate": "generation",

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
+from .errors import UsageError
+
 Float64Array = NDArray[np.float64]
 
 
@@ -24,7 +26,7 @@ class RotaryFrequencies:
         attention_scale: factor on rotated queries and on rotated keys (YaRN's 0.1·ln(factor) + 1).
 
     Raises:
-        ValueError: a wavelength is not a positive number, or the scale not a positive finite one.
+        UsageError: a wavelength is not a positive number, or the scale not a positive finite one.
     """
 
     wavelengths: Float64Array
@@ -33,9 +35,9 @@ class RotaryFrequencies:
     def __post_init__(self) -> None:
         wavelengths = np.array(self.wavelengths, dtype=np.float64)
         if wavelengths.ndim != 1 or wavelengths.size == 0 or not np.all(wavelengths > 0):
-            raise ValueError("[RotaryFrequencies] wavelengths must be positive numbers in one dimension")
+            raise UsageError("[RotaryFrequencies] wavelengths must be positive numbers in one dimension")
         if not (math.isfinite(self.attention_scale) and self.attention_scale > 0):
-            raise ValueError(
+            raise UsageError(
                 f"[RotaryFrequencies] attention_scale (attention_factor) must be positive, got {self.attention_scale}"
             )
         wavelengths.flags.writeable = False
@@ -65,13 +67,13 @@ class RotaryFrequencies:
         """Round every wavelength to the nearest whole number of tokens (halves to even); the scale stays.
 
         Raises:
-            ValueError: a wavelength is below half a token, so that it would become 0.
+            UsageError: a wavelength is below half a token, so that it would become 0.
 
         Source: arXiv 2403.00071, section 4.1 (equation 8).
         """
         rounded = np.rint(self.wavelengths)
         if np.any(rounded == 0):
-            raise ValueError(f"[resonate] wavelength {self.wavelengths.min():g} would round to 0 tokens")
+            raise UsageError(f"[resonate] wavelength {self.wavelengths.min():g} would round to 0 tokens")
         return replace(self, wavelengths=rounded)
 
     def angle_shift(self) -> Float64Array:
@@ -92,7 +94,7 @@ def default_frequencies(dims: int, base: float = 10000.0) -> RotaryFrequencies:
         base: `rope_theta` of config.json, above 1.
 
     Raises:
-        ValueError: an argument is out of range.
+        UsageError: an argument is out of range.
 
     Source: arXiv 2104.09864, section 3.2.2.
     """
@@ -135,7 +137,7 @@ def ntk_frequencies(
         _check_length("original_max_position_embeddings", original_max_position_embeddings)
     _check_dims_and_base(dims, base)
     if dims < 4:
-        raise ValueError(f"[frequencies] dims must be at least 4 for NTK scaling, got {dims}")
+        raise UsageError(f"[frequencies] dims must be at least 4 for NTK scaling, got {dims}")
     return default_frequencies(dims, base * factor ** (dims / (dims - 2)))
 
 
@@ -189,9 +191,9 @@ def yarn_frequencies(
     _check_factor(factor)
     _check_length("original_max_position_embeddings", original_max_position_embeddings)
     if not 0 < beta_slow <= beta_fast:
-        raise ValueError(f"[yarn] beta_fast must be at least beta_slow > 0, got {beta_fast} and {beta_slow}")
+        raise UsageError(f"[yarn] beta_fast must be at least beta_slow > 0, got {beta_fast} and {beta_slow}")
     if not 0 <= extrapolation_factor <= 1:
-        raise ValueError(f"[yarn] extrapolation_factor must lie in [0, 1], got {extrapolation_factor}")
+        raise UsageError(f"[yarn] extrapolation_factor must lie in [0, 1], got {extrapolation_factor}")
 
     unscaled = default_frequencies(dims, base).inv_freq
 
@@ -208,7 +210,7 @@ def yarn_frequencies(
     inv_freq = unscaled / factor * (1 - unscaled_part) + unscaled * unscaled_part
 
     if min(mscale or 0, mscale_all_dim or 0) < 0:
-        raise ValueError(f"[yarn] mscale and mscale_all_dim must not be negative, got {mscale} and {mscale_all_dim}")
+        raise UsageError(f"[yarn] mscale and mscale_all_dim must not be negative, got {mscale} and {mscale_all_dim}")
     if attention_factor is None:
         if mscale and mscale_all_dim:
             attention_factor = yarn_attention_scale(factor, mscale) / yarn_attention_scale(factor, mscale_all_dim)
@@ -244,7 +246,7 @@ def llama3_frequencies(
     _check_factor(factor)
     _check_length("original_max_position_embeddings", original_max_position_embeddings)
     if not 0 < low_freq_factor < high_freq_factor:
-        raise ValueError(
+        raise UsageError(
             f"[llama3] high_freq_factor must be above low_freq_factor > 0, got {high_freq_factor} and {low_freq_factor}"
         )
     wavelengths = default_frequencies(dims, base).wavelengths
@@ -280,9 +282,9 @@ def longrope_frequencies(
     _check_length("original_max_position_embeddings", original_max_position_embeddings)
     for key, values in (("short_factor", short_factor), ("long_factor", long_factor)):
         if len(values) != dims // 2:
-            raise ValueError(f"[longrope] {key} must have dims / 2 = {dims // 2} numbers, got {len(values)}")
+            raise UsageError(f"[longrope] {key} must have dims / 2 = {dims // 2} numbers, got {len(values)}")
         if not all(value > 0 for value in values):
-            raise ValueError(f"[longrope] {key} must have positive numbers only, got {min(values)}")
+            raise UsageError(f"[longrope] {key} must have positive numbers only, got {min(values)}")
     if factor is None:
         factor = (max_position_embeddings or original_max_position_embeddings) / original_max_position_embeddings
     _check_factor(factor)
@@ -294,18 +296,62 @@ def longrope_frequencies(
     return RotaryFrequencies(wavelengths, attention_factor)
 
 
+def feature_gap(
+    frequencies: RotaryFrequencies, train_length: int, test_length: int, trained: RotaryFrequencies | None = None
+) -> Float64Array:
+    """How far each pair's angles past the training length lie from any angle seen inside it.
+
+    For each pair: the largest, over positions m in [train_length, test_length), of the smallest distance between the
+    unit vectors (cos, sin) at m and at any n in [0, train_length). Zero: every rotation was seen in training.
+
+    Args:
+        frequencies: the rotary frequencies of the longer text.
+        train_length: tokens seen in training.
+        test_length: tokens of the longer text, at least `train_length`.
+        trained: the rotary frequencies of training, where those were others, such as before a scaling.
+
+    Returns:
+        Euclidean distances in [0, 2], float64, shape (dims / 2,).
+
+    Raises:
+        UsageError: the lengths are not 1 <= train_length <= test_length, or there are other numbers of pairs.
+
+    Source: arXiv 2403.00071, section 4.2 (definition 4.1), per feature pair.
+    """
+    if not 1 <= train_length <= test_length:
+        raise UsageError(f"[feature_gap] need 1 <= train_length <= test_length, got {train_length} and {test_length}")
+    if test_length > 2**24:
+        raise UsageError(f"[feature_gap] test_length must be at most {2**24}, got {test_length}")
+    if train_length == test_length:
+        return np.zeros(len(frequencies.wavelengths))
+    seen_positions, new_positions = np.arange(train_length), np.arange(train_length, test_length)
+    new, seen = frequencies.wavelengths, (trained or frequencies).wavelengths
+    if len(new) != len(seen):
+        raise UsageError(f"[feature_gap] trained has {len(seen)} pairs, expected {len(new)}")
+    gaps = [_largest_turn_gap(seen_positions % s / s, new_positions % n / n) for s, n in zip(seen, new, strict=True)]
+    return 2 * np.sin(np.pi * np.array(gaps))
+
+
+def _largest_turn_gap(seen: Float64Array, new: Float64Array) -> float:
+    """Largest distance, in turns, from a phase in `new` to the nearest one in `seen`, around the circle."""
+    seen = np.sort(seen)
+    around = np.concatenate([seen[-1:] - 1, seen, seen[:1] + 1])
+    above = np.searchsorted(around, new)
+    return float(np.minimum(around[above] - new, new - around[above - 1]).max())
+
+
 def _check_dims_and_base(dims: int, base: float) -> None:
     if dims < 2 or dims % 2:
-        raise ValueError(f"[frequencies] dims must be even and positive, got {dims}")
+        raise UsageError(f"[frequencies] dims must be even and positive, got {dims}")
     if not (math.isfinite(base) and base > 1):
-        raise ValueError(f"[frequencies] base (rope_theta) must be above 1, got {base}")
+        raise UsageError(f"[frequencies] base (rope_theta) must be above 1, got {base}")
 
 
 def _check_factor(factor: float) -> None:
     if not (math.isfinite(factor) and factor >= 1):
-        raise ValueError(f"[frequencies] factor must be at least 1, got {factor}")
+        raise UsageError(f"[frequencies] factor must be at least 1, got {factor}")
 
 
 def _check_length(key: str, length: int) -> None:
     if length < 2:
-        raise ValueError(f"[frequencies] {key} must be at least 2 tokens, got {length}")
+        raise UsageError(f"[frequencies] {key} must be at least 2 tokens, got {length}")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from .config import RopeConfig
-from .frequencies import Float64Array, RotaryFrequencies
-from .gap import feature_gap
+from .errors import UsageError
+from .frequencies import Float64Array, RotaryFrequencies, feature_gap
+from .rope_config import RopeConfig
 
 
 @dataclass(frozen=True)
@@ -68,11 +68,11 @@ def inspect_rope(rope: RopeConfig, train_length: int | None = None, test_length:
             where that is not longer.
 
     Raises:
-        ValueError: a length is needed and config.json has none, or they are not 1 <= train_length <= test_length.
+        UsageError: a length is needed and config.json has none, or they are not 1 <= train_length <= test_length.
     """
     train_length = rope.trained_length if train_length is None else train_length
     if train_length is None:
-        raise ValueError("[inspect] config.json does not tell the context before scaling: give --train-length")
+        raise UsageError("config.json does not tell the context before scaling", remedies=[{"train_length": None}])
     if test_length is None:
         test_length = max(rope.context_length or 0, train_length)
         test_length = 4 * train_length if test_length == train_length else test_length

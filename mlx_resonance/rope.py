@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
 from . import kernels
-from .config import LONGEST
+from .errors import UsageError
 from .frequencies import RotaryFrequencies
 from .kernels import Angles
+from .rope_config import LONGEST
 
 
 class ResonanceRoPE(nn.Module):
@@ -34,6 +36,7 @@ class ResonanceRoPE(nn.Module):
             raise TypeError(f"[ResonanceRoPE] frequencies must be RotaryFrequencies, got {type(frequencies).__name__}")
         self.traditional = traditional
         self._expected_length = 0
+        self._step = _Step()
         self._by_length = None if isinstance(frequencies, RotaryFrequencies) else frequencies
         self._use(frequencies if isinstance(frequencies, RotaryFrequencies) else frequencies(0))
 
@@ -50,6 +53,20 @@ class ResonanceRoPE(nn.Module):
     def dims(self) -> int:
         """Number of rotated features."""
         return self._frequencies.dims
+
+    @property
+    def shared(self) -> Angles | None:
+        """The angles of the step that is being computed, within `sharing`."""
+        return self._step.angles
+
+    @contextmanager
+    def sharing(self, length: int, offset: int | mx.array) -> Iterator[None]:
+        """Within it, `shared` holds the angles of a step, computed once for all layers: arguments as of `angles`."""
+        before, self._step.angles = self._step.angles, self.angles(length, offset)
+        try:
+            yield
+        finally:
+            self._step.angles = before
 
     def _extra_repr(self) -> str:
         scale = f"{self.frequencies.attention_scale:.6g}"
@@ -74,16 +91,16 @@ class ResonanceRoPE(nn.Module):
             What `rotate` takes: the offset, the constants, and on a CPU a table of cosines and sines.
 
         Raises:
-            ValueError: an int out of range, or an array not of an integer type or of another shape.
+            UsageError: an int out of range, or an array not of an integer type or of another shape.
         """
         if isinstance(offset, mx.array):
             if offset.ndim > 1 or not mx.issubdtype(offset.dtype, mx.integer):
-                raise ValueError(
+                raise UsageError(
                     "[ResonanceRoPE] offset must be an integer or an integer array of shape () or (B,), "
                     f"got {offset.dtype} of shape {offset.shape}"
                 )
         elif not (isinstance(offset, (int, np.integer)) and 0 <= offset <= LONGEST - max(length, 1)):
-            raise ValueError(f"[ResonanceRoPE] offset must be an integer in [0, 2**31 - {length}], got {offset}")
+            raise UsageError(f"[ResonanceRoPE] offset must be an integer in [0, 2**31 - {length}], got {offset}")
         if self._by_length is not None:
             last = int(np.array(offset).max()) if isinstance(offset, mx.array) else offset
             frequencies = self._by_length(max(last + length, self._expected_length))
@@ -103,7 +120,7 @@ class ResonanceRoPE(nn.Module):
             x rotated, same shape and type.
 
         Raises:
-            ValueError: x has fewer than dims features or no axis for L, or the offset is wrong.
+            UsageError: x has fewer than dims features or no axis for L, or the offset is wrong.
         """
         self._check(x)
         batch = x.shape[0] if x.ndim > 2 else 1
@@ -128,12 +145,12 @@ class ResonanceRoPE(nn.Module):
             q and k rotated, shapes and types as they came.
 
         Raises:
-            ValueError: a shape or the offset is wrong.
+            UsageError: a shape or the offset is wrong.
         """
         self._check(q)
         self._check(k)
         if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
-            raise ValueError(
+            raise UsageError(
                 f"[ResonanceRoPE] q and k must be (B, H, L, D) with the same B, L and D, got {q.shape} and {k.shape}"
             )
         if angles is None:
@@ -145,7 +162,7 @@ class ResonanceRoPE(nn.Module):
     def _fitting(self, angles: Angles, batch: int, length: int) -> Angles:
         rows = angles.offset.size
         if rows not in (1, batch) or angles.length != length:
-            raise ValueError(
+            raise UsageError(
                 f"[ResonanceRoPE] angles (offsets) for {rows} rows of {angles.length} tokens "
                 f"do not fit {batch} of {length}"
             )
@@ -153,9 +170,15 @@ class ResonanceRoPE(nn.Module):
 
     def _check(self, x: mx.array) -> None:
         if x.ndim < 2 or x.shape[-1] < self.dims:
-            raise ValueError(f"[ResonanceRoPE] expected (..., L, D) with D >= {self.dims}, got shape {x.shape}")
+            raise UsageError(f"[ResonanceRoPE] expected (..., L, D) with D >= {self.dims}, got shape {x.shape}")
         if not mx.issubdtype(x.dtype, mx.floating):
-            raise ValueError(f"[ResonanceRoPE] expected a floating-point array, got {x.dtype}")
+            raise UsageError(f"[ResonanceRoPE] expected a floating-point array, got {x.dtype}")
+
+
+class _Step:
+    """Holds a step's angles where mlx.nn.Module does not see them: they are not parameters."""
+
+    angles: Angles | None = None
 
 
 def expect(model: nn.Module, length: int) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
-from .config import LONGEST, MAKERS, PREFIX, RopeConfig
+from .errors import UsageError
+from .rope_config import LONGEST, MAKERS, PREFIX, RopeConfig
 
 # With these three numbers alone; llama3 and longrope need parameters that belong to one trained checkpoint.
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")
@@ -25,49 +29,71 @@ def new_rope(
         resonance: round the wavelengths.
 
     Raises:
-        ValueError: the arguments contradict each other or the source.
+        UsageError: the arguments contradict each other or the source.
     """
     prefix = PREFIX if resonance else ""
     if rope is None:
-        if factor is not None or original is not None:
-            raise ValueError("[convert] --factor and --original-max-position-embeddings need --rope")
-        return _with(source, prefix + source.base_type, dict(source.parameters), source.max_position_embeddings)
+        for option, value in (("factor", factor), ("original_max_position_embeddings", original)):
+            if value is not None:
+                raise UsageError(f"{option} = {value} needs the name of a scaling", remedies=[{"rope": None}])
+        return replace(source, rope_type=prefix + source.base_type)
     if rope not in SCALINGS:
         more = " (give its keys in config.json instead)" if rope in MAKERS else ""
-        raise ValueError(f"[convert] rope must be one of {', '.join(SCALINGS)}, got {rope!r}{more}")
+        raise UsageError(f"rope must be one of {', '.join(SCALINGS)}, got {rope!r}{more}", option="rope")
     if source.base_type != "default" and not (source.base_type == rope and rope in ("yarn", "dynamic")):
-        raise ValueError(
-            f"[convert] the checkpoint was trained with rope type {source.base_type}: --rope {rope} would replace it; "
-            "leave --rope out to round its wavelengths"
+        raise UsageError(
+            f"the checkpoint was trained with rope type {source.base_type}, which {rope} would replace: without a new "
+            "scaling its wavelengths can be rounded",
+            option="rope",
         )
     if factor is None:
-        raise ValueError(f"[convert] --rope {rope} needs --factor")
+        raise UsageError(f"the scaling {rope} needs a factor", remedies=[{"factor": None}])
     if not 1 <= factor <= LONGEST:
-        raise ValueError(f"[convert] factor must be at least 1 and at most 2**31, got {factor}")
+        raise UsageError(f"factor must be at least 1 and at most 2**31, got {factor}", option="factor")
     original = original if original is not None else source.trained_length
     if original is None:
-        raise ValueError("[convert] config.json has no context length: give --original-max-position-embeddings")
+        raise UsageError(
+            "config.json does not say the context before scaling",
+            remedies=[{"original_max_position_embeddings": None}],
+        )
     if original < 1:
-        raise ValueError(f"[convert] original_max_position_embeddings must be positive, got {original}")
-    parameters: dict[str, float] = {"factor": factor}
+        raise UsageError(
+            f"original_max_position_embeddings must be positive, got {original}",
+            option="original_max_position_embeddings",
+        )
+    parameters: dict[str, Any] = {"factor": factor}
     if rope != "dynamic":
         parameters |= {"original_max_position_embeddings": original}
     if rope == "yarn":  # the betas of the paper's language models, written out: other runtimes have other defaults
         parameters |= {"beta_fast": 32, "beta_slow": 1}
     # The dynamic formula counts from max_position_embeddings, which therefore stays the length before scaling.
     length = original if rope == "dynamic" else int(original * factor)
-    return _with(source, prefix + rope, parameters, length)
+    return with_scaling(source, prefix + rope, parameters, length)
 
 
-def _with(source: RopeConfig, rope_type: str, parameters: dict[str, float], length: int | None) -> RopeConfig:
-    return RopeConfig(
-        dims=source.dims,
-        rope_type=rope_type,
-        base=source.base,
-        max_position_embeddings=length,
-        parameters=parameters,
-        partial_rotary_factor=source.partial_rotary_factor,
-    )
+def named_rope(source: RopeConfig, name: str, factor: float | None, original: int | None = None) -> RopeConfig:
+    """A checkpoint's settings with another scaling, named by its rope type.
+
+    Args:
+        source: its own.
+        name: `default` for no scaling, or one of `SCALINGS`; after `resonance_` the wavelengths are rounded.
+        factor, original: of a scaling, as in `new_rope`.
+
+    Raises:
+        UsageError: another name, or as `new_rope`.
+    """
+    base = name.removeprefix(PREFIX)
+    if base not in ("default", *SCALINGS):
+        known = ", ".join(("default", *SCALINGS))
+        raise UsageError(f"rope must be one of {known}, each also {PREFIX}…, got {name!r}", option="rope")
+    if base == "default":
+        return with_scaling(source, name, {}, source.trained_length)
+    return new_rope(source, base, factor, original, name != base)
+
+
+def with_scaling(source: RopeConfig, rope_type: str, parameters: Mapping[str, Any], length: int | None) -> RopeConfig:
+    """Other settings for the same heads: rope type, its parameters, and `max_position_embeddings`."""
+    return replace(source, rope_type=rope_type, parameters=parameters, max_position_embeddings=length)
 
 
 def largest_shift(rope: RopeConfig) -> float:
@@ -82,18 +108,20 @@ def rescale(source: RopeConfig, factor: float) -> RopeConfig:
     Resonance-YaRN's.
 
     Raises:
-        ValueError: its type has no such factor, or config.json does not tell the context before scaling.
+        UsageError: its type has no such factor, or config.json does not tell the context before scaling.
     """
     if source.base_type == "default":
         return new_rope(source, "yarn", factor, None, True)
     if source.base_type not in SCALINGS:
-        raise ValueError(f"[load] factor: rope type {source.base_type} belongs to one trained length")
-    if source.trained_length is None:
-        raise ValueError(
-            "[load] factor: config.json does not tell the context before scaling: it needs "
-            "original_max_position_embeddings"
+        raise UsageError(
+            f"rope type {source.base_type} belongs to one trained length: it has no factor", option="factor"
         )
-    plain = _with(source, "default", {}, source.trained_length)
+    if source.trained_length is None:
+        raise UsageError(
+            "config.json does not tell the context before scaling: it needs original_max_position_embeddings",
+            option="factor",
+        )
+    plain = with_scaling(source, "default", {}, source.trained_length)
     return new_rope(plain, source.base_type, factor, None, source.is_resonant)
 
 
@@ -102,3 +130,24 @@ def factor_for(source: RopeConfig, tokens: int) -> int | None:
     if source.trained_length is None or source.base_type not in ("default", *SCALINGS):
         return None
     return math.ceil(tokens / source.trained_length)
+
+
+def check_context(rope: RopeConfig, tokens: int, what: str = "") -> None:
+    """Refuse more tokens than the checkpoint is meant for.
+
+    Args:
+        rope: the settings in use.
+        tokens: prompt and answer together.
+        what: the tokens in words; their number if empty.
+
+    Raises:
+        UsageError: they exceed the context; the factor that would cover them is a remedy.
+    """
+    limit = rope.context_length
+    if limit is not None and tokens > limit:
+        factor = factor_for(rope, tokens)
+        raise UsageError(
+            f"{what or f'{tokens} tokens'} exceed the checkpoint's context of {limit} tokens"
+            + (f", and rope type {rope.rope_type} has no longer one" if factor is None else ""),
+            remedies=[] if factor is None else [{"factor": factor}],
+        )

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import cli  # before anything imports mlx.core: it loads a fast BLAS on Linux
-from mlx_resonance.files import read_config
-from mlx_resonance.loading import load_tokenizer
+from mlx_resonance.checkpoint import Checkpoint
 
 import hypothesis
 import mlx.core as mx
@@ -69,7 +68,7 @@ def extended(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 @pytest.fixture(scope="session")
 def tokenizer(stdlib_llama: Path) -> Any:
     """Of these three."""
-    return load_tokenizer(stdlib_llama, read_config(stdlib_llama))
+    return Checkpoint.open(stdlib_llama).tokenizer
 
 
 @pytest.fixture(scope="session")

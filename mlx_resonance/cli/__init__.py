@@ -8,7 +8,7 @@ import typer
 
 from .. import __version__
 from . import convert, demo, eval, finetune, generate, inspect, lm, plan, posgen, verify
-from .output import fail
+from .errors import Command, fail
 
 app = typer.Typer(
     name="mlx-resonance",
@@ -17,16 +17,16 @@ app = typer.Typer(
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-app.command("convert")(convert.command)
-app.command("verify")(verify.command)
-app.command("inspect")(inspect.command)
-app.command("plan")(plan.command)
-app.command("generate")(generate.command)
+app.command("convert", cls=Command)(convert.command)
+app.command("verify", cls=Command)(verify.command)
+app.command("inspect", cls=Command)(inspect.command)
+app.command("plan", cls=Command)(plan.command)
+app.command("generate", cls=Command)(generate.command)
 app.add_typer(posgen.app, name="posgen")
 app.add_typer(eval.app, name="eval")
-app.command("finetune")(finetune.command)
-app.command("demo")(demo.command)
-app.command("lm", context_settings=lm.CONTEXT)(lm.command)
+app.command("finetune", cls=Command)(finetune.command)
+app.command("demo", cls=Command)(demo.command)
+app.command("lm", cls=Command, context_settings=lm.CONTEXT)(lm.command)
 
 WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 

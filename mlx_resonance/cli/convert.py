@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from typer import Argument, Option
 
+from .errors import fail
 from .options import Dtype, Json, MlxPath, Original, ScaledBy
-from .output import bytes_bar, fail, print_json, stderr
+from .output import bytes_bar, print_json, stderr
 
 if TYPE_CHECKING:
     from ..convert import Conversion

@@ -25,12 +25,10 @@ def command(
     """Convert, inspect and run a tiny LLaMA past its context."""
     import mlx.core as mx
 
-    from ..config import RopeConfig
+    from ..checkpoint import Checkpoint
     from ..convert import convert
-    from ..files import read_config
     from ..generation import prompt_tokens
     from ..inspection import inspect_rope
-    from ..loading import load
     from .convert import report
     from .generate import run
     from .inspect import print_schedule
@@ -44,11 +42,12 @@ def command(
         report(replace(convert(source, target, rope="yarn", factor=FACTOR, dtype=dtype), path=Path(target.name)))
 
         _say(f"mlx-resonance inspect {target.name}")
-        print_schedule(inspect_rope(RopeConfig.from_hf(read_config(target))))
+        converted = Checkpoint.open(target)
+        print_schedule(inspect_rope(converted.rope))
 
         settings = f"--temp {temp} --seed {seed} --max-tokens {max_tokens} --prefill-step-size {PREFILL}"
         _say(f"mlx-resonance generate --model {target.name} {settings} < unseen.py")
-        model, tokenizer = load(target)
+        model, tokenizer = converted.load(), converted.tokenizer
         name, text = _unseen_module(source)
         tokens = prompt_tokens(tokenizer, text)[:PROMPT_TOKENS]
         stdout.print(f"… {name}, {len(tokens)} tokens of it; the checkpoint was trained on 512", style="dim")

@@ -89,11 +89,11 @@ def _subject(
     ropes: list[str] | None, factor: float | None, beyond: bool, memory: int | None, force: bool,
 ) -> Subject:  # fmt: skip
     """A checkpoint, its settings and its documents; everything that can be refused is, and no weight is read."""
-    from ..config import RopeConfig
     from ..evaluation.perplexity import Subject, check_contexts, named_rope, select_documents
     from ..evaluation.texts import read_documents
     from ..files import TOKENIZER_PATTERNS, WEIGHTS, read_config, resolve
     from ..loading import load_tokenizer
+    from ..rope_config import RopeConfig
     from ..scaling import rescale
 
     folder = resolve(name, None, [*TOKENIZER_PATTERNS, WEIGHTS])

@@ -8,14 +8,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from ..distributed import processes, together
-from .options import Factor, Force, KvBits, Memory, Model, PrefillStep, memory_bytes
+from ..errors import MissingFileError, UsageError
+from .options import LARGEST, Factor, Force, KvBits, MaxTokens, Memory, Model, PrefillStep, path, size
 from .output import count_bar, print_json, progress_bar, stderr
+from .processes import Processes, processes, together
 
 if TYPE_CHECKING:
     import mlx.nn as nn
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+    from ..checkpoint import Checkpoint
     from ..generation.batch import Request
 
 
@@ -23,126 +25,146 @@ if TYPE_CHECKING:
 def command(
     model: Model,
     prompt: Annotated[str | None, Option(help="The prompt. Default: --prompt-file, or standard input.")] = None,
-    prompt_file: Annotated[Path | None, Option(help="Read the prompt from a file.")] = None,
-    max_tokens: Annotated[int, Option(help="Most tokens to generate.")] = 256,
-    temp: Annotated[float, Option(help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, Option(help="Sample from the likeliest tokens of this total probability.")] = 1.0,
-    seed: Annotated[int | None, Option(help="Seed of the sampling.")] = None,
+    prompt_file: Annotated[Path | None, Option(**path, metavar="FILE", help="Read the prompt from a file.")] = None,
+    max_tokens: MaxTokens = 256,
+    temp: Annotated[float, Option(min=0, help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
+    top_p: Annotated[float, Option(min=0, max=1, help="Sample from the likeliest tokens of this probability.")] = 1.0,
+    seed: Annotated[int | None, Option(min=0, max=2**64 - 1, help="Seed of the sampling.")] = None,
     factor: Factor = None,
     kv_bits: KvBits = None,
     prefill_step_size: PrefillStep = 2048,
-    prompt_cache: Annotated[Path | None, Option(metavar="DIR", help="Keep what was read for the next prompt.")] = None,
-    prompt_cache_size: Annotated[str, Option(help="Most that DIR may hold.")] = "10GB",
+    prompt_cache: Annotated[Path | None, Option(**path, metavar="DIR", help="On-disk KV cache of prompts.")] = None,
+    prompt_cache_size: Annotated[int, Option(**size, help="Maximum size of DIR.")] = "10GB",  # type: ignore[assignment]
     memory: Memory = None,
     force: Force = False,
-    prompts_file: Annotated[Path | None, Option(metavar="JSONL", help="Many prompts: id and prompt a line.")] = None,
-    output: Annotated[Path | None, Option(metavar="JSONL", help="Where their answers go.")] = None,
-    batch_size: Annotated[int, Option(help="Most answers to --prompts-file at once.")] = 32,
+    prompts_file: Annotated[
+        Path | None, Option(**path, metavar="JSONL", help="Many prompts: id and prompt a line.")
+    ] = None,
+    output: Annotated[
+        Path | None,
+        Option(**path, metavar="JSONL", help="Run log of their answers; a second run adds what is missing."),
+    ] = None,
+    batch_size: Annotated[int, Option(min=1, max=LARGEST, help="Answers to --prompts-file written at once.")] = 32,
     ignore_chat_template: Annotated[bool, Option("--ignore-chat-template", help="Give the prompt as it is.")] = False,
     json: Annotated[bool, Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Generate text; progress and figures go to stderr."""
-    if (prompts_file is None) != (output is None):
-        raise ValueError("[generate] --prompts-file and --output go together")
-    if prompts_file is not None and (prompt is not None or prompt_file is not None):
-        raise ValueError("[generate] give --prompts-file or one prompt, not both")
-    if prompts_file is not None and (kv_bits is not None or prompt_cache is not None):
-        raise ValueError("[generate] --prompts-file goes with neither --kv-bits nor --prompt-cache")
-    if batch_size < 1:
-        raise ValueError(f"[generate] batch_size must be at least 1, got {batch_size}")
     group = processes()
-    if group.size > 1 and not any(given is not None for given in (prompt, prompt_file, prompts_file)):
-        raise ValueError("[generate] more than one process: give --prompt or --prompt-file, not standard input")
+    given = {"prompt": prompt, "prompt_file": prompt_file, "prompts_file": prompts_file}
+    check_combination(given, output, kv_bits, prompt_cache, group.size)
     text = "" if prompts_file is not None else read_prompt(prompt, prompt_file)
 
-    from ..config import RopeConfig
-    from ..files import TOKENIZER_PATTERNS, WEIGHTS, parse_size, read_config, resolve
-    from ..generation import cache_key, check_context, prompt_tokens
+    from ..checkpoint import Checkpoint
+    from ..generation import cache_key, check_length, prompt_tokens, require_memory
     from ..generation.batch import read_requests
-    from ..generation.memory import guard
     from ..generation.stream import check_options
-    from ..loading import load_tokenizer
-    from ..scaling import rescale
 
     options: dict[str, Any] = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
     check_options(**options, kv_bits=kv_bits, prefill_step_size=prefill_step_size)
-    folder = resolve(model, None, [*TOKENIZER_PATTERNS, WEIGHTS])
-    config = read_config(folder)
-    rope = RopeConfig.from_hf(config)
-    rope = rope if factor is None else rescale(rope, factor)
-    tokenizer = load_tokenizer(folder, config)
-    chat = not ignore_chat_template
-    requests = []
-    if prompts_file is not None:
-        requests = read_requests(prompts_file, tokenizer, chat)
+    checkpoint = Checkpoint.open(model, factor=factor)
+    tokenizer, chat = checkpoint.tokenizer, not ignore_chat_template
+    requests = [] if prompts_file is None else read_requests(prompts_file, tokenizer, chat)
     tokens = [] if requests else prompt_tokens(tokenizer, text, chat)
     longest = max((len(request.tokens) for request in requests), default=len(tokens))
-    check_context(rope, longest, max_tokens)
+    check_length(checkpoint.rope, longest, max_tokens)
     if not force:
-        size = memory_bytes(memory)
-        step = prefill_step_size
         parts: dict[str, Any] = {"processes": group.size, "sequences": max(1, min(batch_size, len(requests)))}
-        parts |= {} if requests else {"kv_bits": kv_bits}  # a batch keeps keys and values in 16 bits
-        guard(folder, longest + max_tokens, memory=size, prefill_step_size=step, **parts)
+        parts |= {"memory": memory, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits}
+        require_memory(checkpoint, longest + max_tokens, **parts)
+    options["prefill_step_size"] = prefill_step_size
+    if output is not None:
+        settings = checkpoint.settings() | {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
+        settings["chat_template"] = chat and tokenizer.has_chat_template
+        answer(group, checkpoint, requests, output, settings, json, batch_size=batch_size, **options)
+        return
     kept = None
     if prompt_cache is not None:
-        size = parse_size(prompt_cache_size, "--prompt-cache-size")
-        kept = group.prompt_cache(prompt_cache, cache_key(folder, rope, kv_bits), size)
-    loaded = group.load(folder, rope)
-    requests, output, options["seed"] = group.start(tokens, requests, output, seed)
-    if output is not None:
-        options |= {"prefill_step_size": prefill_step_size, "batch_size": batch_size}
-        answer(loaded, tokenizer, requests, output, json, **options)
-        return
-    options |= {"kv_bits": kv_bits, "prefill_step_size": prefill_step_size, "prompt_cache": kept}
-    result = run(loaded, tokenizer, tokens, show=not json, **options)
+        kept = group.prompt_cache(prompt_cache, cache_key(checkpoint, kv_bits), prompt_cache_size)
+    loaded = group.load(checkpoint)
+    _, options["seed"] = group.start(tokens, [], (), seed)
+    result = run(loaded, tokenizer, tokens, show=not json, kv_bits=kv_bits, prompt_cache=kept, **options)
     if json:
         print_json(result)
 
 
-def answer(
-    model: nn.Module, tokenizer: TokenizerWrapper, requests: list[Request], output: Path, json: bool, **options: Any
+def check_combination(
+    given: dict[str, Any], output: Path | None, kv_bits: int | None, prompt_cache: Path | None, processes: int
 ) -> None:
-    """Answer a file of prompts, with a progress bar."""
-    from ..generation.batch import answer_file
+    """Raise UsageError for options of which one would have no effect beside another.
 
+    Args:
+        given: `prompt`, `prompt_file`, `prompts_file`.
+        output, kv_bits, prompt_cache: as given.
+        processes: how many share the work.
+    """
+    prompts_file, single = given["prompts_file"], given["prompt"] is not None or given["prompt_file"] is not None
+    if prompts_file is not None and output is None:
+        raise UsageError("answers to a file of prompts need a file to go to", remedies=[{"output": None}])
+    if prompts_file is None and output is not None:
+        raise UsageError("an output file is for the answers to a file of prompts", remedies=[{"prompts_file": None}])
+    if prompts_file is not None and single:
+        raise UsageError("give a file of prompts or one prompt, not both", option="prompts_file")
+    if prompts_file is not None and kv_bits is not None:
+        raise UsageError("a batch keeps its KV cache in the model's type: leave the bits out", option="kv_bits")
+    if prompts_file is not None and prompt_cache is not None:
+        raise UsageError("a batch does not use a prompt cache: leave it out", option="prompt_cache")
+    if processes > 1 and not single and prompts_file is None:
+        raise UsageError("processes cannot share standard input", remedies=[{"prompt": None}, {"prompt_file": None}])
+
+
+def answer(
+    group: Processes,
+    checkpoint: Checkpoint,
+    requests: list[Request],
+    output: Path,
+    settings: dict[str, Any],
+    json: bool,
+    **options: Any,
+) -> None:
+    """Answer a file of prompts, with a progress bar; of several processes the first writes the answers."""
+    from ..generation.batch import answer_requests, generate_batch, open_answers
+    from ..generation.prompt_cache import refuse_changing_angles
+
+    refuse_changing_angles(checkpoint.rope, "a batch has texts of several lengths")
+    log, done = open_answers(output, requests, settings, checkpoint.name) if group.rank == 0 else (None, set())
+    model = group.load(checkpoint)
+    missing, options["seed"] = group.start([], requests, done, options["seed"])
+    if log is None:
+        for _ in generate_batch(model, checkpoint.tokenizer, missing, **options) if missing else ():
+            pass
+        return
     with count_bar() as bar:
-        task = bar.add_task("prompts", total=len(requests))
-        count = answer_file(
-            model,
-            tokenizer,
-            requests,
-            output,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
-            **options,
-        )
-    stderr.print(f"{output}: {len(requests)} answers, {count} of them new", soft_wrap=True)
+        task = bar.add_task("prompts", completed=len(requests) - len(missing), total=len(requests))
+        answer_requests(log, model, checkpoint.tokenizer, missing, lambda: bar.advance(task), **options)
+    stderr.print(f"{output}: {len(requests)} answers, {len(missing)} of them new", soft_wrap=True)
     if json:
-        print_json({"output": str(output), "answers": len(requests), "new": count})
+        print_json({"output": str(output), "answers": len(requests), "new": len(missing)})
 
 
 def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The prompt from whichever source was given.
 
     Raises:
-        ValueError: both sources were given, none was, the prompt is empty or not UTF-8.
-        FileNotFoundError: there is no such file.
+        UsageError: both sources were given, none was, the prompt is empty or not UTF-8.
+        MissingFileError: there is no such file.
     """
     if prompt is not None and prompt_file is not None:
-        raise ValueError("[generate] give --prompt or --prompt-file, not both")
+        raise UsageError("give one prompt or one file of it, not both", option="prompt_file")
     if prompt is None and prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise ValueError("[generate] give --prompt, --prompt-file, or a prompt on standard input")
+        raise UsageError(
+            "there is no prompt, neither on standard input", remedies=[{"prompt": None}, {"prompt_file": None}]
+        )
     if prompt_file is not None and (prompt_file.is_dir() or not prompt_file.exists()):
-        raise FileNotFoundError(f"[generate] no prompt file {prompt_file}")
+        raise MissingFileError(f"{prompt_file}: no such file", option="prompt_file")
     try:
         if prompt is not None:
             text = prompt
         else:  # the bytes: the locale's encoding may be another
             text = (prompt_file.read_bytes() if prompt_file else sys.stdin.buffer.read()).decode("utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"[generate] the prompt is not UTF-8 text: {error}") from None
+        raise UsageError(f"the prompt is not UTF-8 text: {error}", option="prompt_file") from None
     if not text.strip():
-        raise ValueError("[generate] the prompt is empty")
+        raise UsageError("the prompt is empty", option="prompt")
     return text
 
 

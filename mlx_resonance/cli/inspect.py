@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 from rich.table import Table
 from typer import Argument, Option
 
-from .options import Json
+from .options import Json, path
 from .output import print_json, stderr, stdout
 
 if TYPE_CHECKING:
@@ -17,21 +17,17 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, Argument(metavar="MODEL", help="Folder or Hugging Face hub id.")],
-    train_length: Annotated[int | None, Option(help="Default: the context before scaling.")] = None,
-    test_length: Annotated[int | None, Option(help="Default: the checkpoint's context.")] = None,
-    plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw wavelengths and feature gap.")] = None,
+    train_length: Annotated[int | None, Option(min=1, max=2**24, help="Default: the context before scaling.")] = None,
+    test_length: Annotated[int | None, Option(min=1, max=2**24, help="Default: the checkpoint's context.")] = None,
+    plot: Annotated[Path | None, Option(**path, metavar="FILE.png", help="Draw wavelengths and feature gap.")] = None,
     json: Json = False,
 ) -> None:
     """Show a checkpoint's wavelengths and feature gap."""
-    from ..checks import check_checkpoint
-    from ..config import RopeConfig
-    from ..files import read_config, resolve
+    from ..checkpoint import Checkpoint
     from ..inspection import inspect_rope
 
-    folder = resolve(model, None, ["config.json"])
     # Of a model on the hub, config.json is all that is fetched.
-    config = check_checkpoint(folder) if Path(model).is_dir() else read_config(folder)
-    inspection = inspect_rope(RopeConfig.from_hf(config), train_length, test_length)
+    inspection = inspect_rope(Checkpoint.open(model, weights=False).rope, train_length, test_length)
     if plot is not None:
         from ..plots import plot_inspection
 

@@ -14,14 +14,14 @@ def command(context: typer.Context) -> None:
     """Run a command of mlx-lm: server, chat, lora, …"""
     from mlx_lm import cli
 
-    from ..loading import install
+    from ..mlx_lm_models import install
 
     install()
     # It would warn of the rope type of every config.json of ours, which it never uses.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     if context.args[:1] == ["server"]:
-        from .server import guard_server
+        from .server import harden_server
 
-        guard_server()
+        harden_server()
     sys.argv = [" ".join(["mlx-resonance lm", *context.args[:1]]), *context.args]
     cli.main()

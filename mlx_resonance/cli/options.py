@@ -1,40 +1,90 @@
-"""Options that several commands have, and what is read from their text."""
+"""Options that several commands have, and the parsers of their values."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from typer import Option
+from typer import BadParameter, Option
 
-Model = Annotated[str, Option(help="Folder or Hugging Face hub id.")]
-MlxPath = Annotated[Path, Option("--mlx-path", help="Folder to write; must not exist.")]
-ScaledBy = Annotated[float | None, Option(help="How many times the context grows.")]
-Original = Annotated[int | None, Option(help="Tokens of context before scaling. Default: as in the source.")]
-Dtype = Annotated[str | None, Option(help="float32, float16 or bfloat16. Default: as in the source.")]
-Context = Annotated[
-    int | None, Option(help="Most tokens of prompt and answer. Default: 16384, or the checkpoint's if fewer.")
-]
-Factor = Annotated[float | None, Option(help="Stretch the context to so many times the trained one.")]
-KvBits = Annotated[int | None, Option(help="Keep keys and values in 4 or 8 bits.")]
-PrefillStep = Annotated[int, Option(help="Most prompt tokens in one pass.")]
-Memory = Annotated[str | None, Option(help="What there is, such as 16GB. Default: what the device says.")]
-Force = Annotated[bool, Option("--force", help="Go on though it does not fit into memory.")]
-Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
+from ..errors import UsageError
+from ..files import user_path
+from ..sizes import parse_size
+
+LARGEST = 2**31 - 1
 
 
-def memory_bytes(memory: str | None) -> int | None:
-    """Bytes of --memory; None where it is not given. Raises ValueError where it is no size."""
-    from ..files import parse_size
+def _parser(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
+    """For Typer: a mistake in a value is its error, which names the flag."""
 
-    return None if memory is None else parse_size(memory, "--memory")
+    def parsed(text: Any) -> Any:
+        if not isinstance(text, str):  # a default
+            return text
+        try:
+            return parse(text)
+        except UsageError as error:
+            raise BadParameter(error.message) from None
+
+    return parsed
 
 
-def whole_numbers(kind: str, flag: str, text: str) -> list[int]:
-    """Different whole numbers with commas between them. Raises ValueError for anything else."""
+def _integers(text: str) -> list[int]:
     try:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        raise ValueError(
-            f"[{kind}] {flag} must be whole numbers with commas, such as 1024,2048, got {text!r}"
-        ) from None
+        raise BadParameter(f"expected integers with commas between them, such as 1024,2048, got {text!r}") from None
+
+
+def _names(text: str) -> list[str]:
+    names = list(dict.fromkeys(part.strip() for part in text.split(",")))
+    if not all(names):
+        raise BadParameter(f"expected names with commas between them, got {text!r}")
+    return names
+
+
+def _kv_bits(text: str) -> int:
+    if text not in ("8", "4"):
+        raise BadParameter(f"{text!r} is not one of 8, 4")
+    return int(text)
+
+
+def _path(text: str) -> Path:
+    if not text.strip():
+        raise BadParameter("the path is empty")
+    return user_path(text)
+
+
+path: dict[str, Any] = {"parser": _parser(_path)}
+size: dict[str, Any] = {"parser": _parser(lambda text: parse_size(text, "it")), "metavar": "SIZE"}
+integers: dict[str, Any] = {"parser": _parser(_integers), "metavar": "N,N,…"}
+names: dict[str, Any] = {"parser": _parser(_names), "metavar": "NAME,NAME,…"}
+
+Model = Annotated[str, Option("-m", "--model", help="Folder or Hugging Face hub id.")]
+MlxPath = Annotated[Path, Option("--mlx-path", **path, metavar="OUT", help="Folder to write; must not exist.")]
+ScaledBy = Annotated[float | None, Option(min=1, max=2**31, help="How many times the context grows.")]
+Original = Annotated[
+    int | None, Option(min=1, max=2**31, help="Tokens of context before scaling. Default: as in the source.")
+]
+Dtype = Annotated[str | None, Option(help="float32, float16 or bfloat16. Default: as in the source.")]
+Context = Annotated[
+    int | None,
+    Option(min=1, max=2**31, help="Maximum tokens of prompt and answer. Default: the checkpoint's, up to 16384."),
+]
+Factor = Annotated[
+    float | None, Option(min=1, max=2**31, help="Stretch the context to this many times the trained one.")
+]
+KvBits = Annotated[int | None, Option(parser=_parser(_kv_bits), metavar="8|4", help="Bits of the KV cache.")]
+MaxTokens = Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of tokens to generate.")]
+PrefillStep = Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of prompt tokens in one pass.")]
+Memory = Annotated[int | None, Option(**size, help="Memory budget, e.g. 16GB. Default: the device's limit.")]
+Force = Annotated[bool, Option("--force", help="Run although it does not fit into memory.")]
+Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
+
+
+def memory_bytes(memory: int | None) -> int | None:  # TEMPORARY: until every command is on the parsers above
+    return memory
+
+
+def whole_numbers(kind: str, flag: str, text: str) -> list[int]:  # TEMPORARY
+    return _integers(text)

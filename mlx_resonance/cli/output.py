@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-import sys
-from typing import Any, NoReturn
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -28,12 +27,6 @@ stderr = Console(stderr=True, highlight=False, markup=False)
 def print_json(value: dict[str, Any]) -> None:
     """One line, one object."""
     print(json.dumps(value, allow_nan=False), flush=True)
-
-
-def fail(error: object, code: int) -> NoReturn:
-    """One line on stderr, and the exit code: 1 the work failed, 2 the request was wrong, 130 interrupted."""
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
-    sys.exit(code)
 
 
 class TokensPerSecond(ProgressColumn):

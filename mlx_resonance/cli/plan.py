@@ -1,19 +1,23 @@
-"""`mlx-resonance plan`: what generating with a checkpoint needs of the memory."""
+"""`mlx-resonance plan`: the memory that generating with a checkpoint needs."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
 from rich.table import Table
+from typer import Context as Invocation
 from typer import Option
 
-from .options import Json, KvBits, Memory, Model, PrefillStep, memory_bytes
+from .options import Json, KvBits, Memory, Model, PrefillStep
 from .output import print_json, stdout
 
 
 def command(
+    invocation: Invocation,
     model: Model,
-    context: Annotated[int | None, Option(help="Tokens of prompt and answer. Default: the checkpoint's.")] = None,
+    context: Annotated[
+        int | None, Option(min=1, max=2**31, help="Tokens of prompt and answer. Default: the checkpoint's.")
+    ] = None,
     kv_bits: KvBits = None,
     memory: Memory = None,
     prefill_step_size: PrefillStep = 2048,
@@ -23,23 +27,31 @@ def command(
 
     Also the largest one that does.
     """
-    from ..generation.memory import advice, gigabytes, plan_memory
+    from ..checkpoint import Checkpoint
+    from ..errors import UsageError
+    from ..generation.memory import plan_memory, require_memory
+    from ..sizes import format_size
+    from .errors import in_words
 
-    size = memory_bytes(memory)
-    options: dict[str, Any] = {"kv_bits": kv_bits, "memory": size, "prefill_step_size": prefill_step_size}
-    plan = plan_memory(model, context, **options)
+    options: dict[str, Any] = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size}
+    checkpoint = Checkpoint.open(model)
+    plan = plan_memory(checkpoint, context, **options)
     if json:
         print_json(plan.to_dict())
         return
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column()
     table.add_column(justify="right")
-    table.add_row("weights", gigabytes(plan.weights))
-    table.add_row(f"keys and values of {plan.context} tokens", gigabytes(plan.kv))
-    table.add_row("reading the prompt", gigabytes(plan.prefill))
-    table.add_row("total", gigabytes(plan.total))
-    table.add_row("there are, less a reserve", gigabytes(plan.limit))
+    table.add_row("weights", format_size(plan.weights))
+    table.add_row(f"KV cache of {plan.context} tokens", format_size(plan.kv))
+    table.add_row("reading the prompt", format_size(plan.prefill))
+    table.add_row("total", format_size(plan.total))
+    table.add_row("limit", format_size(plan.limit))
     stdout.print(table)
     for name, most in plan.max_context.items():
-        stdout.print(f"with keys and values in {name}: up to {most} tokens" if most else f"in {name}: nothing fits")
-    stdout.print("It fits." if plan.fits else f"It does not fit: {advice(model, plan, **options)}", soft_wrap=True)
+        stdout.print(f"with a KV cache in {name}: up to {most} tokens" if most else f"in {name}: nothing fits")
+    try:
+        require_memory(checkpoint, plan.context, **options)
+        stdout.print("It fits.")
+    except UsageError as error:
+        stdout.print(f"It does not fit: {in_words(error, invocation.command)}", soft_wrap=True)

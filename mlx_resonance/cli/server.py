@@ -1,4 +1,4 @@
-"""What keeps mlx-lm's server alive: requests that would end it, its generation thread or the connection get 4xx."""
+"""mlx-lm's server, hardened: requests that would end it, its generation thread or the connection get 4xx."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 
-def guard_server() -> None:
+def harden_server() -> None:
     """Have mlx-lm's server refuse with 4xx what would end its generation thread, itself or the connection."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
     from mlx_lm import server

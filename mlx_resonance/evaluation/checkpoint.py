@@ -8,12 +8,12 @@ from pathlib import Path
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..config import RopeConfig
 from ..files import TOKENIZER_PATTERNS, WEIGHTS, read_config, resolve
 from ..generation.memory import guard
 from ..generation.prompt_cache import model_digest
 from ..loading import load_model, load_tokenizer
 from ..records import Record
+from ..rope_config import RopeConfig
 from ..scaling import factor_for, rescale
 
 CONTEXT = 16384  # tokens, if the checkpoint has as many

@@ -28,10 +28,10 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checks import check_checkpoint
-from ..config import PREFIX, RopeConfig
 from ..generation.prompt_cache import model_digest
 from ..loading import load_model, set_rope
 from ..records import Record, append_records, open_records
+from ..rope_config import PREFIX, RopeConfig
 from ..scaling import SCALINGS, factor_for, new_rope
 from .texts import check_results
 from .windows import Document, Job, Options, Protocol

@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
-from ..config import MAKERS, PREFIX, RopeConfig
+from ..rope_config import MAKERS, PREFIX, RopeConfig
 from ..scaling import SCALINGS, new_rope
 
 # Source: arXiv 2403.00071, section 5.2 (length, steps), with sheryc/resonance_rope `llama_finetuning/train.sh`

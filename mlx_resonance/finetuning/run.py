@@ -16,11 +16,11 @@ import numpy as np
 from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..checks import check_config, unite
-from ..config import RopeConfig
 from ..files import TOKENIZER_PATTERNS, WEIGHTS, read_config, read_header, resolve, user_path, weight_files
 from ..generation.prompt_cache import model_digest
 from ..loading import for_models, load_model, load_tokenizer
 from ..records import append_records, open_records, read_records
+from ..rope_config import RopeConfig
 from ..training import train, warmup_linear
 from ..whole import check_new, in_the_way, whole_folder
 from .chunks import computed_again, next_token_loss

@@ -1,8 +1,8 @@
-"""Many prompts at once: mlx-lm's continuous batching, a line of JSON for each answer, resumable."""
+"""Many prompts at once: mlx-lm's continuous batching, a line of JSON for each answer, in a run log."""
 
 from __future__ import annotations
 
-import json
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +14,14 @@ from mlx_lm.generate import BatchGenerator
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..records import json_lines
+from ..errors import MissingFileError, UsageError
+from ..storage import Record, RunLog, json_lines
 from .prefill import PREFILL_BATCH, STEP
-from .stream import check_context, prompt_tokens
+from .prompt_cache import refuse_changing_angles
+from .stream import check_length, check_options, prompt_tokens
 
 BATCH = 32  # answers that are written at once
+KIND = "answers"  # of the run log
 
 
 @dataclass(frozen=True)
@@ -26,12 +29,20 @@ class Request:
     """A prompt with a name.
 
     Args:
-        id: that its answer will have.
+        id: of its answer.
         tokens: of the prompt.
+        prompt: its text.
     """
 
     id: str | int
     tokens: list[int]
+    prompt: str
+
+    @property
+    def identity(self) -> Record:
+        """What tells an answer to another prompt under the same id: the beginning of the prompt, and its digest."""
+        digest = hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        return {"prompt": self.prompt[:60], "prompt_digest": digest}
 
 
 def generate_batch(
@@ -53,21 +64,19 @@ def generate_batch(
         requests: the prompts.
         max_tokens, temp, top_p, seed, prefill_step_size: as in `stream_generate`. With temp above 0 an answer depends
             on its neighbours in the batch.
-        batch_size: most answers at once.
+        batch_size: maximum number of answers at once.
 
     Returns:
         For each request, in the order in which they end: `id`, `text`, `prompt_tokens`, `generation_tokens`,
         `finish_reason`.
 
     Raises:
-        ValueError: a prompt and its answer exceed the context, or the angles change with the length of a text.
+        UsageError: a prompt and its answer exceed the context, or the angles change with the length of a text.
     """
-    if model.args.rope.depends_on_length:
-        raise ValueError(
-            f"[generate] batch: the angles of {model.args.rope.rope_type} change with the length of a text"
-        )
+    check_options(max_tokens, temp, top_p, seed, prefill_step_size, batch_size=batch_size)
+    refuse_changing_angles(model.args.rope, "a batch has texts of several lengths")
     for request in requests:
-        check_context(model.args.rope, len(request.tokens), max_tokens)
+        check_length(model.args.rope, len(request.tokens), max_tokens)
     if seed is not None:
         mx.random.seed(seed)
     generator = BatchGenerator(
@@ -99,88 +108,71 @@ def generate_batch(
         generator.close()
 
 
-def answer_file(
+def open_answers(
+    output: Path, requests: Sequence[Request], settings: Record, model: str
+) -> tuple[RunLog, set[str | int]]:
+    """The run log of a batch, and the ids that it has answers to.
+
+    Args:
+        output: a file of JSON lines, which is made if it does not exist.
+        requests: the prompts.
+        settings: what decides the answers besides the prompts: of the checkpoint, and of the sampling.
+        model: name of the checkpoint, for the header.
+
+    Raises:
+        UsageError: the file has answers of other settings, or to another prompt under the same id.
+    """
+    fields = {"prompt": str, "prompt_digest": str, "text": str}
+    log = RunLog(output, KIND, settings, about={"model": model}, key=("id",), fields=fields)
+    return log, {request.id for request in requests if log.find(request.id, **request.identity) is not None}
+
+
+def answer_requests(
+    log: RunLog,
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     requests: Sequence[Request],
-    output: Path,
-    progress: Callable[[int, int], None] | None = None,
+    on_answer: Callable[[], None] | None = None,
     **options: Any,
-) -> int:
-    """Answer the requests whose ids `output` does not have yet, and append a line of JSON for each.
+) -> None:
+    """Answer the requests, and append each answer to a run log as soon as it ends.
 
     Args:
-        model, tokenizer, requests: as in `generate_batch`.
-        output: a file of JSON lines; what a killed run left of a line is dropped.
-        progress: called with the number of answers done and in all.
-        options: of `generate_batch`.
-
-    Returns:
-        How many were answered now.
-
-    Raises:
-        ValueError: `output` holds something else; or as `generate_batch`.
+        log: from `open_answers`.
+        model, tokenizer, requests, options: as in `generate_batch`.
+        on_answer: called after each answer.
     """
-    done = finished_ids(output)
-    missing = [request for request in requests if request.id not in done]
-    count = 0
-    if progress is not None:
-        progress(len(requests) - len(missing), len(requests))
-    with output.open("a", encoding="utf-8") as file:
-        for answer in generate_batch(model, tokenizer, missing, **options) if missing else ():
-            file.write(json.dumps(answer, ensure_ascii=False) + "\n")
-            file.flush()
-            count += 1
-            if progress is not None:
-                progress(len(requests) - len(missing) + count, len(requests))
-    return count
-
-
-def finished_ids(output: Path) -> set[str | int]:
-    """The ids that a file of answers has. Raises ValueError for another file; cuts off half a line at its end."""
-    if not output.exists():
-        return set()
-    content = output.read_bytes()
-    whole = content[: content.rfind(b"\n") + 1]
-    ids: set[str | int] = set()
-    for number, line in enumerate(whole.splitlines(), 1):
-        try:
-            answer = json.loads(line)
-            name, _ = answer["id"], answer["text"]
-            ids.add(name)
-        except (ValueError, KeyError, TypeError, RecursionError):
-            raise ValueError(f"[generate] {output}, line {number} is no answer: choose another --output") from None
-    if len(whole) < len(content):
-        if not b'{"id": '.startswith(content[len(whole) :][:7]):
-            raise ValueError(f"[generate] {output}, its last line is no answer: choose another --output")
-        with output.open("r+b") as file:
-            file.truncate(len(whole))
-    return ids
+    identities = {request.id: request.identity for request in requests}
+    for answer in generate_batch(model, tokenizer, requests, **options) if requests else ():
+        log.append({"id": answer["id"]} | identities[answer["id"]] | answer)
+        if on_answer is not None:
+            on_answer()
 
 
 def read_requests(path: Path, tokenizer: TokenizerWrapper, chat: bool = False) -> list[Request]:
     """A file of JSON lines, each with `id` (a string or an integer, once) and `prompt`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a line is something else.
+        MissingFileError: there is no such file.
+        UsageError: a line is something else.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"[generate] no prompts file {path}")
+        raise MissingFileError(f"{path}: no such file of prompts", option="prompts_file")
     requests: list[Request] = []
     seen: set[str | int] = set()
-    for number, entry in json_lines("generate", path):
-        where = f"[generate] {path}, line {number}"
+    for number, entry in json_lines(path):
+        where = f"{path}, line {number}"
         known = isinstance(entry, dict) and isinstance(entry.get("prompt"), str)
         if not known or not isinstance(entry.get("id"), (str, int)) or isinstance(entry["id"], bool):
-            raise ValueError(f'{where}: expected {{"id": …, "prompt": "…"}}')
+            raise UsageError(f'{where}: expected {{"id": …, "prompt": "…"}}', option="prompts_file")
         if entry["id"] in seen:
-            raise ValueError(f"{where}: the id {entry['id']!r} stands twice")
+            raise UsageError(f"{where}: the id {entry['id']!r} is given twice", option="prompts_file")
         seen.add(entry["id"])
         try:
-            requests.append(Request(entry["id"], prompt_tokens(tokenizer, entry["prompt"], chat)))
-        except ValueError as error:
-            raise ValueError(f"{where}: {str(error).removeprefix('[generate] ')}") from None
+            tokens = prompt_tokens(tokenizer, entry["prompt"], chat)
+        except UsageError as error:
+            raise UsageError(f"{where}: {error.message}", option="prompts_file") from None
+        requests.append(Request(entry["id"], tokens, entry["prompt"]))
     if not requests:
-        raise ValueError(f"[generate] {path} has no prompts")
+        raise UsageError(f"{path} has no prompts", option="prompts_file")
     return requests

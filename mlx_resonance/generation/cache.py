@@ -7,6 +7,8 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
+from ..errors import UsageError
+
 GROUP_SIZES = (64, 32)  # values that share a scale and a bias; MLX has no smaller ones
 
 
@@ -19,14 +21,14 @@ def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> l
         kv_bits: 4 or 8 for keys and values that are quantized from the first token on; None for the model's type.
 
     Raises:
-        ValueError: a layer's keys cannot be quantized: its heads are no multiple of 32, or it attends to a window.
+        UsageError: a layer's keys cannot be quantized: the features of its heads are not a multiple of 32, or it attends to a window.
     """
     caches = make_prompt_cache(model)
     if kv_bits is not None:
         size = group_size(head_dim(model))
         for cache in caches:
             if not isinstance(cache, KVCache):
-                raise ValueError("[generate] kv_bits: a layer with a sliding window keeps its keys unquantized")
+                raise UsageError("a layer with a sliding window keeps its keys unquantized", option="kv_bits")
         caches = [QuantizedKVCache(size, kv_bits) for _ in caches]
     for cache in caches:
         if isinstance(cache, (KVCache, QuantizedKVCache)):
@@ -35,11 +37,11 @@ def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> l
 
 
 def group_size(dims: int) -> int:
-    """How many features of a head share a scale. Raises ValueError where no size divides them."""
+    """How many features of a head share a scale. Raises UsageError where no size divides them."""
     for size in GROUP_SIZES:
         if dims % size == 0:
             return size
-    raise ValueError(f"[generate] kv_bits needs heads of a multiple of {GROUP_SIZES[-1]} features, got {dims}")
+    raise UsageError(f"kv_bits needs heads of a multiple of {GROUP_SIZES[-1]} features, got {dims}", option="kv_bits")
 
 
 def head_dim(model: nn.Module) -> int:

@@ -9,10 +9,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..attention import BUDGET
+
 STEP = 2048  # tokens
-# Queries times keys of one launch of attention, for each head: what macOS lets a GPU work at without a break. 2048
-# queries reach it at 65 k keys.
-BUDGET = 2**27
 PREFILL_BATCH = 8  # prompts of a batch that are read at once
 
 Progress = Callable[[int, int], None]
@@ -41,8 +40,8 @@ def prefill(
         model: from `load`.
         tokens: of the whole prompt.
         cache: of each layer; its offset says how many of the tokens it has.
-        step: most tokens of a chunk.
-        budget: most queries times keys of a chunk.
+        step: maximum number of tokens of a chunk.
+        budget: maximum of queries times keys of a chunk.
         progress: called with the tokens done and in all.
     """
     done, total = cache[0].offset, len(tokens)

@@ -1,10 +1,8 @@
-"""Keys and values of prompts on disk: the next prompt that begins alike is read from where it differs."""
+"""The on-disk KV cache: a prompt that begins like an earlier one is read from where it differs."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import re
@@ -19,15 +17,17 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
-from ..config import RopeConfig
-from ..files import read_header, sha256, weight_files
+from ..checkpoint import Checkpoint
+from ..errors import UsageError
+from ..files import read_header
+from ..rope_config import RopeConfig
+from ..storage import sha256
 
 NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.safetensors")  # of the model and the format; of the content
-SAMPLES, SAMPLE = 64, 2**12  # pieces of a weight file that tell models apart, and their bytes
 # An entry is written if it has more new tokens than a 16th of what was read from another, and read if a 16th of its
 # tokens is of use: every prompt has the start token in common with it.
 ENOUGH = 16
-STALE = 3600  # seconds after which a file that is not whole was left by a process that was killed
+STALE = 3600  # seconds after which a partial file was left by a process that was killed
 
 logger = logging.getLogger("mlx_resonance")
 
@@ -35,8 +35,8 @@ logger = logging.getLogger("mlx_resonance")
 class PromptCache:
     """A folder of prompts' keys and values. Processes may share it.
 
-    Every entry is a safetensors file, named by what it belongs to and by the SHA-256 of its content; it appears whole
-    or not at all. A damaged one is deleted with a warning.
+    Every entry is a safetensors file, named by what it belongs to and by the SHA-256 of its content; it is written
+    atomically. A damaged one is deleted with a warning.
 
     Args:
         folder: is made if it is missing.
@@ -50,7 +50,7 @@ class PromptCache:
     def __init__(self, folder: str | Path, key: str, max_bytes: int = 10 * 10**9) -> None:
         self.folder, self.key, self.max_bytes = Path(folder).expanduser(), key, max_bytes
         if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"[generate] --prompt-cache {self.folder} is a file: expected a folder")
+            raise NotADirectoryError(f"prompt cache {self.folder} is a file: expected a folder")
         self.folder.mkdir(parents=True, exist_ok=True)
         self._used: Path | None = None
         self._used_tokens = 0
@@ -107,7 +107,7 @@ class PromptCache:
         for i, layer in enumerate(cache):
             arrays |= {f"{i}.{name}": value[..., :length, :] for name, value in named(layer)}
         if (size := sum(value.nbytes for value in arrays.values())) > self.max_bytes:
-            logger.warning("--prompt-cache-size: an entry of %d bytes is more than %d", size, self.max_bytes)
+            logger.warning("prompt cache: an entry of %d bytes is more than its limit of %d", size, self.max_bytes)
             return
         temporary = self.folder / f".{uuid.uuid4().hex}.safetensors"
         try:
@@ -167,35 +167,20 @@ class PromptCache:
             total -= size
 
 
-def cache_key(folder: Path, rope: RopeConfig, kv_bits: int | None) -> str:
+def refuse_changing_angles(rope: RopeConfig, why: str) -> None:
+    """Raise UsageError where the angles change with the length of a text: keys of one text would not fit another."""
+    if rope.depends_on_length:
+        raise UsageError(f"the angles of {rope.rope_type} change with the length of a text: {why}")
+
+
+def cache_key(checkpoint: Checkpoint, kv_bits: int | None) -> str:
     """What keys and values depend on besides the tokens: the content of the model, its angles, their format.
 
-    Args:
-        folder: of the model. Of every weight file the header and 64 pieces are read; the time of its last change
-            stands for the rest.
-        rope: the settings in use.
-        kv_bits: of the caches.
-
     Raises:
-        ValueError: the angles change with the length of a text.
+        UsageError: the angles change with the length of a text.
     """
-    if rope.depends_on_length:
-        raise ValueError(f"[generate] --prompt-cache: the angles of {rope.rope_type} change with the length of a text")
-    return model_digest(folder, rope, kv_bits)
-
-
-def model_digest(folder: Path, rope: RopeConfig, kv_bits: int | None) -> str:
-    """What a model's results depend on: arguments as of `cache_key`, any rope."""
-    digest = hashlib.sha256(json.dumps([rope.to_hf("4"), kv_bits], sort_keys=True).encode())
-    for path in (folder / "config.json", *weight_files(folder)):
-        size = path.stat().st_size
-        changed = path.stat().st_mtime_ns if size > SAMPLES * SAMPLE else 0
-        digest.update(f"{path.name} {size} {changed}".encode())
-        with path.open("rb") as file:
-            for i in range(SAMPLES):
-                file.seek(i * max(SAMPLE, size // SAMPLES))
-                digest.update(file.read(SAMPLE))
-    return digest.hexdigest()[:16]
+    refuse_changing_angles(checkpoint.rope, "a prompt cache cannot keep its keys")
+    return checkpoint.results_digest(kv_bits)
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
@@ -208,7 +193,7 @@ def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
 def named(layer: Any) -> list[tuple[str, mx.array]]:
     """The arrays of a layer's cache, (B, H, L, …) each, under names."""
     if not isinstance(layer, (KVCache, QuantizedKVCache)):
-        raise ValueError("[generate] --prompt-cache: a layer with a sliding window cannot be kept")
+        raise UsageError("a prompt cache cannot keep layers with a sliding window", option="prompt_cache")
     return tree_flatten({"keys": layer.keys, "values": layer.values})  # type: ignore[return-value]
 
 

@@ -1,4 +1,4 @@
-"""generate() and stream_generate(): mlx-lm's generation, refusing what the checkpoint's context cannot hold."""
+"""generate() and stream_generate(): mlx-lm's generation, within the checkpoint's context."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
 from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..config import RopeConfig
+from ..errors import UsageError, check_option
 from ..rope import expect
-from ..scaling import factor_for
+from ..rope_config import RopeConfig
+from ..scaling import check_context
 from .cache import make_cache
 from .prefill import STEP, Progress, prefill
 from .prompt_cache import PromptCache
@@ -31,14 +32,14 @@ def prompt_tokens(tokenizer: TokenizerWrapper, prompt: str | list[int], chat: bo
         chat: put the text as a user's message into the tokenizer's chat template, where it has one.
 
     Raises:
-        ValueError: the prompt is empty.
+        UsageError: the prompt is empty.
     """
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise ValueError("[generate] the prompt is empty")
+        raise UsageError("the prompt is empty", option="prompt")
     if not isinstance(prompt, str):
         return list(prompt)
     if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise ValueError("[generate] the prompt is not UTF-8 text")
+        raise UsageError("the prompt is not UTF-8 text", option="prompt")
     if chat and tokenizer.has_chat_template:
         messages = [{"role": "user", "content": prompt}]
         return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
@@ -65,13 +66,13 @@ def stream_generate(
     Args:
         model, tokenizer: from `load`.
         prompt: text, or token ids.
-        max_tokens: most tokens to generate; prompt and these must fit into the checkpoint's context.
+        max_tokens: maximum number of tokens to generate; with the prompt they must fit into the checkpoint's context.
         temp: sampling temperature; 0 takes the likeliest token.
         top_p: sample from the likeliest tokens of this total probability, in (0, 1].
         seed: of MLX's random numbers; None leaves them as they are.
         kv_bits: keep keys and values in 4 or 8 bits, from the first token on.
-        prefill_step_size: most tokens of the prompt in one pass; fewer as the keys grow.
-        prompt_cache: where keys and values of earlier prompts are; this one's are kept, also when interrupted.
+        prefill_step_size: maximum number of prompt tokens in one pass; fewer as the keys grow.
+        prompt_cache: on-disk KV cache of earlier prompts; this one's keys and values are added, also when interrupted.
         progress: called with the number of prompt tokens done and their total.
 
     Returns:
@@ -79,11 +80,11 @@ def stream_generate(
         `prompt_tps` counts the tokens that were read, not those that the prompt cache had.
 
     Raises:
-        ValueError: an argument is out of range, the prompt is empty, or the context too short.
+        UsageError: an argument is out of range, the prompt is empty, or the context too short.
     """
-    check_options(max_tokens, temp, top_p, seed, kv_bits, prefill_step_size)
+    check_options(max_tokens, temp, top_p, seed, prefill_step_size, kv_bits)
     tokens = prompt_tokens(tokenizer, prompt)
-    check_context(model.args.rope, len(tokens), max_tokens)
+    check_length(model.args.rope, len(tokens), max_tokens)
     expect(model, len(tokens))
     if seed is not None:
         mx.random.seed(seed)
@@ -124,16 +125,9 @@ def _stream(
             prompt_cache.store(written, cache)
 
 
-def check_context(rope: RopeConfig, prompt: int, new: int) -> None:
-    """Raise ValueError where a prompt and its answer exceed the context, with the factor that would cover them."""
-    limit = rope.context_length
-    if limit is not None and prompt + new > limit:
-        factor = factor_for(rope, prompt + new)
-        longer = "another model" if factor is None else f"--factor {factor}"
-        raise ValueError(
-            f"[generate] {prompt} prompt tokens and {new} new ones exceed the checkpoint's context of {limit} tokens: "
-            f"shorten them, or take {longer}"
-        )
+def check_length(rope: RopeConfig, prompt: int, new: int) -> None:
+    """Raise UsageError where a prompt and its answer exceed the context, with the factor that would cover them."""
+    check_context(rope, prompt + new, f"{prompt} prompt tokens and {new} new ones")
 
 
 def generate(model: nn.Module, tokenizer: TokenizerWrapper, prompt: str | list[int], **options: Any) -> str:
@@ -160,18 +154,19 @@ def figures(text: str, last: GenerationResponse) -> dict[str, Any]:
 
 
 def check_options(
-    max_tokens: int, temp: float, top_p: float, seed: int | None, kv_bits: int | None, prefill_step_size: int
+    max_tokens: int,
+    temp: float,
+    top_p: float,
+    seed: int | None,
+    prefill_step_size: int,
+    kv_bits: int | None = None,
+    batch_size: int = 1,
 ) -> None:
-    """Raise ValueError where an option of `stream_generate` is out of range."""
-    if max_tokens < 1:
-        raise ValueError(f"[generate] max_tokens must be at least 1, got {max_tokens}")
-    if not 0 <= temp < float("inf"):
-        raise ValueError(f"[generate] temp must be 0 or more, got {temp}")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"[generate] top_p must lie in (0, 1], got {top_p}")
-    if seed is not None and not 0 <= seed < 2**64:
-        raise ValueError(f"[generate] seed must lie in [0, 2**64), got {seed}")
-    if kv_bits not in (None, 4, 8):
-        raise ValueError(f"[generate] kv_bits must be 4 or 8, got {kv_bits}")
-    if prefill_step_size < 1:
-        raise ValueError(f"[generate] prefill_step_size must be at least 1, got {prefill_step_size}")
+    """Raise UsageError where an option of `stream_generate` or `generate_batch` is out of range."""
+    check_option("max_tokens", max_tokens >= 1, "at least 1", max_tokens)
+    check_option("temp", 0 <= temp < float("inf"), "0 or more", temp)
+    check_option("top_p", 0 < top_p <= 1, "in (0, 1]", top_p)
+    check_option("seed", seed is None or 0 <= seed < 2**64, "in [0, 2**64)", seed)
+    check_option("prefill_step_size", prefill_step_size >= 1, "at least 1", prefill_step_size)
+    check_option("kv_bits", kv_bits in (None, 4, 8), "4 or 8", kv_bits)
+    check_option("batch_size", batch_size >= 1, "at least 1", batch_size)

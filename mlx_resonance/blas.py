@@ -1,4 +1,4 @@
-"""On Linux: a system OpenBLAS in front of the slow BLAS in MLX's CPU build, and malloc settings for its arrays."""
+"""BLAS on Linux: a system OpenBLAS in front of the slow BLAS in MLX's CPU build, and malloc settings for its arrays."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import cache, wraps
 from hashlib import sha256
 from pathlib import Path
@@ -14,12 +14,14 @@ from zlib import crc32
 
 import mlx.core as mx
 
+from ..errors import UsageError
+
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-    from .config import RopeConfig
-    from .generation import PromptCache
-    from .generation.batch import Request
+    from ..checkpoint import Checkpoint
+    from ..generation import PromptCache
+    from ..generation.batch import Request
 
 P = ParamSpec("P")
 LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # what mlx.launch, or its mpirun, tells every process
@@ -31,7 +33,7 @@ class Processes:
     They wait for each other in every method that says "all", so all of them must come to it.
 
     Raises:
-        ValueError: they do not reach each other.
+        UsageError: they do not reach each other.
     """
 
     def __init__(self) -> None:
@@ -40,11 +42,11 @@ class Processes:
             try:
                 self.group = mx.distributed.init()
             except RuntimeError as error:
-                raise ValueError(f"[generate] the processes do not reach each other: {error}") from None
+                raise UsageError(f"the processes do not reach each other: {error}") from None
             self.rank, self.size = self.group.rank(), self.group.size()
 
     def least(self, value: int) -> int:
-        """The least of the numbers that all have."""
+        """The smallest of the numbers that all have."""
         least = mx.distributed.all_min(mx.array(value), group=self.group, stream=mx.cpu)
         return int(least.item())  # type: ignore[arg-type]  # no complex number
 
@@ -54,67 +56,55 @@ class Processes:
         return mx.distributed.all_sum(mine, group=self.group, stream=mx.cpu).tolist()  # type: ignore[return-value]
 
     def agree(self, failed: bool = False) -> bool:
-        """All go on, or none. Returns whether this one failed and is the one to say why."""
+        """All continue, or none. Returns whether this one failed and is the one to say why."""
         lowest, self.agreed = self.least(self.rank if failed else self.size), True
         if lowest < self.size and not failed:
             sys.exit(2)
         return lowest == self.rank
 
-    def load(self, folder: Path, rope: RopeConfig) -> nn.Module:
-        """This process's part of a model. Raises ValueError as `load_model`, and where it cannot be divided."""
+    def load(self, checkpoint: Checkpoint) -> nn.Module:
+        """This process's part of a model. Raises UsageError as `Checkpoint.load`, and where it cannot be divided."""
         from mlx.utils import tree_flatten
 
-        from .loading import load_model
-
-        model, config = load_model(folder, lazy=self.size > 1, rope=rope)
+        model = checkpoint.load(lazy=self.size > 1)
         if self.size == 1:
             return model
-        why = f"[generate] {folder} cannot be divided among {self.size} processes"
+        why = f"{checkpoint.name} cannot be divided among {self.size} processes"
         if not hasattr(model, "shard"):
-            raise ValueError(f"{why}: mlx-lm divides no {config['model_type']} models")
+            raise UsageError(f"{why}: mlx-lm does not divide {checkpoint.config['model_type']} models")
         for key in ("num_attention_heads", "num_key_value_heads"):
-            if (config.get(key) or 0) % self.size:
-                raise ValueError(f"{why}: {key} is {config[key]}")
+            if (checkpoint.config.get(key) or 0) % self.size:
+                raise UsageError(f"{why}: {key} is {checkpoint.config[key]}")
         try:
             model.shard(self.group)
-        except ValueError as error:  # no whole number of features, or of quantized weights that share a scale
-            raise ValueError(f"{why}: {error}") from None
+        except ValueError as error:  # features, or quantized weights that share a scale, that do not divide evenly
+            raise UsageError(f"{why}: {error}") from None
         for _, weight in tree_flatten(model.parameters()):  # type: ignore[str-unpack]
             mx.eval(weight)  # one by one: a whole matrix is read, and gone before the next
         return model
 
     def start(
-        self, tokens: list[int], requests: list[Request], output: Path | None, seed: int | None
-    ) -> tuple[list[Request], Path | None, int | None]:
-        """All are ready: the first one's seed, its unanswered requests, and nowhere to write for the others.
+        self, tokens: list[int], requests: list[Request], done: Collection[str | int], seed: int | None
+    ) -> tuple[list[Request], int | None]:
+        """Start together: the requests that the first process has no answer to, and its seed.
 
         Raises:
-            ValueError: they have not read the same prompts: steps that do not match would wait forever.
+            UsageError: they have not read the same prompts: steps that do not match would wait forever.
         """
-        from .generation.batch import finished_ids
-
         if self.size == 1:
-            return requests, output, seed
-        done = set()
-        if output is not None and self.rank == 0:
-            output.open("a").close()  # what is wrong with it is known before the others begin
-            done = finished_ids(output)
+            return [request for request in requests if request.id not in done], seed
         read = crc32(repr([tokens, *(request.tokens for request in requests)]).encode()) >> 1  # below 2**31
         self.agree()
         if self.least(read) != -self.least(-read):
-            raise ValueError("[generate] the processes have read different prompts")
+            raise UsageError("the processes have read different prompts")
         if seed is None:
             seed = self.first([secrets.randbelow(2**31)])[0]
-        if output is not None:
-            missing = self.first([request.id not in done for request in requests])
-            if self.rank > 0:
-                requests = [request for request, wanted in zip(requests, missing, strict=True) if wanted]
-                output = Path(os.devnull)
-        return requests, output, seed
+        missing = self.first([request.id not in done for request in requests]) if requests else []
+        return [request for request, wanted in zip(requests, missing, strict=True) if wanted], seed
 
     def prompt_cache(self, folder: Path, key: str, max_bytes: int) -> PromptCache:
         """As PromptCache; every process keeps the keys and values of its own heads."""
-        from .generation import PromptCache
+        from ..generation import PromptCache
 
         if self.size == 1:
             return PromptCache(folder, key, max_bytes)
@@ -156,7 +146,7 @@ def together(command: Callable[P, None]) -> Callable[P, None]:
             if all_of_them.agree(failed=True) if not all_of_them.agreed else not alike:
                 sys.stderr = voice
             if isinstance(error, RuntimeError) and "[ring]" in str(error):
-                raise ConnectionError(f"[generate] another process has ended: {error}") from None
+                raise ConnectionError(f"another process has ended: {error}") from None
             raise
 
     return run

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
+from .errors import UsageError
 from .frequencies import (
     RotaryFrequencies,
     default_frequencies,
@@ -61,7 +62,7 @@ class RopeConfig:
         partial_rotary_factor: the part of a head's features that `dims` is.
 
     Raises:
-        ValueError: an unknown type, a key that the type does not know or lacks, or a value out of range.
+        UsageError: an unknown type, a key that the type does not know or lacks, or a value out of range.
     """
 
     dims: int
@@ -75,18 +76,18 @@ class RopeConfig:
         object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
         if not isinstance(self.rope_type, str) or self.base_type not in MAKERS:
             known = ", ".join(MAKERS)
-            raise ValueError(f"[RopeConfig] unknown rope_type {self.rope_type!r}; known: {known}, each also {PREFIX}…")
+            raise UsageError(f"[RopeConfig] unknown rope_type {self.rope_type!r}; known: {known}, each also {PREFIX}…")
         if self.dims > WIDEST:
-            raise ValueError(f"[RopeConfig] dims (head_dim) must be at most {WIDEST}, got {self.dims}")
+            raise UsageError(f"[RopeConfig] dims (head_dim) must be at most {WIDEST}, got {self.dims}")
         arguments = inspect.signature(self._maker).parameters
         keys = [key for key in arguments if key not in NOT_IN_ROPE_DICT]
         for key in keys:
             if arguments[key].default is inspect.Parameter.empty and key not in self.parameters:
-                raise ValueError(f"[RopeConfig] rope_type {self.rope_type!r} needs {key}, which is missing")
+                raise UsageError(f"[RopeConfig] rope_type {self.rope_type!r} needs {key}, which is missing")
         for key, value in self.parameters.items():
             if key not in keys:
                 takes = ", ".join(keys) or "no keys"
-                raise ValueError(
+                raise UsageError(
                     f"[RopeConfig] {key} = {value!r} means nothing to rope_type {self.rope_type!r}, which takes {takes}"
                 )
             _check_kind(key, value)
@@ -94,17 +95,17 @@ class RopeConfig:
         if self.max_position_embeddings is not None:
             _check_kind("max_position_embeddings", self.max_position_embeddings, int)
             if self.max_position_embeddings < 1:
-                raise ValueError(
+                raise UsageError(
                     f"[RopeConfig] max_position_embeddings must be positive, got {self.max_position_embeddings}"
                 )
         original = self.parameters.get("original_max_position_embeddings")
         length = arguments.get("max_position_embeddings")
         if length and length.default is inspect.Parameter.empty and self.max_position_embeddings is None:
-            raise ValueError(
+            raise UsageError(
                 f"[RopeConfig] rope_type {self.rope_type!r} needs max_position_embeddings, which is missing"
             )
         if original and self.max_position_embeddings and original > self.max_position_embeddings:
-            raise ValueError(
+            raise UsageError(
                 f"[RopeConfig] original_max_position_embeddings = {original} is longer than "
                 f"max_position_embeddings = {self.max_position_embeddings}; it is the context before scaling"
             )
@@ -172,7 +173,7 @@ class RopeConfig:
                 `type`), style 5 has `rope_parameters`; where both stand they must agree.
 
         Raises:
-            ValueError: a key is missing, unknown, contradictory or out of range.
+            UsageError: a key is missing, unknown, contradictory or out of range.
         """
         scaling = _rope_dict(config)
         rope_type = _agreed("rope_type", scaling.pop("rope_type", None), scaling.pop("type", None)) or "default"
@@ -183,7 +184,7 @@ class RopeConfig:
         part = 1.0 if part is None else part
         _check_kind("partial_rotary_factor", part)
         if not 0 < part <= 1:
-            raise ValueError(f"[RopeConfig] partial_rotary_factor must lie in (0, 1], got {part}")
+            raise UsageError(f"[RopeConfig] partial_rotary_factor must lie in (0, 1], got {part}")
         original = "original_max_position_embeddings"
         if config.get(original) is not None and rope_type != "default":  # Phi-3 keeps it beside the dict
             scaling[original] = _agreed(original, config[original], scaling.get(original))
@@ -209,10 +210,10 @@ class RopeConfig:
             The keys to put into the whole object; `from_hf` of that object gives an equal RopeConfig.
 
         Raises:
-            ValueError: another style.
+            UsageError: another style.
         """
         if style not in ("4", "5"):
-            raise ValueError(f'[RopeConfig] style must be "4" or "5", got {style!r}')
+            raise UsageError(f'[RopeConfig] style must be "4" or "5", got {style!r}')
         scaling: dict[str, Any] = {"rope_type": self.rope_type, **self.parameters}
         config: dict[str, Any] = {}
         if self.max_position_embeddings is not None:
@@ -233,9 +234,9 @@ def _rope_dict(config: Mapping[str, Any]) -> dict[str, Any]:
     found = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None}
     for key, value in found.items():
         if not isinstance(value, Mapping):
-            raise ValueError(f"[RopeConfig] {key} must be an object, got {value!r}")
+            raise UsageError(f"[RopeConfig] {key} must be an object, got {value!r}")
         if any(isinstance(entry, Mapping) for entry in value.values()):
-            raise ValueError(f"[RopeConfig] {key} differs by layer type ({', '.join(value)}); one for all is supported")
+            raise UsageError(f"[RopeConfig] {key} differs by layer type ({', '.join(value)}); one for all is supported")
     merged: dict[str, Any] = {}
     for value in found.values():
         for key, entry in value.items():
@@ -249,17 +250,17 @@ def _head_dim(config: Mapping[str, Any]) -> int:
         return int(config["head_dim"])
     for key in ("hidden_size", "num_attention_heads"):
         if config.get(key) is None:
-            raise ValueError(f"[RopeConfig] config.json has neither head_dim nor {key}")
+            raise UsageError(f"[RopeConfig] config.json has neither head_dim nor {key}")
         _check_kind(key, config[key], int)
     if config["num_attention_heads"] < 1:
-        raise ValueError(f"[RopeConfig] num_attention_heads must be positive, got {config['num_attention_heads']}")
+        raise UsageError(f"[RopeConfig] num_attention_heads must be positive, got {config['num_attention_heads']}")
     return int(config["hidden_size"] // config["num_attention_heads"])
 
 
 def _agreed(key: str, one: Any, other: Any) -> Any:
     """The value of a key that config.json may hold in two places."""
     if one is not None and other is not None and one != other:
-        raise ValueError(f"[RopeConfig] config.json gives {key} twice, {one!r} and {other!r}; one of them is wrong")
+        raise UsageError(f"[RopeConfig] config.json gives {key} twice, {one!r} and {other!r}; one of them is wrong")
     return other if one is None else one
 
 
@@ -276,4 +277,4 @@ def _check_kind(key: str, value: Any, kind: type | tuple[type, ...] | None = Non
             for number in numbers
         )
     if not right:
-        raise ValueError(f"[RopeConfig] {key} must be {wanted}, got {value!r}")
+        raise UsageError(f"[RopeConfig] {key} must be {wanted}, got {value!r}")

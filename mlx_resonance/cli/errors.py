@@ -1,0 +1,56 @@
+"""Errors in words: the one line that a command prints, with the flags that would change it."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any, NoReturn
+
+from typer.core import TyperCommand
+
+from ..errors import ANOTHER, Remedy, UsageError
+
+
+def fail(error: object, code: int) -> NoReturn:
+    """One line on stderr, and the exit code: 1 the work failed, 2 the request was wrong, 130 interrupted."""
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    sys.exit(code)
+
+
+class Command(TyperCommand):
+    """A command whose users read a mistake of theirs in one line that names this command's flags, and no other's."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run it; exit code 2 after a UsageError."""
+        try:
+            return super().invoke(ctx)
+        except UsageError as error:
+            fail(in_words(error, self), 2)
+
+
+def in_words(error: UsageError, command: Any) -> str:
+    """The message, with those of the remedies that the command has flags for, or with the flag that it is about."""
+    parameters = {parameter.name: parameter for parameter in command.params}
+    ways = [_flags(way, parameters) for way in error.remedies if set(way) <= set(parameters)]
+    if ways:
+        return f"{error.message}: give {' or '.join(ways)}"
+    about = parameters.get(error.option or "")
+    return error.message if about is None else f"{error.message} ({_name(about)})"
+
+
+def _flags(way: Remedy, parameters: dict[str, Any]) -> str:
+    parts = []
+    for name, value in way.items():
+        parameter = parameters[name]
+        if value is ANOTHER:
+            parts.append(f"another {_name(parameter)}")
+        elif isinstance(value, bool):
+            parts.append(_name(parameter) if value else parameter.secondary_opts[0])
+        else:
+            parts.append(_name(parameter) + ("" if value is None else f" {value}"))
+    return " ".join(parts)
+
+
+def _name(parameter: Any) -> str:
+    """--flag, or the name of an argument."""
+    flags = [flag for flag in parameter.opts if flag.startswith("--")]
+    return flags[0] if flags else parameter.make_metavar(None)

@@ -1,0 +1,177 @@
+"""install(): every entry point of mlx-lm reads the angles that `load` reads, or refuses the checkpoint by name."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping
+from dataclasses import fields, is_dataclass
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+import mlx.nn as nn
+import mlx_lm.utils
+from mlx_lm.models import rope_utils
+
+from .attention import ADAPTED_FILES, set_rope
+from .errors import UsageError
+from .rope import ResonanceRoPE
+from .rope_config import MAKERS, NO_EFFECT, PREFIX, RopeConfig
+
+PACKAGE = "mlx_lm.models."
+SHARED_FILES = {"base", "cache", "rope_utils", "activations", "switch_layers", "pipeline"}  # no models
+PLAIN_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # of a rope dictionary without a scaling
+PLAIN = {"rope_theta": 10000, "partial_rotary_factor": 1}
+OF_MLX_LM_ALONE = {"deepseek_yarn", "telechat3-yarn"}  # its names for yarn with other softmax scales
+
+
+def install() -> None:
+    """Have every model that mlx-lm loads rotate as its config.json says, in either style, by exact angles.
+
+    LLaMA, Mistral, Qwen 2 and 3, Granite and SmolLM 3 get the attention that `load` gives them. Other architectures get
+    `ResonanceRoPE` for every scaling where their file asks mlx-lm's `initialize_rope` for it; a config.json that asks
+    their file for angles that it would not compute is refused. One that asks for nothing special is left alone.
+
+    This replaces two functions of mlx-lm, wherever they have been imported: `load_model` and `initialize_rope`.
+    Calling it again changes nothing.
+    """
+    if hasattr(mlx_lm.utils.load_model, "of_mlx_lm"):
+        return
+    _replace(mlx_lm.utils.load_model, _load_model(mlx_lm.utils.load_model))
+    _replace(rope_utils.initialize_rope, _initialize_rope(rope_utils.initialize_rope))
+
+
+def _replace(original: Callable[..., Any], ours: Callable[..., Any]) -> None:
+    ours.of_mlx_lm = original  # type: ignore[attr-defined]
+    for module in list(sys.modules.values()):
+        for name, value in list(getattr(module, "__dict__", {}).items()):
+            if value is original:
+                setattr(module, name, ours)
+
+
+def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
+    signature = inspect.signature(original)
+
+    def load_model(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
+        """mlx-lm's, with the angles that config.json asks for. Raises UsageError where its file has no such angles."""
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        get_model_classes = bound.arguments["get_model_classes"]
+        rope: RopeConfig | None = None
+
+        def classes(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
+            nonlocal rope
+            model_class, args_class = get_model_classes(config=config)
+            file = model_class.__module__.removeprefix(PACKAGE)
+            if file in ADAPTED_FILES and model_class.__module__.startswith(PACKAGE):
+                rope = RopeConfig.from_hf(config)
+                plain = {"rope_theta": rope.base, "rope_scaling": None, "rope_parameters": None}
+                return model_class, SimpleNamespace(from_dict=lambda config: args_class.from_dict(config | plain))
+            honoured = honoured_config(config, model_class, args_class)
+            return model_class, SimpleNamespace(from_dict=lambda config: args_class.from_dict(config | honoured))
+
+        bound.arguments["get_model_classes"] = classes
+        model, config = original(*bound.args, **bound.kwargs)
+        if rope is not None:
+            set_rope(model, rope)
+        return model, config
+
+    return load_model
+
+
+def honoured_config(config: Mapping[str, Any], model_class: type, args_class: Any) -> dict[str, Any]:
+    """What to change in a config.json so that a file of mlx-lm that is not adapted computes the angles it asks for.
+
+    Args:
+        config: the whole object.
+        model_class, args_class: of the file.
+
+    Returns:
+        Keys in the style that the file reads; empty where it reads config.json as it is.
+
+    Raises:
+        UsageError: the file would compute other angles.
+    """
+    kind, source = str(config.get("model_type")), _source(sys.modules[model_class.__module__])
+    known = {entry.name for entry in fields(args_class)} if is_dataclass(args_class) else set()
+    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
+    for asked in filter(None, (part.get(key) for part in parts for key in ("rope_scaling", "rope_parameters"))):
+        if not isinstance(asked, Mapping):
+            raise UsageError(f"rope_scaling must be an object, got {asked!r:.80}")
+        by_layer = [value for value in asked.values() if isinstance(value, Mapping)]
+        for one in by_layer or [asked]:
+            _check_honoured(kind, one, source)
+    asked = config.get("rope_parameters") or {}
+    reads_it = "rope_parameters" in known or any(isinstance(value, Mapping) for value in asked.values())
+    return {} if reads_it else _in_style_4(kind, asked, known)
+
+
+def _source(module: ModuleType) -> str:
+    """The text of a model file, and of the files of mlx-lm that it takes models from."""
+    names = {module.__name__}
+    for value in vars(module).values():
+        names.add(value.__name__ if isinstance(value, ModuleType) else str(getattr(value, "__module__", "")))
+    found = (name for name in names if name.startswith(PACKAGE) and name.removeprefix(PACKAGE) not in SHARED_FILES)
+    return "".join(inspect.getsource(sys.modules[name]) for name in sorted({module.__name__, *found}))
+
+
+def _check_honoured(kind: str, asked: Mapping[str, Any], source: str) -> None:
+    """Refuse a rope dictionary that a file with this source does not honour.
+
+    A file honours a scaling that it names itself, as phi3 does with "longrope", or that it hands to `initialize_rope`.
+    """
+    rope_type = str(asked.get("rope_type") or asked.get("type") or "default")
+    named = any(f"{quote}{rope_type}{quote}" in source for quote in "\"'")
+    handed_on = "initialize_rope(" in source and ("rope_scaling" in source or "rope_parameters" in source)
+    is_ours = rope_type.removeprefix(PREFIX) in MAKERS
+    if rope_type == "default" or (named and not rope_type.startswith(PREFIX)):
+        unknown = [key for key in set(asked) - PLAIN_KEYS if rope_type == "default" and key not in source]
+    elif handed_on and (is_ours or rope_type in OF_MLX_LM_ALONE):
+        takes = inspect.signature(MAKERS[rope_type.removeprefix(PREFIX)]).parameters if is_ours else asked
+        unknown = [key for key in set(asked) - PLAIN_KEYS - NO_EFFECT if key not in takes and key not in source]
+    else:
+        raise UsageError(f"a {kind} model of mlx-lm does not compute the angles of rope type {rope_type}")
+    if unknown:
+        names = ", ".join(sorted(unknown))
+        raise UsageError(f"a {kind} model of mlx-lm does not compute the angles that {names} of config.json asks for")
+
+
+def _in_style_4(kind: str, asked: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
+    """`rope_parameters` in the keys of transformers 4, for a file that reads no others."""
+    scaling = {key: value for key, value in asked.items() if key not in ("rope_theta", "partial_rotary_factor")}
+    rope_type = str(scaling.pop("rope_type", None) or scaling.pop("type", None) or "default")
+    changes = {key: asked[key] for key in ("rope_theta", "partial_rotary_factor") if asked.get(key) is not None}
+    if rope_type != "default":
+        changes["rope_scaling"] = scaling | {"rope_type": rope_type, "type": rope_type}
+    for key, value in changes.items():
+        if key not in known and value != PLAIN.get(key):
+            raise UsageError(f"a {kind} model of mlx-lm does not read {key}, which config.json gives as {value!r:.80}")
+    return {key: value for key, value in changes.items() if key in known}
+
+
+def _initialize_rope(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    def initialize_rope(
+        dims: int,
+        base: float,
+        traditional: bool,
+        scaling_config: dict[str, Any] | None = None,
+        max_position_embeddings: int | None = None,
+    ) -> nn.Module:
+        """mlx-lm's, with exact angles for every scaling that is known here."""
+        scaling = {
+            key: value for key, value in (scaling_config or {}).items() if key not in PLAIN_KEYS - {"rope_type", "type"}
+        }
+        rope_type = str(scaling.get("rope_type") or scaling.get("type") or "default")
+        if rope_type == "default" or rope_type.removeprefix(PREFIX) not in MAKERS:
+            return original(dims, base, traditional, scaling_config, max_position_embeddings)
+        rope = RopeConfig.from_hf(
+            {
+                "head_dim": dims,
+                "rope_theta": base,
+                "rope_scaling": scaling,
+                "max_position_embeddings": max_position_embeddings,
+            }
+        )
+        return ResonanceRoPE(rope.frequencies if rope.depends_on_length else rope.frequencies(), traditional)
+
+    return initialize_rope

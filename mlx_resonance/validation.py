@@ -1,0 +1,139 @@
+"""Validation of a checkpoint: its config.json against the names of its tensors, before any weight is read."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import MISSING, fields
+from typing import TYPE_CHECKING, Any
+
+from .errors import UsageError
+from .rope_config import RopeConfig
+
+if TYPE_CHECKING:
+    import mlx.nn as nn
+
+# model_type in config.json, and the model file of mlx-lm that runs it.
+SUPPORTED: Mapping[str, str] = {
+    "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "granite": "granite",
+    "smollm3": "smollm3",
+}  # fmt: skip
+# mlx-lm's modes, the bits and the group sizes of each.
+QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
+    "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
+    "mxfp4": ((4,), (32,)),
+    "nvfp4": ((4,), (16,)),
+    "mxfp8": ((8,), (32,)),
+}
+FALSE_IS_NONE = ("quantization_config", "sliding_window")
+COUNTS = {
+    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
+    "head_dim", "sliding_window",
+}  # fmt: skip
+
+
+def check_config(config: dict[str, Any], tensors: Collection[str] | None) -> dict[str, Any]:
+    """Compare config.json with what a model needs, and with the names of the tensors.
+
+    Args:
+        config: the whole object.
+        tensors: names; None where the weights are not at hand, and only config.json is checked.
+
+    Returns:
+        config, with `tie_word_embeddings` as the weights have it where it does not say.
+
+    Raises:
+        UsageError: it cannot be right.
+    """
+    kind = config["model_type"]
+    if kind not in SUPPORTED:
+        raise UsageError(f"model_type {kind!r}: supported are {', '.join(SUPPORTED)}")
+    _, args_class = model_classes(config)
+    for entry in fields(args_class):
+        required = entry.default is MISSING and entry.default_factory is MISSING
+        if required and entry.name != "rope_theta" and config.get(entry.name) is None:
+            raise UsageError(f"config.json has no {entry.name}, which a {kind} model needs")
+    if config.get("hidden_act") not in (None, "silu"):
+        raise UsageError(f"hidden_act = {config['hidden_act']!r}: the models here have silu")
+    # What is false, 0 or empty here is not there; mlx-lm and transformers each see something else in it.
+    config = config | {key: config[key] or None for key in ("quantization", *FALSE_IS_NONE) if key in config}
+    _check_counts(config)
+    if tensors is None:
+        return config
+    _check_layers(config, tensors)
+    _check_quantization(config.get("quantization"), tensors)
+    if "model.norm.weight" not in tensors:
+        raise UsageError("the weights have no model.norm.weight, which every model here has")
+    return {"tie_word_embeddings": "lm_head.weight" not in tensors} | config
+
+
+def _check_quantization(settings: Any, tensors: Collection[str]) -> None:
+    """Refuse what MLX would not refuse in one line, or not at all: it divides by a group size of 0."""
+    if settings is None:
+        return
+    if not isinstance(settings, dict):
+        raise UsageError(f"quantization must be an object, got {settings!r:.80}")
+    common = {key: settings[key] for key in ("group_size", "bits", "mode") if key in settings}
+    for layer, own in [("", {}), *((key, value) for key, value in settings.items() if key not in common)]:
+        if own is True or (own is False and f"{layer}.scales" not in tensors):
+            continue
+        values = {"mode": "affine"} | common | own if isinstance(own, dict) else {}
+        bits, sizes = QUANTIZATIONS.get(str(values.get("mode")), ((), ()))
+        right = type(values.get("bits")) is int and type(values.get("group_size")) is int
+        if not right or values["bits"] not in bits or values["group_size"] not in sizes or len(values) > 3:
+            where = f" of {layer}" if layer else ""
+            raise UsageError(
+                f"quantization{where}: expected mlx-lm's bits, group_size, mode, got {own or settings!r:.60}"
+            )
+
+
+def _check_counts(config: Mapping[str, Any]) -> None:
+    """Refuse numbers of heads that no model has, before one is built."""
+    for key in COUNTS & set(config):
+        value = config[key]
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
+            raise UsageError(f"{key} must be a positive integer, got {value!r}")
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    kv_heads = config.get("num_key_value_heads") or heads
+    if heads % kv_heads:
+        raise UsageError(f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}")
+    if config.get("head_dim") is None and width % heads:
+        raise UsageError(f"hidden_size = {width} is no multiple of num_attention_heads = {heads}")
+    kinds = config.get("layer_types")
+    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise UsageError(f"layer_types must be a list of names, got {kinds!r:.80}")
+
+
+def _check_layers(config: Mapping[str, Any], tensors: Collection[str]) -> None:
+    """Refuse numbers of layers that the weights do not have."""
+    layers = {int(found[1]) for name in tensors if (found := re.match(r"model\.layers\.([0-9]{1,9})\.", name))}
+    kinds = config.get("layer_types")
+    counts = {"num_hidden_layers": config["num_hidden_layers"]} | ({} if kinds is None else {"layer_types": len(kinds)})
+    for key, count in counts.items():
+        if count != len(layers) or layers != set(range(len(layers))):
+            raise UsageError(f"config.json says {key} of {count} layers, the weights have {len(layers)}")
+
+
+def check_windows(config: Mapping[str, Any], rope: RopeConfig) -> None:
+    """Refuse attention windows that the model would not keep to, given the context of the rope settings in use."""
+    window, kinds = config.get("sliding_window"), set(config.get("layer_types") or ())
+    if config["model_type"].startswith("qwen") and not config.get("use_sliding_window"):
+        window, kinds = None, set()
+    if not kinds <= {"full_attention", "sliding_attention"}:
+        raise UsageError(f"layer_types {', '.join(sorted(map(str, kinds)))}: only full and sliding attention")
+    has_windows = SUPPORTED[config["model_type"]] in ("llama", "smollm3")
+    if has_windows and kinds == {"sliding_attention"}:
+        raise UsageError("layer_types has no full_attention: a model here needs one such layer")
+    windows_kept = has_windows and kinds == {"full_attention", "sliding_attention"}
+    if window and not windows_kept and window < (rope.context_length or 0):
+        raise UsageError(
+            f"sliding_window = {window} is shorter than the context of {rope.context_length} tokens: "
+            f"a {config['model_type']} model here attends to all of it"
+        )
+
+
+def model_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
+    """mlx-lm's model and arguments class of a supported `model_type`."""
+    module = importlib.import_module(f"mlx_lm.models.{SUPPORTED[config['model_type']]}")
+    return module.Model, module.ModelArgs
