@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from mlx_resonance.checks import QUANTIZATIONS
+from mlx_resonance.validation import QUANTIZATIONS
 from mlx_resonance.errors import UsageError
 
 import mlx.core as mx
