@@ -45,7 +45,7 @@ def adapt(model: nn.Module) -> None:
         if not hasattr(kind.__call__, "of_mlx_lm"):
             call = wrap(kind.__call__)
             call.of_mlx_lm = kind.__call__  # type: ignore[attr-defined]
-            kind.__call__ = call  # type: ignore[method-assign]
+            kind.__call__ = call
 
 
 def _with_angles(forward: Callable[..., mx.array]) -> Callable[..., mx.array]:

@@ -103,12 +103,12 @@ class Checkpoint:
         return cls(name, folder, config, headers, rope, rope, tensors)
 
     def with_rope(self, rope: RopeConfig) -> Checkpoint:
-        """The same checkpoint with other rope settings. Raises UsageError where its windows do not fit their context."""
+        """The checkpoint with other rope settings. Raises UsageError where its windows do not fit their context."""
         check_windows(self.config, rope)
         return replace(self, rope=rope)
 
     def rescaled(self, factor: float) -> Checkpoint:
-        """The same checkpoint with `factor` times the context before scaling; raises UsageError as `scaling.rescale`."""
+        """The checkpoint with `factor` times the context before scaling. Raises UsageError as `scaling.rescale`."""
         return self.with_rope(rescale(self.own_rope, factor))
 
     @cached_property
@@ -177,7 +177,7 @@ class Checkpoint:
         """The model without any weights. Raises UsageError where there is no such model."""
         model_class, args_class = model_classes(self.config)
         try:
-            model: nn.Module = model_class(args_class.from_dict(self.plain_config))
+            model: nn.Module = model_class(args_class.from_dict(self.plain_config))  # type: ignore[call-arg]
         except LOADING_ERRORS as error:
             raise UsageError(f"no {self.config['model_type']} model is like this config.json: {error!r}") from None
         set_rope(model, self.rope)

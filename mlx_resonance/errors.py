@@ -16,7 +16,7 @@ class UsageError(ValueError):
         message: one line: the thing, its value, what would be right. It names neither a flag nor a command.
         option: the parameter of the call that it is about.
         remedies: changes of the call that would make it right, the best one first. Each maps parameters to their new
-            values; None stands for a value that the user has to choose, `ANOTHER` for one that differs from what was given.
+            values; None for one that the user has to choose, `ANOTHER` for one that differs from what was given.
     """
 
     def __init__(self, message: str, *, option: str | None = None, remedies: Sequence[Remedy] = ()) -> None:

@@ -37,12 +37,13 @@ def install() -> None:
     """
     if hasattr(mlx_lm.utils.load_model, "of_mlx_lm"):
         return
-    _replace(mlx_lm.utils.load_model, _load_model(mlx_lm.utils.load_model))
-    _replace(rope_utils.initialize_rope, _initialize_rope(rope_utils.initialize_rope))
+    for original, make in ((mlx_lm.utils.load_model, _load_model), (rope_utils.initialize_rope, _initialize_rope)):
+        ours: Any = make(original)
+        ours.of_mlx_lm = original
+        _replace(original, ours)
 
 
 def _replace(original: Callable[..., Any], ours: Callable[..., Any]) -> None:
-    ours.of_mlx_lm = original  # type: ignore[attr-defined]
     for module in list(sys.modules.values()):
         for name, value in list(getattr(module, "__dict__", {}).items()):
             if value is original:
@@ -158,9 +159,7 @@ def _initialize_rope(original: Callable[..., nn.Module]) -> Callable[..., nn.Mod
         max_position_embeddings: int | None = None,
     ) -> nn.Module:
         """mlx-lm's, with exact angles for every scaling that is known here."""
-        scaling = {
-            key: value for key, value in (scaling_config or {}).items() if key not in PLAIN_KEYS - {"rope_type", "type"}
-        }
+        scaling = {k: v for k, v in (scaling_config or {}).items() if k not in ("rope_theta", "partial_rotary_factor")}
         rope_type = str(scaling.get("rope_type") or scaling.get("type") or "default")
         if rope_type == "default" or rope_type.removeprefix(PREFIX) not in MAKERS:
             return original(dims, base, traditional, scaling_config, max_position_embeddings)

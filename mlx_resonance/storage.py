@@ -199,6 +199,8 @@ class RunLog:
             content = file.read()
             whole = content[: content.rfind(b"\n") + 1]
             self._refuse_foreign_end(content[len(whole) :], has_header=bool(whole))
+            if whole:
+                self._take(whole)
             if len(whole) < len(content):
                 file.truncate(len(whole))
             if not whole:
@@ -207,7 +209,10 @@ class RunLog:
 
     def reload(self) -> None:
         """Read the results again: another process may have added some."""
-        self.header, lines = read_run_log(self.path, self.kind, self.option)
+        self._take(self.path.read_bytes())
+
+    def _take(self, content: bytes) -> None:
+        self.header, lines = _parse(self.path, self.kind, content, self.option)
         for name in self.settings:
             self._compare(name, self.header.get(name), self.settings[name])
         self._records: dict[tuple[Any, ...], Record] = {}
@@ -215,8 +220,9 @@ class RunLog:
             where = f"{self.path}, line {number}"
             for name, wanted in self._fields.items():
                 check_field(where, line, name, wanted, option=self.option)
-            if missing := [name for name in self.key if name not in line]:
-                raise UsageError(f"{where} has no {missing[0]!r}", option=self.option)
+            for name in self.key:
+                if type(line.get(name)) not in (str, int):
+                    raise UsageError(f"{where} has no {name!r} that is a string or an integer", option=self.option)
             self._records[self._key_of(line)] = line
 
     def __contains__(self, key: object) -> bool:
@@ -244,7 +250,7 @@ class RunLog:
         if record is not None:
             what = ", ".join(f"{name} {value!r}" for name, value in zip(self.key, key, strict=True))
             for name, value in same.items():
-                self._compare(name, record.get(name), json.loads(json.dumps(value)), f" for {what}")
+                self._compare(name, record.get(name), json.loads(json.dumps(value)), f"another result for {what}")
         return record
 
     def append(self, *records: Record) -> None:
@@ -266,15 +272,13 @@ class RunLog:
         if end and not (end.startswith(start) or start.startswith(end)):
             raise not_a_run_log(self.path, self.kind, "its last line is not JSON", self.option)
 
-    def _compare(self, name: str, found: Any, wanted: Any, where: str = "") -> None:
-        if found == wanted:
-            return
-        name, found, wanted = _difference(name, found, wanted)
-        raise UsageError(
-            f"{self.path} has results of other settings{where}: {name} is {_short(found)} there and {_short(wanted)} "
-            "here; repeat those settings or write to another file",
-            remedies=[{self.option: ANOTHER}],
-        )
+    def _compare(self, name: str, found: Any, wanted: Any, what: str = "results of other settings") -> None:
+        if found != wanted:
+            name, found, wanted = _difference(name, found, wanted)
+            raise UsageError(
+                f"{self.path} has {what}: {name} is {_short(found)} there and {_short(wanted)} here",
+                remedies=[{self.option: ANOTHER}],
+            )
 
 
 def read_run_log(path: Path, kind: str, option: str = "output") -> tuple[Record, list[Record]]:
@@ -290,6 +294,10 @@ def read_run_log(path: Path, kind: str, option: str = "output") -> tuple[Record,
         raise MissingFileError(f"{path}: no such file", option=option) from None
     except OSError as error:
         raise not_a_run_log(path, kind, str(error), option) from None
+    return _parse(path, kind, content, option)
+
+
+def _parse(path: Path, kind: str, content: bytes, option: str) -> tuple[Record, list[Record]]:
     lines: list[Record] = []
     for number, data in enumerate(content[: content.rfind(b"\n") + 1].splitlines(), 1):
         try:

@@ -9,11 +9,15 @@ import json
 import shutil
 import sys
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
+from mlx_lm.models import llama
 
+STDLIB_LLAMA = Path(str(files("mlx_resonance") / "assets" / "stdlib-llama"))
 COMMAND = [str(Path(sys.executable).with_name("mlx-resonance")), "generate"]
 
 # Code for a process of its own: the most memory that it has held, in bytes.
@@ -33,6 +37,25 @@ def in_float32(folder: Path, target: Path) -> Path:
     config = json.loads((target / "config.json").read_text()) | {"dtype": "float32", "torch_dtype": "float32"}
     (target / "config.json").write_text(json.dumps(config))
     return target
+
+
+def random_checkpoint(
+    folder: Path, hidden: int, feed_forward: int, layers: int, heads: int, kv_heads: int, vocabulary: int, dtype: Any
+) -> Path:
+    """A random LLaMA of 16384 tokens of context, with the tokenizer of stdlib-llama."""
+    config = {
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "max_position_embeddings": 16384, "tie_word_embeddings": True,
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(STDLIB_LLAMA / name, folder / name)
+    model = llama.Model(llama.ModelArgs.from_dict(config))
+    weights = {name: value.astype(dtype) for name, value in tree_flatten(model.parameters())}
+    mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
+    return folder
 
 
 def weights(folder: Path) -> dict[str, mx.array]:

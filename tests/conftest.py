@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,10 @@ import hypothesis
 import mlx.core as mx
 import pytest
 
-from .checkpoints import in_float32
+from .checkpoints import STDLIB_LLAMA, in_float32
 
 # Of tests/kernels/mutants.py: that a test fails is enough, a smaller example of it takes minutes to find.
 hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate])
-
-STDLIB_LLAMA = Path(str(files("mlx_resonance") / "assets" / "stdlib-llama"))
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
@@ -112,6 +109,20 @@ def copy_of(tmp_path: Path) -> Any:
         return target
 
     return copy
+
+
+@pytest.fixture
+def installed() -> Iterator[None]:
+    """mlx-lm after `install()`; as it was, at the end."""
+    from mlx_resonance import install, mlx_lm_models
+
+    import mlx_lm.utils
+    from mlx_lm.models import rope_utils
+
+    install()
+    yield
+    for ours in (mlx_lm.utils.load_model, rope_utils.initialize_rope):
+        mlx_lm_models._replace(ours, ours.of_mlx_lm)
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import plan_memory
+from mlx_resonance.cli.processes import Processes
 from mlx_resonance.convert import convert
-from mlx_resonance.distributed import Processes
 
 import mlx.core as mx
 import numpy as np
@@ -26,25 +26,23 @@ MAIN = [sys.executable, "-c", "from mlx_resonance.cli import main; main()"]
 REPORT = """
 import json, sys
 from pathlib import Path
-from mlx_resonance import RopeConfig, generate
-from mlx_resonance.distributed import processes
-from mlx_resonance.files import read_config
+from mlx_resonance import Checkpoint, generate
+from mlx_resonance.cli.processes import processes
 from mlx_resonance.generation.cache import make_cache
-from mlx_resonance.loading import load_tokenizer
 import mlx.core as mx
 from mlx.utils import tree_flatten
 from mlx_lm.generate import generation_stream
 
 group = processes()
-reports = {"seed": group.start([], [], None, None)[2]}
+reports = {"seed": group.start([], [], (), None)[1]}
 tokens = json.loads(Path(sys.argv[1]).read_text())
 for folder in map(Path, sys.argv[3:]):
-    config = read_config(folder)
+    checkpoint = Checkpoint.open(folder)
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model = group.load(folder, RopeConfig.from_hf(config))
-    peak, tokenizer = mx.get_peak_memory() - before, load_tokenizer(folder, config)
+    model = group.load(checkpoint)
+    peak, tokenizer = mx.get_peak_memory() - before, checkpoint.tokenizer
     weights = {name: value.nbytes for name, value in tree_flatten(model.parameters())}
     cache = make_cache(model, len(tokens))
     logits = model(mx.array([tokens]), cache=cache)[0, -1].astype(mx.float32)
@@ -68,7 +66,7 @@ COMMANDS = """
 import contextlib, io, json, sys
 from pathlib import Path
 from mlx_resonance.cli import main
-from mlx_resonance.distributed import processes
+from mlx_resonance.cli.processes import processes
 from mlx_resonance.generation import stream
 
 group, ends, known, prefill = processes(), [], [], stream.prefill
@@ -214,9 +212,13 @@ def ends(models: list[Path], stdlib_llama: Path, tmp_path_factory: pytest.TempPa
     (folder / "prompts.jsonl").write_text(
         "".join(json.dumps({"id": i, "prompt": f"def f{i}("}) + "\n" for i in range(3))
     )
-    (folder / "answers.jsonl").write_text(json.dumps({"id": 1, "text": "kept"}) + '\n{"id": 2, "te')
     prompt = ["--prompt", "import re\n" * 60, "--max-tokens", 8]
     answers = ["--prompts-file", folder / "prompts.jsonl", "--output", folder / "answers.jsonl", "--max-tokens", 4]
+    (folder / "first.jsonl").write_text(json.dumps({"id": 1, "prompt": "def f1("}) + "\n")
+    one = [*MAIN, "generate", "--model", whole, "--prompts-file", folder / "first.jsonl", *answers[2:], "--temp", 1]
+    subprocess.run(list(map(str, one)), check=True, capture_output=True, env=environment())
+    with (folder / "answers.jsonl").open("a") as file:
+        file.write('{"id": 2, "te')
 
     def cached(*folders: str) -> list[list[Any]]:
         return [["--model", quantized, *prompt, "--prompt-cache", folder / name] for name in folders]
@@ -226,7 +228,7 @@ def ends(models: list[Path], stdlib_llama: Path, tmp_path_factory: pytest.TempPa
         "one": [["--model", model, *prompt] for model in (whole, folder / "missing")],
         "prompts": [["--model", whole, "--prompt", text] for text in ("one", "another")],
         "stdin": [["--model", whole]] * 2,
-        "output": [["--model", whole, *answers[:3], folder / "no" / "folder"]] * 2,
+        "output": [["--model", whole, *answers[:3], folder]] * 2,
         "read": cached("first", "second"),
         "of one": cached("first", "third"),
         "of both": cached("first", "third"),
@@ -245,8 +247,8 @@ def ends(models: list[Path], stdlib_llama: Path, tmp_path_factory: pytest.TempPa
         ("groups", 0, "cannot be divided among 2 processes: "),  # 576 features are nine groups of 64
         ("one", 1, "missing"),
         ("prompts", 0, "different prompts"),
-        ("stdin", 0, "not standard input"),  # which mlx.launch never ends
-        ("output", 0, "folder"),
+        ("stdin", 0, "cannot share standard input"),  # which mlx.launch never ends
+        ("output", 0, "is a folder: a file is needed"),
     ],
 )
 def test_an_error_is_said_once_and_ends_all(ends: dict[str, Any], name: str, speaker: int, message: str) -> None:
@@ -266,10 +268,10 @@ def test_the_prompt_cache_of_two_processes(ends: dict[str, Any]) -> None:
     assert [len(list((ends["folder"] / name).iterdir())) for name in ("first", "second", "third")] == [1, 1, 1]
 
 
-def test_an_interrupted_file_of_answers_goes_on(ends: dict[str, Any]) -> None:
+def test_an_interrupted_file_of_answers_is_resumed(ends: dict[str, Any]) -> None:
     assert [code for code, *_ in ends["answers"]] == [0, 0]
-    answers = [json.loads(line) for line in (ends["folder"] / "answers.jsonl").read_text().splitlines()]
-    assert sorted(answer["id"] for answer in answers) == [0, 1, 2] and answers[0]["text"] == "kept"
+    header, *answers = [json.loads(line) for line in (ends["folder"] / "answers.jsonl").read_text().splitlines()]
+    assert header["answers"] == 1 and sorted(answer["id"] for answer in answers) == [0, 1, 2] and answers[0]["id"] == 1
 
 
 def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:

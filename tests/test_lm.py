@@ -99,11 +99,8 @@ def test_cache_prompt_keeps_what_our_own_model_does(extended: Path, tmp_path: Pa
 
 
 @pytest.fixture
-def run_lm(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
+def run_lm(run: Any, installed: None, monkeypatch: pytest.MonkeyPatch) -> Any:
     """run_lm(argument, …) -> exit code, stdout, stderr, in this process; what `install` has done is undone."""
-    from mlx_lm.models import rope_utils
-
-    monkeypatch.setattr(rope_utils, "initialize_rope", rope_utils.initialize_rope)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return lambda *arguments: run("lm", *arguments)
 

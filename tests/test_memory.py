@@ -1,27 +1,23 @@
-"""The memory plan against what MLX measures, and the guard that refuses what does not fit."""
+"""The memory plan against what MLX measures, and what is refused because it does not fit."""
 
 from __future__ import annotations
 
-import importlib.util
+import gc
 import json
 import math
 import re
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import load, plan_memory
-from mlx_resonance.generation import memory
-from mlx_resonance.generation.memory import guard
+from mlx_resonance import Checkpoint, load, plan_memory, stream_generate
+from mlx_resonance.errors import UsageError
+from mlx_resonance.generation.memory import require_memory
+from mlx_resonance.sizes import format_size
 
 import mlx.core as mx
 import pytest
 
-spec = importlib.util.spec_from_file_location(
-    "memory_benchmark", Path(__file__).parents[1] / "benchmarks" / "memory.py"
-)
-assert spec is not None and spec.loader is not None
-benchmark = importlib.util.module_from_spec(spec)
-spec.loader.exec_module(benchmark)
+from .checkpoints import random_checkpoint
 
 KEYS = {"context", "weights", "kv_per_token", "kv", "prefill", "total", "limit", "fits", "max_context"}
 SHAPES = {
@@ -62,16 +58,26 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def peak(model: Any, tokenizer: Any, context: int, step: int, kv_bits: int | None) -> int:
+    """Bytes that MLX held at most while a prompt of `context` - 2 tokens was read and 2 were written."""
+    gc.collect()
+    mx.clear_cache()
+    mx.reset_peak_memory()
+    options: dict[str, Any] = {"max_tokens": 2, "kv_bits": kv_bits, "prefill_step_size": step}
+    list(stream_generate(model, tokenizer, [5] * (context - 2), **options))
+    return mx.get_peak_memory()
+
+
 @pytest.mark.parametrize("name", SHAPES)
 def test_the_plan_is_within_a_tenth_of_the_peak(name: str, tmp_path: Path) -> None:
-    path = benchmark.make(tmp_path / "model", SHAPES[name])
+    path = random_checkpoint(tmp_path / "model", *SHAPES[name])
     model, tokenizer = load(path)
     slow = SHAPES[name][-1] == mx.bfloat16 and mx.default_device() == mx.cpu
     sizes = ((512, 256), (1536, 512)) if slow else ((768, 512), (2048, 512))
     for context, step in (*sizes, (3072, 2048)) if name == next(iter(SHAPES)) else sizes:
         for kv_bits in (None, 8, 4):
             planned = plan_memory(path, context, kv_bits=kv_bits, prefill_step_size=step).total
-            found = benchmark.measured(model, tokenizer, context, step, kv_bits)
+            found = peak(model, tokenizer, context, step, kv_bits)
             assert planned == pytest.approx(found, rel=0.1), (context, step, kv_bits)
 
 
@@ -104,62 +110,47 @@ def test_the_largest_context_is_exactly_the_largest(big: Path, there: int) -> No
     assert set(plan_memory(big, 1, memory=4 * 10**9).max_context.values()) == {0}
 
 
-def refusal(folder: Path, context: int, **options: Any) -> str:
-    with pytest.raises(ValueError, match=r"^\[generate\] .* need .* there are .*--force") as error:
-        guard(folder, context, **options)
-    return str(error.value)
+def refusal(folder: Path, context: int, **options: Any) -> UsageError:
+    with pytest.raises(UsageError, match=f"^{context} tokens need .* the limit is ") as error:
+        require_memory(Checkpoint.open(folder), context, **options)
+    assert error.value.remedies[-1] == {"force": True}
+    return error.value
 
 
 @pytest.mark.parametrize("there", [5.2, 6, 8, 16, 32])
 @pytest.mark.parametrize("kv_bits", [None, 8, 4])
 @pytest.mark.parametrize("step", [128, 2048, 8192])
-def test_what_the_guard_advises_fits(big: Path, there: float, kv_bits: int | None, step: int) -> None:
-    """Each of its alternatives, for contexts around and far past what fits."""
+def test_what_is_advised_fits(big: Path, there: float, kv_bits: int | None, step: int) -> None:
+    """Each of its remedies, for contexts around and far past what fits."""
     options: dict[str, Any] = {"kv_bits": kv_bits, "memory": int(there * 10**9), "prefill_step_size": step}
     most = plan_memory(big, 1, **options).max_context
     name = "16 bit" if kv_bits is None else f"{kv_bits} bit"
     if most[name]:
-        guard(big, most[name], **options)
+        require_memory(Checkpoint.open(big), most[name], **options)
     for context in {most[name] + 1, most["8 bit"] + 1, most["4 bit"], most["4 bit"] + 1, 3 * most["4 bit"] + 10}:
         if context <= most[name]:
             continue
-        message = refusal(big, context, **options)
+        error = refusal(big, context, **options)
         plan = plan_memory(big, context, **options)
         for size in (plan.total, plan.weights, plan.kv, plan.prefill, plan.limit):
-            assert memory.gigabytes(size) in message
-        for way in message.rsplit(": ", 1)[1].removesuffix(" (--force goes on)").split(" or "):
-            changed, tokens = dict(options), context
-            if found := re.search(r"--kv-bits (\d+)", way):
-                changed["kv_bits"] = int(found[1])
-            if found := re.search(r"--prefill-step-size (\d+)", way):
-                changed["prefill_step_size"] = int(found[1])
-            if found := re.search(r"at most (\d+) tokens", way):
-                tokens = int(found[1])
-            assert (changed, tokens) != (options, context) or "smaller model" in way, way
-            assert plan_memory(big, tokens, **changed).fits or "smaller model" in way, way
-            if "smaller model" in way:
-                changed |= {"kv_bits": 4, "prefill_step_size": min(128, step)}
-                assert not plan_memory(big, 1, **changed).fits
+            assert format_size(size) in error.message
+        for way in error.remedies[:-1]:
+            assert way and plan_memory(big, context, **options | dict(way)).fits
+        if found := re.search(r"up to (\d+) tokens fit with keys and values in (\d+) bit", error.message):
+            bits = None if found[2] == "16" else int(found[2])
+            assert plan_memory(big, int(found[1]), **options | {"kv_bits": bits}).fits
+        else:
+            assert "only a smaller model" in error.message
+            assert not plan_memory(big, 1, **options | {"kv_bits": 4}).fits
 
 
-def test_the_guard_advises_both_flags_where_one_is_not_enough(big: Path) -> None:
+def test_two_changes_are_advised_where_one_is_not_enough(big: Path) -> None:
     options: dict[str, Any] = {"kv_bits": None, "memory": 8 * 10**9, "prefill_step_size": 8192}
     context = plan_memory(big, 1, **options | {"prefill_step_size": 128}).max_context["4 bit"]
-    assert "--kv-bits 4 --prefill-step-size 128 (" in refusal(big, context, **options)
+    assert refusal(big, context, **options).remedies[0] == {"kv_bits": 4, "prefill_step_size": 128}
 
 
-@pytest.mark.parametrize("flag", ["kv_bits", "prefill_step_size"])
-def test_the_guard_advises_no_flag_that_the_command_does_not_have(big: Path, flag: str) -> None:
-    options: dict[str, Any] = {"kv_bits": None, "prefill_step_size": 8192}
-    del options[flag]
-    for there in (6, 8, 16):
-        context = plan_memory(big, 1, memory=there * 10**9).max_context["4 bit"]
-        assert flag.replace("_", "-") not in refusal(big, context, memory=there * 10**9, **options)
-    with pytest.raises(ValueError, match=r"^\[passkey\] "):
-        guard(big, 10**9, "passkey")
-
-
-def test_the_guard_of_the_command(random_llama: Path, run: Any) -> None:
+def test_the_command(random_llama: Path, run: Any) -> None:
     common = ["generate", "--model", random_llama, "--prompt", "import os", "--max-tokens", 4, "--json"]
     code, out, err = run(*common, "--memory", "3GB")
     assert (code, out) == (2, "") and err.count("\n") == 1
@@ -179,27 +170,27 @@ def test_plan_prints_what_the_design_says(random_llama: Path, run: Any) -> None:
     code, out, _ = run("plan", "--model", random_llama)
     assert code == 0 and "128 tokens" in out and "It fits." in out
     code, out, _ = run("plan", "--model", random_llama, "--memory", "3GB")
-    assert code == 0 and "It does not fit: take a smaller model" in out and "nothing fits" in out
+    assert code == 0 and "only a smaller model, or one with fewer bits, would fit" in " ".join(out.split()) and "nothing fits" in out
 
 
 def test_plan_names_the_largest_context_of_every_format(big: Path, run: Any) -> None:
     most = plan_memory(big, 1, memory=12 * 10**9).max_context
     code, out, _ = run("plan", "--model", big, "--context", most["8 bit"], "--memory", "12GB")
     assert code == 0 and all(f"in {name}: up to {count} tokens" in out for name, count in most.items())
-    assert "It does not fit: --kv-bits 8" in out
+    assert "It does not fit: " in out and " ".join(out.split()).endswith("in 4 bit: give --kv-bits 8")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--context", 0], r"context must lie in \[1, 2\*\*31\] tokens, got 0"),
-        (["--context", -5], "got -5"),
-        (["--context", 2**31 + 1], "got 2147483649"),
-        (["--kv-bits", 3], "kv_bits must be 4 or 8, got 3"),
+        (["--context", 0], "'--context': 0 is not in the range"),
+        (["--context", -5], "'--context': -5 is not in the range"),
+        (["--context", 2**31 + 1], "'--context': 2147483649 is not in the range"),
+        (["--kv-bits", 3], "'--kv-bits': '3' is not one of 8, 4"),
         (["--kv-bits", 8], "multiple of 32 features, got 16"),
-        (["--memory", "lots"], "--memory must be a size such as 500MB or 5GB, got 'lots'"),
-        (["--memory", "-1GB"], "--memory must be a size"),
-        (["--prefill-step-size", 0], "prefill_step_size must be at least 1, got 0"),
+        (["--memory", "lots"], "'--memory': it must be a size such as 500MB or 5GB, got 'lots'"),
+        (["--memory", "-1GB"], "'--memory': it must be a size"),
+        (["--prefill-step-size", 0], "'--prefill-step-size': 0 is not in the range"),
     ],
 )
 def test_a_wrong_argument_of_plan_is_one_line(random_llama: Path, run: Any, options: list[Any], message: str) -> None:
@@ -210,10 +201,10 @@ def test_a_wrong_argument_of_plan_is_one_line(random_llama: Path, run: Any, opti
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--kv-bits", 5], "kv_bits must be 4 or 8, got 5"),
+        (["--kv-bits", 5], "'--kv-bits': '5' is not one of 8, 4"),
         (["--kv-bits", 4], "multiple of 32 features, got 16"),
-        (["--memory", "16"], "--memory must be a size"),
-        (["--prefill-step-size", 0], "prefill_step_size must be at least 1"),
+        (["--memory", "16"], "'--memory': it must be a size"),
+        (["--prefill-step-size", 0], "'--prefill-step-size': 0 is not in the range"),
         (["--max-tokens", 500], "exceed the checkpoint's context of 128 tokens: .*--factor 4"),
     ],
 )

@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import load, stream_generate
+from mlx_resonance import Checkpoint, load, stream_generate
 from mlx_resonance.generation import PromptCache, cache_key, prompt_cache
 
 import mlx.core as mx
@@ -76,20 +76,15 @@ def test_an_answer_is_part_of_the_next_prompt(loaded: Any, tmp_path: Path) -> No
 
 
 def test_the_key_is_of_model_rope_and_format(checkpoint: Path, stdlib_llama: Path, copy_of: Any) -> None:
-    from mlx_resonance.config import RopeConfig
-    from mlx_resonance.files import read_config
-    from mlx_resonance.scaling import rescale
-
-    rope = RopeConfig.from_hf(read_config(checkpoint))
-    other = copy_of(checkpoint)  # a weight changed, the size not
+    opened, other = Checkpoint.open(checkpoint), copy_of(checkpoint)
+    same = cache_key(Checkpoint.open(other), None)
     content = bytearray((other / "model.safetensors").read_bytes())
-    same = cache_key(other, rope, None)
-    content[-2] ^= 64
+    content[len(content) // 2 + 12345] ^= 64  # one bit of a weight, the size not
     (other / "model.safetensors").write_bytes(content)
-    keys = [cache_key(checkpoint, rope, bits) for bits in (None, 8, 4)]
-    keys += [cache_key(checkpoint, rescale(rope, factor), None) for factor in (2, 4)]
-    keys += [cache_key(other, rope, None), cache_key(stdlib_llama, rope, None)]
-    assert len(set(keys)) == len(keys) and same == keys[0] == cache_key(checkpoint, rope, None)
+    keys = [cache_key(opened, bits) for bits in (None, 8, 4)]
+    keys += [cache_key(opened.rescaled(factor), None) for factor in (2, 4)]
+    keys += [cache_key(Checkpoint.open(folder), None) for folder in (other, stdlib_llama)]
+    assert len(set(keys)) == len(keys) and same == keys[0] == cache_key(Checkpoint.open(checkpoint), None)
 
 
 def test_an_entry_of_another_model_rope_or_format_is_not_used(
@@ -203,7 +198,7 @@ def test_least_recently_used_goes_first_and_foreign_files_stay(loaded: Any, tmp_
 def test_an_entry_larger_than_all_is_not_written(loaded: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokens = prompt(loaded[1], 100)
     ask(loaded, tokens, PromptCache(tmp_path, "key", 1000))
-    assert not list(tmp_path.iterdir()) and "--prompt-cache-size" in caplog.text
+    assert not list(tmp_path.iterdir()) and "an entry of" in caplog.text and "more than its limit of 1000" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["save", "replace"])
@@ -302,8 +297,8 @@ cli.main()
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--prompt-cache-size", "many"], "--prompt-cache-size must be a size"),
-        (["--prompt-cache-size", "0GB"], "--prompt-cache-size must be a size"),
+        (["--prompt-cache-size", "many"], "--prompt-cache-size': it must be a size"),
+        (["--prompt-cache-size", "0GB"], "--prompt-cache-size': it must be a size"),
     ],
 )
 def test_wrong_options_are_one_line(

@@ -9,10 +9,9 @@ from typing import Any
 
 from mlx_resonance import RopeConfig, load
 from mlx_resonance.convert import convert
-from mlx_resonance.evaluation.perplexity import named_rope
-from mlx_resonance.generation.stream import check_context
+from mlx_resonance.errors import UsageError
 from mlx_resonance.inspection import inspect_rope
-from mlx_resonance.scaling import SCALINGS, factor_for, new_rope, rescale
+from mlx_resonance.scaling import SCALINGS, check_context, factor_for, named_rope, new_rope, rescale
 
 import numpy as np
 import pytest
@@ -30,8 +29,9 @@ def test_scaled_again_it_is_as_if_scaled_once(name: str, resonance: bool) -> Non
     assert rescale(read, 8) == once
     assert rescale(read, 16) == new_rope(PLAIN, name, 16, None, resonance)
     assert factor_for(read, 8192) == 16
-    with pytest.raises(ValueError, match="--factor 16"):
-        check_context(read, 8000, 192)
+    with pytest.raises(UsageError, match="8192 tokens exceed the checkpoint's context of 4096 tokens") as error:
+        check_context(read, 8192)
+    assert error.value.remedies == ({"factor": 16},)
     assert named_rope(read, "default", None) == PLAIN
     inspected = inspect_rope(read)
     assert (inspected.train_length, inspected.test_length) == (512, 4096)
@@ -47,12 +47,14 @@ def test_the_original_context_changes_no_angle() -> None:
 def test_of_other_peoples_files_the_original_context_is_unknown() -> None:
     """Some state it as max_position_embeddings, some the scaled one: neither is guessed."""
     assert UNSAID.trained_length is None and UNSAID.context_length == 4096 and factor_for(UNSAID, 8192) is None
-    with pytest.raises(ValueError, match=r"needs original_max_position_embeddings$"):
+    with pytest.raises(ValueError, match="needs original_max_position_embeddings"):
         rescale(UNSAID, 16)
-    with pytest.raises(ValueError, match="give --train-length"):
+    with pytest.raises(UsageError, match="does not tell the context before scaling") as error:
         inspect_rope(UNSAID)
-    with pytest.raises(ValueError, match="another model"):
-        check_context(UNSAID, 8000, 192)
+    assert error.value.remedies == ({"train_length": None},)
+    with pytest.raises(UsageError, match="rope type linear has no longer one") as error:
+        check_context(UNSAID, 8192)
+    assert error.value.remedies == ()
 
 
 def test_a_card_does_not_invent_it(stdlib_llama: Path, tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> l
         kv_bits: 4 or 8 for keys and values that are quantized from the first token on; None for the model's type.
 
     Raises:
-        UsageError: a layer's keys cannot be quantized: the features of its heads are not a multiple of 32, or it attends to a window.
+        UsageError: a layer's keys cannot be quantized: its heads have not a multiple of 32 features, or it attends to a
+            window.
     """
     caches = make_prompt_cache(model)
     if kv_bits is not None:

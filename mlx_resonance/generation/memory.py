@@ -137,7 +137,7 @@ def plan_memory(
     check_option("memory", memory is None or memory > 0, "positive", memory)
     dims = divided(checkpoint, processes)
     there = memory if memory is not None else device_memory()
-    limit = there - int(max(RESERVE, RESERVE_PART * there))
+    limit = max(0, there - int(max(RESERVE, RESERVE_PART * there)))
 
     def needed(tokens: int, bits: int | None) -> int:
         work = prefill_memory(dims, tokens, bits, prefill_step_size, budget)

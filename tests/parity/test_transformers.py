@@ -3,9 +3,8 @@
 import json
 import shutil
 
-from mlx_resonance import RopeConfig
+from mlx_resonance import Checkpoint, RopeConfig
 from mlx_resonance.convert import convert
-from mlx_resonance.loading import load_model
 
 import mlx.core as mx
 import numpy as np
@@ -18,7 +17,8 @@ AGREEMENT = 0.999
 
 
 def our_logits(folder, rope=None, length=LENGTH):
-    model, _ = load_model(folder, rope=rope)
+    checkpoint = Checkpoint.open(folder)
+    model = (checkpoint if rope is None else checkpoint.with_rope(rope)).load()
     return np.array(model(mx.array(tokens(length))[None])[0])
 
 

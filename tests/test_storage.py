@@ -1,16 +1,17 @@
-"""Files and folders that appear whole or not at all; what a checkpoint's folder takes over from its source."""
+"""Atomic files and folders, outputs that cannot be written; what a checkpoint's folder takes over from its source."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance.convert import convert
-from mlx_resonance.files import tokenizer_files
 from mlx_resonance.finetuning import run as finetuning
-from mlx_resonance.whole import disk_errors, whole_file, whole_folder
+from mlx_resonance.storage import atomic_file, atomic_folder, check_output, disk_errors
+from mlx_resonance.tokenizer import tokenizer_files
 
 import pytest
 
@@ -18,12 +19,12 @@ SHORT = ("--length", 64, "--steps", 1, "--accumulate", 1)
 
 
 def test_a_folder_is_made_by_one_rename(tmp_path: Path) -> None:
-    with whole_folder("kind", tmp_path / "new" / "out", "result") as partial:
+    with atomic_folder(tmp_path / "new" / "out", "result") as partial:
         (partial / "result").mkdir()
         (partial / "result" / "file").touch()
         (partial / "rest").touch()
-        with pytest.raises(FileExistsError, match=r"\[kind\] another run is writing"):
-            whole_folder("kind", tmp_path / "new" / "out").__enter__()
+        with pytest.raises(FileExistsError, match=r"another run is writing"):
+            atomic_folder(tmp_path / "new" / "out").__enter__()
         assert not (tmp_path / "new" / "out").exists()
     assert [path.relative_to(tmp_path).as_posix() for path in sorted(tmp_path.rglob("*"))] == [
         "new", "new/out", "new/out/file",
@@ -31,11 +32,11 @@ def test_a_folder_is_made_by_one_rename(tmp_path: Path) -> None:
 
 
 def test_a_fault_leaves_what_is_done(tmp_path: Path) -> None:
-    with pytest.raises(KeyboardInterrupt), whole_folder("kind", tmp_path / "out") as partial:
+    with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as partial:
         (partial / "file").touch()
         raise KeyboardInterrupt
     assert [path.name for path in tmp_path.iterdir()] == ["out.partial"] and (tmp_path / "out.partial/file").exists()
-    with whole_folder("kind", tmp_path / "out"):
+    with atomic_folder(tmp_path / "out"):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
@@ -43,11 +44,33 @@ def test_a_fault_leaves_what_is_done(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_os_error_and_leaves_the_file_before(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_text("before")
-    with pytest.raises(OSError, match=r"^\[kind\] .*a\.safetensors cannot be written \(full\), \d+ MB are free"):
-        with whole_file(path) as partial, disk_errors("kind", path):
+    with pytest.raises(OSError, match=r"^.*a\.safetensors cannot be written \(full\), \d+ MB are free"):
+        with atomic_file(path) as partial, disk_errors(path):
             partial.write_text("a part")
             raise RuntimeError("full")
     assert list(tmp_path.iterdir()) == [path] and path.read_text() == "before"
+
+
+@pytest.mark.parametrize(
+    ("make", "named"),
+    [
+        (lambda path: path.mkdir(), "is a folder"),
+        (lambda path: os.mkfifo(path), "is a named pipe"),
+        (lambda path: path.symlink_to("/dev/null"), "is a device"),
+    ],
+    ids=["folder", "pipe", "device"],
+)
+def test_what_no_result_can_be_written_to_is_named(tmp_path: Path, make: Any, named: str) -> None:
+    make(tmp_path / "out.jsonl")
+    with pytest.raises(FileExistsError, match=rf"out\.jsonl {named}: a file is needed"):
+        check_output(tmp_path / "out.jsonl")
+
+
+def test_an_output_below_a_file_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(NotADirectoryError, match="file is not a folder"):
+        check_output(tmp_path / "file" / "out.jsonl")
+    check_output(tmp_path / "new" / "out.jsonl")
 
 
 def finetune(run: Any, model: Path, tmp_path: Path) -> tuple[int, str, str]:

@@ -1,17 +1,17 @@
-"""The LLaMA model: logits against the float64 oracle, mlx-lm's caches, and runtimes that do not know its rope type."""
+"""The attention in mlx-lm's files: logits against the float64 oracle, caches, runtimes without its rope types."""
 
 import json
 import subprocess
 import sys
 
-from mlx_resonance import ResonanceRoPE, RopeConfig, install
-from mlx_resonance.llama import Model, ModelArgs, TransformerBlock
+from mlx_resonance import ResonanceRoPE, RopeConfig, attention
+from mlx_resonance.attention import set_rope
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.models import qwen2
+from mlx_lm.models import llama, qwen2
 from mlx_lm.models.cache import BatchKVCache, KVCache
 from mlx_lm.tuner.trainer import grad_checkpoint
 from transformers import AutoModelForCausalLM
@@ -58,8 +58,16 @@ def with_random_weights(model):
     return model
 
 
+def random_model(file, config):
+    """A model of mlx-lm's file that rotates as the configuration says."""
+    plain = {"rope_theta": 10000.0} | config | {"rope_scaling": None}
+    model = with_random_weights(file.Model(file.ModelArgs.from_dict(plain)))
+    set_rope(model, RopeConfig.from_hf(config))
+    return model
+
+
 def random_llama(**changes):
-    return with_random_weights(Model(ModelArgs.from_dict(CONFIG | {"rope_scaling": SCALING} | changes)))
+    return random_model(llama, CONFIG | {"rope_scaling": SCALING} | changes)
 
 
 def expected_logits(model, config, tokens, wavelengths, scale):
@@ -183,7 +191,8 @@ def test_dynamic_follows_the_length_of_the_text(scaling):
 
 
 def test_gradient_checkpointing_of_mlx_lm(monkeypatch):
-    monkeypatch.setattr(TransformerBlock, "__call__", TransformerBlock.__call__)  # grad_checkpoint replaces it
+    block = llama.TransformerBlock
+    monkeypatch.setattr(block, "__call__", block.__call__)  # grad_checkpoint replaces it
     model, tokens = random_llama(), mx.array(TOKENS[:, :10])
 
     def gradients():
@@ -199,16 +208,14 @@ def test_gradient_checkpointing_of_mlx_lm(monkeypatch):
         assert relative_error(gradient, plain[name]) <= 1e-5, name
 
 
-# --- other models of mlx-lm
+# --- other files of mlx-lm
 
 
 def random_qwen2():
-    install()
-    args = qwen2.ModelArgs.from_dict(CONFIG | {"model_type": "qwen2", "rope_theta": 10000.0, "rope_scaling": SCALING})
-    return with_random_weights(qwen2.Model(args))
+    return random_model(qwen2, CONFIG | {"model_type": "qwen2", "rope_scaling": SCALING})
 
 
-def test_install_gives_other_models_the_rotation():
+def test_qwen_has_the_rotation():
     model = random_qwen2()
     for layer in model.layers:
         assert isinstance(layer.self_attn.rope, ResonanceRoPE)
@@ -218,20 +225,46 @@ def test_install_gives_other_models_the_rotation():
     assert relative_error(model(mx.array(TOKENS))[0], expected) <= TOLERANCE
 
 
-def test_install_works_with_their_caches():
+def test_qwen_works_with_its_caches():
     model, tokens = random_qwen2(), mx.array(TOKENS)
     cache = [KVCache() for _ in model.layers]
     parts = [model(tokens[:, :60], cache=cache), model(tokens[:, 60:], cache=cache)]
     assert relative_error(mx.concatenate(parts, axis=1), model(tokens)) <= TOLERANCE / 10
 
 
-def test_install_leaves_other_rope_types_alone_and_may_be_called_again():
-    install()
-    once = qwen2.initialize_rope
-    install()
-    assert qwen2.initialize_rope is once
-    for scaling in (None, {"rope_type": "yarn", "factor": 8, "original_max_position_embeddings": 64}):
-        assert not isinstance(once(12, 10000.0, False, scaling, 512), ResonanceRoPE)
+def test_models_of_mlx_lm_alone_are_as_before():
+    """Ours and theirs beside each other, of the same class."""
+    plain = qwen2.ModelArgs.from_dict(CONFIG | {"model_type": "qwen2", "rope_theta": 10000.0})
+    theirs = with_random_weights(qwen2.Model(plain))
+    before = theirs(mx.array(TOKENS))
+    random_qwen2()
+    assert mx.array_equal(theirs(mx.array(TOKENS)), before)
+    assert not any(isinstance(module, ResonanceRoPE) for module in theirs.modules())
+
+
+@pytest.mark.parametrize("kv", [KVCache, BatchKVCache], ids=["single", "batch"])
+@pytest.mark.parametrize("random", [random_llama, random_qwen2])
+def test_no_launch_of_attention_is_above_the_budget(monkeypatch, random, kv):
+    """Whoever calls the model: a chunk of any size is read in launches of bounded size, to the same result."""
+    launches = []
+    original = attention.scaled_dot_product_attention
+
+    def counted(queries, keys, values, **options):
+        launches.append(queries.shape[0] * queries.shape[2] * keys.shape[2])
+        return original(queries, keys, values, **options)
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    model, tokens = random(), mx.array(TOKENS)
+
+    def chunks():
+        cache = [kv() if kv is KVCache else kv([3, 0]) for _ in model.layers]
+        return mx.concatenate([model(part, cache=cache) for part in (tokens[:, :40], tokens[:, 40:])], axis=1)
+
+    whole, unbounded = chunks(), max(launches)
+    launches.clear()
+    monkeypatch.setattr(attention, "BUDGET", 2 * 100 * 7)
+    assert relative_error(chunks(), whole) <= TOLERANCE / 10
+    assert max(launches) <= attention.BUDGET < unbounded
 
 
 # --- runtimes that do not know the rope type
