@@ -40,11 +40,12 @@ def in_float32(folder: Path, target: Path) -> Path:
 
 
 def random_checkpoint(
-    folder: Path, hidden: int, feed_forward: int, layers: int, heads: int, kv_heads: int, vocabulary: int, dtype: Any
-) -> Path:
-    """A random LLaMA of 16384 tokens of context, with the tokenizer of stdlib-llama."""
+    folder: Path, hidden: int, feed_forward: int, layers: int, heads: int, kv_heads: int, vocabulary: int, dtype: Any,
+    file: Any = llama,
+) -> Path:  # fmt: skip
+    """A random model of one of mlx-lm's files, with 16384 tokens of context and the tokenizer of stdlib-llama."""
     config = {
-        "model_type": "llama", "hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": layers,
+        "model_type": file.__name__.split(".")[-1], "head_dim": hidden // heads, "hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": layers,
         "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "max_position_embeddings": 16384, "tie_word_embeddings": True,
     }  # fmt: skip
@@ -52,7 +53,7 @@ def random_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(STDLIB_LLAMA / name, folder / name)
-    model = llama.Model(llama.ModelArgs.from_dict(config))
+    model = file.Model(file.ModelArgs.from_dict(config))
     weights = {name: value.astype(dtype) for name, value in tree_flatten(model.parameters())}
     mx.save_safetensors(str(folder / "model.safetensors"), weights, {"format": "mlx"})
     return folder

