@@ -57,7 +57,7 @@ class RopeConfig:
         dims: number of rotated features of a head, even.
         rope_type: a key of `MAKERS`, after `resonance_` where the wavelengths are rounded.
         base: `rope_theta`.
-        max_position_embeddings: tokens of context, scaling included; None where config.json does not say.
+        max_position_embeddings: tokens of context, scaling included; None if config.json does not say.
         parameters: the type's own keys (`factor`, `beta_fast`, …).
         partial_rotary_factor: the part of a head's features that `dims` is.
 

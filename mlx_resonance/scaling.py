@@ -126,19 +126,19 @@ def rescale(source: RopeConfig, factor: float) -> RopeConfig:
 
 
 def factor_for(source: RopeConfig, tokens: int) -> int | None:
-    """The smallest whole factor whose context holds so many tokens; None where the type has no factor."""
+    """The smallest whole factor whose context holds that many tokens; None where the type has no factor."""
     if source.trained_length is None or source.base_type not in ("default", *SCALINGS):
         return None
     return math.ceil(tokens / source.trained_length)
 
 
 def check_context(rope: RopeConfig, tokens: int, what: str = "") -> None:
-    """Refuse more tokens than the checkpoint is meant for.
+    """Refuse more tokens than the checkpoint's context holds.
 
     Args:
         rope: the settings in use.
-        tokens: prompt and answer together.
-        what: the tokens in words; their number if empty.
+        tokens: of prompt and answer together.
+        what: the tokens in words; empty for their number.
 
     Raises:
         UsageError: they exceed the context; the factor that would cover them is a remedy.
@@ -148,6 +148,6 @@ def check_context(rope: RopeConfig, tokens: int, what: str = "") -> None:
         factor = factor_for(rope, tokens)
         raise UsageError(
             f"{what or f'{tokens} tokens'} exceed the checkpoint's context of {limit} tokens"
-            + (f", and rope type {rope.rope_type} has no longer one" if factor is None else ""),
+            + (f", which rope type {rope.rope_type} cannot extend" if factor is None else ""),
             remedies=[] if factor is None else [{"factor": factor}],
         )

@@ -56,7 +56,7 @@ def check_config(config: dict[str, Any], tensors: Collection[str] | None) -> dic
             raise UsageError(f"config.json has no {entry.name}, which a {kind} model needs")
     if config.get("hidden_act") not in (None, "silu"):
         raise UsageError(f"hidden_act = {config['hidden_act']!r}: the models here have silu")
-    # What is false, 0 or empty here is not there; mlx-lm and transformers each see something else in it.
+    # A false, 0 or empty value means that the key is absent; mlx-lm and transformers each read something else into it.
     config = config | {key: config[key] or None for key in ("quantization", *FALSE_IS_NONE) if key in config}
     _check_counts(config)
     if tensors is None:
@@ -97,9 +97,9 @@ def _check_counts(config: Mapping[str, Any]) -> None:
     width, heads = config["hidden_size"], config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
     if heads % kv_heads:
-        raise UsageError(f"num_attention_heads = {heads} is no multiple of num_key_value_heads = {kv_heads}")
+        raise UsageError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     if config.get("head_dim") is None and width % heads:
-        raise UsageError(f"hidden_size = {width} is no multiple of num_attention_heads = {heads}")
+        raise UsageError(f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}")
     kinds = config.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise UsageError(f"layer_types must be a list of names, got {kinds!r:.80}")

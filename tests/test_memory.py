@@ -75,8 +75,8 @@ def test_the_plan_is_within_a_tenth_of_the_peak(name: str, tmp_path: Path) -> No
     path = random_checkpoint(tmp_path / "model", *SHAPES[name])
     model, tokenizer = load(path)
     slow = SHAPES[name][6] == mx.bfloat16 and mx.default_device() == mx.cpu
-    sizes = ((512, 256), (1536, 512)) if slow else ((768, 512), (2048, 512))
-    for context, step in (*sizes, (3072, 2048)) if name == next(iter(SHAPES)) else sizes:
+    sizes = ((512, 256),) if slow else ((768, 512), (1536, 512))
+    for context, step in (*sizes, (2048, 1024)) if name == next(iter(SHAPES)) else sizes:
         for kv_bits in (None, 8, 4):
             planned = plan_memory(path, context, kv_bits=kv_bits, prefill_step_size=step).total
             found = peak(model, tokenizer, context, step, kv_bits)

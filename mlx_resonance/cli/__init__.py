@@ -56,7 +56,7 @@ def main() -> None:
     # NotImplementedError: `lm generate --kv-bits` cannot quantize the keys of layers with a sliding window.
     except (ValueError, NotImplementedError, *WRONG_PATHS) as error:
         fail(error, 2)
-    except (OSError, FloatingPointError) as error:  # of training: the loss is no number
+    except (OSError, FloatingPointError) as error:  # of training: the loss is not a number
         fail(error, 1)
     except Exception as error:
         if not hasattr(error, "format_message"):  # not a wrong command line but a fault of ours: show where

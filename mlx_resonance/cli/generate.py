@@ -90,7 +90,7 @@ def command(
 def check_combination(
     given: dict[str, Any], output: Path | None, kv_bits: int | None, prompt_cache: Path | None, processes: int
 ) -> None:
-    """Raise UsageError for options of which one would have no effect beside another.
+    """Refuse an option that would have no effect beside another.
 
     Args:
         given: `prompt`, `prompt_file`, `prompts_file`.
@@ -152,7 +152,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
         raise UsageError("give one prompt or one file of it, not both", option="prompt_file")
     if prompt is None and prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
         raise UsageError(
-            "there is no prompt, neither on standard input", remedies=[{"prompt": None}, {"prompt_file": None}]
+            "there is no prompt", remedies=[{"prompt": None}, {"prompt_file": None}]
         )
     if prompt_file is not None and (prompt_file.is_dir() or not prompt_file.exists()):
         raise MissingFileError(f"{prompt_file}: no such file", option="prompt_file")

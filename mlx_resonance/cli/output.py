@@ -19,7 +19,7 @@ from rich.progress import (
 from rich.progress import Task as ProgressTask
 from rich.text import Text
 
-# A path with brackets is no markup.
+# A path with brackets is not markup.
 stdout = Console(highlight=False, markup=False)
 stderr = Console(stderr=True, highlight=False, markup=False)
 
@@ -39,7 +39,7 @@ class TokensPerSecond(ProgressColumn):
 
 
 def progress_bar() -> Progress:
-    """A bar on stderr: tokens, tokens/s, time left; gone when done, and not there where stderr is no terminal."""
+    """A bar on stderr, if that is a terminal: tokens, tokens/s, time left; it disappears when done."""
     count = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     columns = (*count, TokensPerSecond(), TimeRemainingColumn())
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)

@@ -59,7 +59,7 @@ def harden_server() -> None:
     def load_default(self: Any) -> None:
         try:
             load(self)
-        except (OSError, ValueError, RuntimeError) as error:  # in a thread: mlx-lm would go on and answer nothing
+        except (OSError, ValueError, RuntimeError) as error:  # in a thread: mlx-lm would run on, answering nothing
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             sys.stderr.flush()
             os._exit(2)

@@ -21,7 +21,7 @@ from .prefill import PREFILL_BATCH, STEP, chunk_size
 RESERVE, RESERVE_PART = 3 * 2**30, 0.05  # bytes, and part of the limit, that are left to everything else
 KV_FORMATS: Mapping[str, int | None] = {"16 bit": None, "8 bit": 8, "4 bit": 4}
 FUSED_DIMS = (64, 80, 128)  # heads for which Metal's attention keeps no scores
-# Numbers that a token of a chunk has in flight: so many times the hidden size, the size of its keys, and that of the
+# Numbers in flight for each token of a chunk, as multiples of the sizes of the hidden state, of its keys and of the
 # feed-forward layer. MLX hands out about ten operations ahead; found by measuring (benchmarks/memory.py).
 HIDDEN, KEYS, FEED_FORWARD = 12.0, 7.0, 1.6
 UNPACKED = 6.0  # bytes for each number of a layer's keys: a CPU unpacks quantized ones in 32 bits; measured as well
@@ -36,11 +36,11 @@ class MemoryPlan:
         weights: of the model.
         kv_per_token: keys and values of one token in all layers.
         kv: of the context.
-        prefill: the most that reading the prompt needs besides.
-        total: of these.
-        limit: what there is, less the reserve.
+        prefill: peak of reading the prompt, beside those.
+        total: the sum of these.
+        limit: bytes of memory, less the reserve.
         fits: whether the total is within the limit.
-        max_context: by KV format, the most tokens that fit.
+        max_context: by KV format, the maximum number of tokens that fit.
     """
 
     context: int
@@ -79,7 +79,7 @@ def kv_per_token(dims: Dimensions, kv_bits: int | None) -> int:
 
 
 def prefill_memory(dims: Dimensions, context: int, kv_bits: int | None, step: int, budget: int) -> int:
-    """The peak in bytes of reading a prompt of so many tokens, without weights and cache."""
+    """Peak bytes of reading a prompt of `context` tokens, weights and cache apart."""
     step = chunk_size(0, step, budget)
     # Chunks and their keys: the last whole one, and what is left. Where the budget makes them shrink, as if all of
     # it and a whole chunk were in use: by then the keys count for more.
@@ -90,7 +90,7 @@ def prefill_memory(dims: Dimensions, context: int, kv_bits: int | None, step: in
 
 
 def _chunk_memory(dims: Dimensions, size: int, keys: int, kv_bits: int | None, budget: int) -> float:
-    """Bytes that a chunk of the prompt has in flight, with so many keys in all."""
+    """Bytes in flight for a chunk of `size` tokens that attends to `keys` keys."""
     in_flight = HIDDEN * dims.hidden + KEYS * dims.keys + FEED_FORWARD * dims.feed_forward
     rotation = 12 * (dims.hidden + dims.keys) if dims.item_size < 4 else 0  # in float32
     work = size * (in_flight * dims.item_size + rotation)
@@ -180,7 +180,7 @@ def require_memory(checkpoint: Checkpoint, context: int, **options: Any) -> None
         checkpoint, context, options: as in `plan_memory`.
 
     Raises:
-        UsageError: with what is needed and what there is; its remedies are what would make it fit.
+        UsageError: with the sizes and the limit; its remedies are what would make it fit.
     """
     plan = plan_memory(checkpoint, context, **options)
     if not plan.fits:

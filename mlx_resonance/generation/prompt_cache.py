@@ -97,7 +97,7 @@ class PromptCache:
         """Keep what the caches hold, if it is more than an entry had. A full disk is a warning.
 
         Args:
-            tokens: that the caches have the keys of; only so many of them as they hold are kept.
+            tokens: of the text; those whose keys the caches hold are stored.
             cache: of each layer.
         """
         length = min(len(tokens), *(layer.offset for layer in cache))
@@ -115,7 +115,7 @@ class PromptCache:
             path = self.folder / f"{self.key}-{sha256(temporary)[:32]}.safetensors"
             temporary.replace(path)
             if self._used is not None and self._used != path and self._used_tokens == len(self._tokens_of(self._used)):
-                self._used.unlink(missing_ok=True)  # the new entry begins with all of it
+                self._used.unlink(missing_ok=True)  # the new entry includes it
             self._used, self._used_tokens = path, length
             self._make_room()
         except (OSError, RuntimeError) as error:
