@@ -1,15 +1,17 @@
-"""Finding a checkpoint's files, on disk and on a hub, and refusing those that cannot be right."""
+"""An opened checkpoint: its files, on disk and on a hub, what is refused, and its digest."""
 
 from __future__ import annotations
 
 import copy
 import json
+import os
 import random
+import shutil
 import struct
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import Checkpoint, load
+from mlx_resonance import Checkpoint, content_hash, load
 from mlx_resonance.files import INDEX, read_header, resolve, weight_files
 
 import mlx.core as mx
@@ -74,7 +76,7 @@ def test_a_weight_file_that_the_index_does_not_name_is_refused(random_llama: Pat
 @pytest.mark.parametrize(
     ("entries", "size", "named"),
     [
-        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [0, 8])}, 8, "invalid offset for tensor `b`"),
+        ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [0, 8])}, 8, "invalid offset for tensor `[ab]`"),
         ({"a": ("F32", [2], [0, 8]), "b": ("F32", [2], [4, 12])}, 12, "invalid offset for tensor `b`"),
         ({"a": ("F32", [2], [4, 12])}, 12, "invalid offset for tensor `a`"),
         ({"a": ("F32", [3], [0, 8])}, 8, "invalid shape, data type, or offset"),
@@ -168,3 +170,78 @@ def test_a_model_the_hub_does_not_have_is_one_line(random_llama: Path, tmp_path:
 def test_neither_folder_nor_hub_id(name: str) -> None:
     with pytest.raises(FileNotFoundError, match="no such folder"):
         resolve(name, None, ["*"])
+
+
+# --- the digest
+
+
+@pytest.fixture
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr("mlx_resonance.content_hash.SMALL", 1000)
+    return tmp_path / "cache"
+
+
+def test_the_digest_is_of_content_alone(
+    random_llama: Path, tmp_path: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "copy")
+    digest = Checkpoint.open(random_llama).digest
+    for path in folder.iterdir():
+        os.utime(path, (1, 1))
+    monkeypatch.chdir(folder.parent)
+    assert (
+        Checkpoint.open(folder).digest == Checkpoint.open("copy").digest == Checkpoint.open("./copy/").digest == digest
+    )
+
+
+@pytest.mark.parametrize(
+    "name", ["config.json", "tokenizer.json", "chat_template.jinja", "model-00002-of-00003.safetensors"]
+)
+def test_any_changed_file_is_another_digest(random_llama: Path, copy_of: Any, cache_home: Path, name: str) -> None:
+    folder = copy_of(random_llama)
+    digest = Checkpoint.open(folder).digest
+    content = (folder / name).read_bytes()
+    if name == "config.json":
+        (folder / name).write_text(json.dumps(json.loads(content) | {"rms_norm_eps": 1e-4}))
+    else:
+        place = len(content) // 2
+        (folder / name).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    os.utime(folder / name, (1, 1))
+    assert Checkpoint.open(folder).digest != digest
+    (folder / name).write_bytes(content)
+    assert Checkpoint.open(folder).digest == digest
+
+
+def test_a_large_file_is_hashed_once(random_llama: Path, cache_home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hashed: list[Path] = []
+    original = content_hash.sha256
+    monkeypatch.setattr(content_hash, "sha256", lambda path: hashed.append(path) or original(path))
+    first = Checkpoint.open(random_llama).digest
+    assert any(path.suffix == ".safetensors" for path in hashed)
+    hashed.clear()
+    assert Checkpoint.open(random_llama).digest == first
+    assert not any(path.suffix == ".safetensors" for path in hashed)
+    for path in cache_home.rglob("*"):  # damaged, it is not believed
+        if path.is_file():
+            path.write_text("half")
+    assert Checkpoint.open(random_llama).digest == first and hashed
+
+
+def test_a_cache_that_cannot_be_written_is_done_without(
+    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    monkeypatch.setattr("mlx_resonance.content_hash.SMALL", 1000)
+    assert Checkpoint.open(random_llama).digest
+
+
+def test_rope_and_kv_format_are_settings_beside_the_digest(random_llama: Path) -> None:
+    checkpoint = Checkpoint.open(random_llama)
+    stretched = checkpoint.rescaled(8)
+    assert stretched.digest == checkpoint.digest and stretched.own_rope == checkpoint.rope != stretched.rope
+    digests = {opened.results_digest(bits) for opened in (checkpoint, stretched) for bits in (None, 8, 4)}
+    assert len(digests) == 6
+    assert stretched.settings(8) == {"digest": checkpoint.digest, "rope": stretched.rope.to_hf(), "kv_bits": 8}
