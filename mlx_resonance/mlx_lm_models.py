@@ -21,6 +21,7 @@ from .rope_config import MAKERS, NO_EFFECT, PREFIX, RopeConfig
 PACKAGE = "mlx_lm.models."
 SHARED_FILES = {"base", "cache", "rope_utils", "activations", "switch_layers", "pipeline"}  # no models
 PLAIN_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # of a rope dictionary without a scaling
+STYLE_4 = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 PLAIN = {"rope_theta": 10000, "partial_rotary_factor": 1}
 OF_MLX_LM_ALONE = {"deepseek_yarn", "telechat3-yarn"}  # its names for yarn with other softmax scales
 
@@ -95,14 +96,21 @@ def honoured_config(config: Mapping[str, Any], model_class: type, args_class: An
     """
     kind, source = str(config.get("model_type")), _source(sys.modules[model_class.__module__])
     known = {entry.name for entry in fields(args_class)} if is_dataclass(args_class) else set()
-    parts = [part for part in (config, config.get("text_config")) if isinstance(part, Mapping)]
-    for asked in filter(None, (part.get(key) for part in parts for key in ("rope_scaling", "rope_parameters"))):
+    changes = _honoured_part(kind, config, known, source)
+    if isinstance(text := config.get("text_config"), Mapping):  # of a model that sees, too
+        read = {key for key in STYLE_4 if key in source}
+        changes["text_config"] = text | _honoured_part(kind, text, read, source)
+    return changes
+
+
+def _honoured_part(kind: str, part: Mapping[str, Any], known: set[str], source: str) -> dict[str, Any]:
+    for asked in filter(None, (part.get(key) for key in ("rope_scaling", "rope_parameters"))):
         if not isinstance(asked, Mapping):
             raise UsageError(f"rope_scaling must be an object, got {asked!r:.80}")
         by_layer = [value for value in asked.values() if isinstance(value, Mapping)]
         for one in by_layer or [asked]:
             _check_honoured(kind, one, source)
-    asked = config.get("rope_parameters") or {}
+    asked = part.get("rope_parameters") or {}
     reads_it = "rope_parameters" in known or any(isinstance(value, Mapping) for value in asked.values())
     return {} if reads_it else _in_style_4(kind, asked, known)
 

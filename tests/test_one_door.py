@@ -243,6 +243,16 @@ def test_a_file_that_calls_initialize_rope_gets_exact_angles(style: str, tmp_pat
     assert model.layers[0].self_attn.rope.frequencies == expected and expected.attention_scale == 1.3
 
 
+def test_the_text_model_of_one_that_sees_is_read_too(tmp_path: Path, installed: None) -> None:
+    text = asked("mistral", rope_parameters=YARN | {"rope_theta": 20000.0}) | {"layer_types": None}
+    model = load_config(tmp_path, {"model_type": "mistral3", "text_config": text})
+    expected = RopeConfig.from_hf(SIZES | {"rope_parameters": YARN | {"rope_theta": 20000.0}}).frequencies()
+    assert model.layers[0].self_attn.rope.frequencies == expected
+    text["rope_parameters"] = {"rope_type": "default", "rope_theta": 30000.0}
+    model = load_config(tmp_path, {"model_type": "mistral3", "text_config": text})
+    assert model.layers[0].self_attn.rope.base == 30000.0
+
+
 def test_phi3_keeps_its_own_longrope(tmp_path: Path, installed: None) -> None:
     factors = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
     scaling = {"type": "longrope", **factors}
