@@ -99,7 +99,7 @@ def honoured_config(config: Mapping[str, Any], model_class: type, args_class: An
     changes = _honoured_part(kind, config, known, source)
     if isinstance(text := config.get("text_config"), Mapping):  # of a model that sees, too
         read = {key for key in STYLE_4 if key in source}
-        changes["text_config"] = text | _honoured_part(kind, text, read, source)
+        changes["text_config"] = {**text, **_honoured_part(kind, text, read, source)}
     return changes
 
 

@@ -118,7 +118,7 @@ def used_by(monkeypatch: pytest.MonkeyPatch, module: Any, command: Callable[[], 
 
 
 @pytest.mark.parametrize("style", ["4", "5"])
-@pytest.mark.parametrize("seed", range(14))
+@pytest.mark.parametrize("seed", [*range(7), *(pytest.param(seed, marks=pytest.mark.long) for seed in range(7, 70))])
 def test_every_entry_point_gives_the_same_logits(
     seed: int, style: str, tokens: list[int], tmp_path: Path, installed: None, monkeypatch: pytest.MonkeyPatch, run: Any
 ) -> None:
