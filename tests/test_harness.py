@@ -1,16 +1,18 @@
-"""lm-eval's tasks with our model: numbers as transformers has them, budgets, stops, and what the result says."""
+"""lm-eval's tasks with our model: numbers as transformers has them, budgets, stops, results, and runs that resume."""
 
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from mlx_resonance.evaluation.checkpoint import open_checkpoint
+from mlx_resonance import Checkpoint
+from mlx_resonance.errors import UsageError
+from mlx_resonance.evaluation.responses import Responses
 
-import mlx.core as mx
 import numpy as np
 import pytest
 
@@ -52,20 +54,18 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def lm(stdlib_llama: Path) -> Any:
+def lm(checkpoint: Path) -> Any:
     from mlx_resonance.evaluation.harness import ResonanceLM
 
-    model = ResonanceLM(open_checkpoint("harness", str(stdlib_llama)))
-    model.model.set_dtype(mx.float32)
-    return model
+    return ResonanceLM(Checkpoint.open(checkpoint), 512)
 
 
 @pytest.fixture(scope="module")
-def theirs(stdlib_llama: Path) -> Any:
+def theirs(checkpoint: Path) -> Any:
     import torch
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(stdlib_llama, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
     def log_likelihoods(tokens: list[int]) -> tuple[Any, Any]:
         """Of tokens[1:], each given those before; and which of them are the greedy ones."""
@@ -92,7 +92,7 @@ def test_loglikelihood(lm: Any, theirs: Any) -> None:
         ("x = ", "1"),  # the space goes to what follows
         ("class Tree" + "\n    # a comment" * 120, "\n    pass"),  # beyond the context of 512 tokens
     ]
-    truncated = lm.truncated
+    truncated = lm.responses.truncated
     for (before, after), (score, greedy) in zip(pairs, ask(lm.loglikelihood, *pairs), strict=True):
         start = lm.tokenizer.encode(before.rstrip())
         tokens = lm.tokenizer.encode(before + after)
@@ -100,7 +100,7 @@ def test_loglikelihood(lm: Any, theirs: Any) -> None:
         count = len(tokens) - len(start)
         assert score == pytest.approx(float(scores[-count:].sum()), abs=1e-3)
         assert greedy == bool(right[-count:].all())
-    assert lm.truncated == truncated + 1
+    assert lm.responses.truncated == truncated + 1
     assert ask(lm.loglikelihood, ("import", "")) == [(0, True)]
 
 
@@ -144,16 +144,16 @@ def test_generate_until(lm: Any) -> None:
     for name in ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens"):
         assert say(**{name: 3}) == say(max_gen_toks=3, max_tokens=7) != whole
     assert say(max_gen_toks=12, do_sample=False, temperature=1.0) == whole
-    with pytest.raises(ValueError, match="answers of 512 tokens leave no room"):
+    with pytest.raises(UsageError, match="answers of 512 tokens leave no room"):
         say(max_gen_toks=512)
 
 
-def test_command(run: Any, stdlib_llama: Path, lm: Any, theirs: Any, tasks: Path, tmp_path: Path) -> None:
-    arguments = ["eval", "harness", "--model", stdlib_llama, "--include-path", tasks, "--tasks"]
-    output = tmp_path / "result.json"
+def test_command(run: Any, checkpoint: Path, lm: Any, theirs: Any, tasks: Path, tmp_path: Path) -> None:
+    arguments = ["eval", "harness", "--model", checkpoint, "--include-path", tasks, "--tasks"]
+    output = tmp_path / "responses.jsonl"
     code, out, _ = run(*arguments, "tiny_generate_until,tiny_multiple_choice", "--json", "--output", output)
     result = json.loads(out)
-    assert code == 0 and json.loads(output.read_text()) == result
+    assert code == 0 and json.loads(output.read_text().splitlines()[-1])["response"] == result
     assert set(result["results"]) == {"tiny_generate_until", "tiny_multiple_choice"}
     right = []
     for document in DOCUMENTS:
@@ -163,30 +163,115 @@ def test_command(run: Any, stdlib_llama: Path, lm: Any, theirs: Any, tasks: Path
         right.append(scores.index(max(scores)) == document["gold"])
     assert result["results"]["tiny_multiple_choice"]["acc,none"] == np.mean(right)
     config = result["config"]
-    assert config["model"] == str(stdlib_llama) and config["rope"]["rope_theta"] == 10000 and config["digest"]
+    assert config["model"] == str(checkpoint) and config["rope"]["rope_theta"] == 10000 and config["digest"]
     assert (config["max_length"], config["truncated"]) == (512, 0) and config["mlx-resonance_version"]
     code, out, _ = run(*arguments, "tiny_multiple_choice", "--limit", 1, "--context", 300, "--kv-bits", 8)
     assert code == 0 and "|tiny_multiple_choice|" in out
-    code, _, err = run(*arguments, "tiny_multiple_choice", "--output", output)
-    assert code == 2 and "result.json is there already" in err
+
+
+def test_a_killed_run_resumes(
+    run: Any, checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mlx_resonance.evaluation import harness
+
+    common = ["eval", "harness", "--include-path", tasks, "--json", "--model"]
+    both, output = ["--tasks", "tiny_generate_until,tiny_multiple_choice"], tmp_path / "responses.jsonl"
+    computed: list[str] = []
+    kill_at = 0
+
+    def counted(function: Any) -> Any:
+        def call(*given: Any, **options: Any) -> Any:
+            computed.append(function.__name__)
+            if len(computed) == kill_at:
+                raise KeyboardInterrupt
+            return function(*given, **options)
+
+        return call
+
+    monkeypatch.setattr(harness, "greedy", counted(harness.greedy))
+    monkeypatch.setattr(harness.ResonanceLM, "_score", counted(harness.ResonanceLM._score))
+    code, out, _ = run(*common, checkpoint, *both, "--output", tmp_path / "whole.jsonl")
+    whole, asked = json.loads(out), len(computed)
+    lines = (tmp_path / "whole.jsonl").read_text().splitlines()
+    assert code == 0 and asked == 4 and len(lines) == 1 + 6 + 1  # two pairs of choices share a context
+
+    kill_at = asked + 4
+    assert run(*common, checkpoint, *both, "--output", output)[0] == 130
+    assert len(computed) == asked + 4 and len(output.read_text().splitlines()) < 1 + 6
+    output.write_bytes(output.read_bytes()[:-5])  # the last response is not whole
+    kill_at, before = 0, len(computed)
+    # A copied model is the same model: the digest is of its content.
+    copied = shutil.copytree(checkpoint, tmp_path / "copy")
+    code, out, _ = run(*common, copied, *both, "--output", output)
+    resumed = json.loads(out)
+    assert code == 0 and len(computed) - before == 2  # the one that was killed, and the one that was cut
+    for key in ("results", "n-samples"):
+        assert resumed[key] == whole[key]
+    assert sorted(output.read_text().splitlines()[1:-1]) == sorted(lines[1:-1])
+
+    monkeypatch.setattr(Checkpoint, "load", None)  # nothing is left to do
+    content = output.read_bytes()
+    code, out, _ = run(*common, checkpoint, *both, "--output", output)
+    assert code == 0 and json.loads(out)["results"] == whole["results"] and output.read_bytes() == content
+    for option, values in (
+        ("--limit", "limit is null there and 1 here"),
+        ("--context", "context is 512 there and 1 "),
+        ("--kv-bits", "kv_bits is null there and 8 here"),
+        ("--num-shots", "num_shots is null"),
+    ):
+        code, _, err = run(*common, checkpoint, *both, "--output", output, option, 8 if option == "--kv-bits" else 1)
+        assert code == 2 and f"results of other settings: {values}" in err and err.endswith("give another --output\n")
+    assert output.read_bytes() == content
+
+
+def test_more_tasks_in_the_same_file(run: Any, checkpoint: Path, tasks: Path, tmp_path: Path) -> None:
+    output = tmp_path / "responses.jsonl"
+    common = ["eval", "harness", "--model", checkpoint, "--include-path", tasks, "--output", output, "--tasks"]
+    assert run(*common, "tiny_multiple_choice")[0] == 0 and run(*common, "tiny_generate_until")[0] == 0
+    kinds = [json.loads(line).get("request") for line in output.read_text().splitlines()]
+    assert kinds == [None, *["loglikelihood"] * 4, "result", *["generate_until"] * 2, "result"]
+    lines = output.read_text().splitlines()
+    broken = json.loads(lines[1]) | {"response": "no"}
+    output.write_text("\n".join([lines[0], json.dumps(broken), *lines[2:]]) + "\n")
+    code, _, err = run(*common, "tiny_multiple_choice")
+    assert code == 2 and "a response to loglikelihood is 'no'" in err.splitlines()[-1]
+
+
+def test_sampled_answers_to_one_request_are_several(tmp_path: Path) -> None:
+    responses = Responses(tmp_path / "responses.jsonl", {"digest": "d"})
+    arguments = [("a", {"temperature": 1.0})] * 2 + [("a", {"temperature": 0.0})] * 2
+    computed: list[int] = []
+
+    def compute(missing: list[int]) -> Any:
+        for i in missing:
+            computed.append(i)
+            yield [(i, f"answer {i}", i == 1)]
+
+    found = responses.respond("generate_until", arguments, compute)
+    assert found == ["answer 0", "answer 1", "answer 3", "answer 3"] and responses.truncated == 1
+    again = Responses(tmp_path / "responses.jsonl", {"digest": "d"})
+    assert again.respond("generate_until", arguments, compute) == found and computed == [0, 1, 3]
+    assert again.truncated == 1
 
 
 BAD = {
-    "--tasks nothing": "lm-eval has no task named 'nothing'",
-    "--tasks tiny_multiple_choice --include-path none": "--include-path none is no folder of tasks",
-    "--tasks tiny_multiple_choice --context 513": "513 tokens exceed the checkpoint's context of 512",
-    "--tasks tiny_multiple_choice --limit 0": "limit must be at least 1",
-    "--tasks tiny_multiple_choice --num-shots -1": "num_shots must be at least 0",
-    "--tasks tiny_generate_until --max-tokens 512": "answers of 512 tokens leave no room",
-    "--tasks tiny_generate_until --apply-chat-template": "the tokenizer has no chat template",
-    "--tasks tiny_multiple_choice --output /dev/null/x.json": "/dev/null is no folder to write to",
+    "--tasks nothing": "lm-eval has no task named 'nothing' (--tasks)",
+    "--tasks tiny_multiple_choice --include-path none": "none is not a folder of tasks (--include-path)",
+    "--tasks tiny_multiple_choice --context 513": "513 tokens exceed the checkpoint's context of 512 tokens: give --f",
+    "--tasks tiny_multiple_choice --limit 0": "Invalid value for '--limit'",
+    "--tasks tiny_multiple_choice --num-shots -1": "Invalid value for '--num-shots'",
+    "--tasks tiny_multiple_choice --num-shots 2147483648": "Invalid value for '--num-shots'",
+    "--tasks tiny_generate_until --max-tokens 512": "answers of 512 tokens leave no room for a prompt",
+    "--tasks tiny_generate_until --apply-chat-template": "the tokenizer has no chat template (--apply-chat-template)",
+    "--tasks tiny_multiple_choice --output /dev/null/x.json": "/dev/null is not a folder",
+    "--tasks tiny_multiple_choice --output /dev/null": "/dev/null is a device: a file is needed: give another --output",
     "--tasks broken": "a task cannot be loaded: ",
 }
 
 
 @pytest.mark.parametrize("arguments", BAD)
 def test_bad_input(
-    run: Any, stdlib_llama: Path, tasks: Path, tmp_path: Path, arguments: str, monkeypatch: pytest.MonkeyPatch
+    run: Any, checkpoint: Path, tasks: Path, tmp_path: Path, arguments: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from mlx_resonance.evaluation import harness
 
@@ -194,13 +279,15 @@ def test_bad_input(
     monkeypatch.setattr(harness, "Tasks", lambda **options: own(**options | {"include_defaults": False}))
     text = (tasks / "multiple_choice.yaml").read_text()
     (tasks / "broken.yaml").write_text(text.replace("tiny_multiple_choice", "broken").replace("choices", "[0, 1]"))
-    code, out, err = run("eval", "harness", "--model", stdlib_llama, "--include-path", tasks, *arguments.split())
-    assert (code, out) == (2, "") and BAD[arguments] in err.splitlines()[-1]
+    output = tmp_path / "responses.jsonl"
+    common = ("--model", checkpoint, "--include-path", tasks, "--output", output)
+    code, out, err = run("eval", "harness", *common, *arguments.split())
+    assert (code, out) == (2, "") and BAD[arguments] in err.splitlines()[-1] and not output.exists()
 
 
-def test_without_lm_eval(run: Any, stdlib_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_lm_eval(run: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     monkeypatch.delitem(sys.modules, "mlx_resonance.evaluation.harness", raising=False)
-    code, out, err = run("eval", "harness", "--model", stdlib_llama, "--tasks", "any")
+    code, out, err = run("eval", "harness", "--model", checkpoint, "--tasks", "any")
     assert (code, out) == (2, "")
-    assert err == "error: [harness] lm_eval is missing: pip install 'mlx-resonance[eval]'\n"
+    assert err == "error: lm_eval is missing: pip install 'mlx-resonance[eval]'\n"

@@ -1,19 +1,21 @@
-"""L-Eval and LongBench: their prompts, cut to a context, and answers that a killed run goes on with."""
+"""L-Eval and LongBench: their prompts, cut to a context, and answers from which a killed run resumes."""
 
 from __future__ import annotations
 
 import errno
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import records
+from mlx_resonance import storage
+from mlx_resonance.errors import UsageError
 from mlx_resonance.evaluation import answers, leval, longbench
 from mlx_resonance.evaluation.answers import first_line, summarize
 from mlx_resonance.evaluation.prompts import Limits, Prompt, cut, fit
 from mlx_resonance.files import read_config
-from mlx_resonance.loading import load_tokenizer
+from mlx_resonance.tokenizer import load_tokenizer
 
 import pytest
 
@@ -104,15 +106,15 @@ def test_truncation(tokenizer: Any) -> None:
     assert text.startswith(head) and text.endswith(tail) and len(tokenizer.encode(head)) in range(45, 52)
     prompt = Prompt("t", "1", "Begin: ", text, " End?", 20, {})
     for truncation in ("words", "head", "middle"):
-        ids, truncated = fit("leval", tokenizer, prompt, Limits(1000, truncation))
+        ids, truncated = fit(tokenizer, prompt, Limits(1000, truncation))
         assert truncated and len(ids) <= 980 and (len(ids) > 900 or truncation == "words")
         found = tokenizer.decode(ids, skip_special_tokens=True)
         assert found.startswith("Begin: word0 ") and found.endswith(" End?")
         assert ("word599" in found) == (truncation == "middle")
-    ids, truncated = fit("leval", tokenizer, prompt, Limits(count + 60, "middle"))
+    ids, truncated = fit(tokenizer, prompt, Limits(count + 60, "middle"))
     assert not truncated and tokenizer.decode(ids, skip_special_tokens=True) == "Begin: " + text + " End?"
-    with pytest.raises(ValueError, match=r"\[leval\] t, 1: the question and 20 tokens of answer take"):
-        fit("leval", tokenizer, prompt, Limits(22))
+    with pytest.raises(UsageError, match="t, 1: the question and 20 tokens of answer take"):
+        fit(tokenizer, prompt, Limits(22))
 
 
 def test_chat_template(stdlib_llama: Path, tokenizer: Any, tmp_path: Path) -> None:
@@ -143,11 +145,11 @@ def files(folder: Path) -> list[Any]:
     return [part for path in paths for part in ("--data", path)]
 
 
-def test_commands(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
-    arguments = ["--model", stdlib_llama, "--context", 256, "--max-tokens", 2, "--output"]
+def test_commands(run: Any, checkpoint: Path, tmp_path: Path) -> None:
+    arguments = ["--model", checkpoint, "--context", 256, "--max-tokens", 2, "--output"]
     code, out, _ = run("eval", "leval", *arguments, tmp_path / "a.jsonl", *files(tmp_path), "--json")
     result = json.loads(out)
-    assert code == 0 and result["answers"] == 4 and result["rope"] and result["model"] == str(stdlib_llama)
+    assert code == 0 and result["answers"] == 4 and result["rope"] and result["model"] == str(checkpoint)
     assert [(row["task"], row["n"], row["truncated"]) for row in result["results"]] == [
         ("coursera", 2, 0), ("codeU", 2, 2)
     ]  # fmt: skip
@@ -163,9 +165,9 @@ def test_commands(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
     assert [line["truncated"] for line in lines] == [False, True] and lines[1]["prompt_tokens"] in range(235, 255)
 
 
-def test_killed_and_gone_on_with(run: Any, stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_and_resumed(run: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, data = tmp_path / "answers.jsonl", files(tmp_path)
-    arguments = ["eval", "leval", "--model", stdlib_llama, *data, "--max-tokens", 2, "--output", output]
+    arguments = ["eval", "leval", "--model", checkpoint, *data, "--max-tokens", 2, "--output", output]
     arguments.extend(["--context", 256])
     assert run(*arguments)[0] == 0
     whole, asked = output.read_bytes(), []
@@ -185,23 +187,27 @@ def test_killed_and_gone_on_with(run: Any, stdlib_llama: Path, tmp_path: Path, m
     assert run(*arguments)[0] == 0 and len(asked) == 3 + 2 and output.read_bytes() == whole
     assert run(*arguments)[0] == 0 and len(asked) == 3 + 2 and output.read_bytes() == whole
     code, _, err = run(*arguments, "--context", 300)
-    assert code == 2 and "other settings (context is 256 there, 300 now)" in err
+    assert code == 2 and "other settings: context is 256 there and 300 here" in err and "another --output" in err
     write(tmp_path / "coursera.jsonl", {**LEVAL, "input": "Another text"})
     code, _, err = run(*arguments)
-    assert code == 2 and "an answer to another question as coursera, 1.1" in err and len(err.splitlines()) == 1
+    assert code == 2 and re.search("for task 'coursera', id '1.1': digest is \"\\w+\" there and \"\\w+\" here", err)
+    assert len(err.splitlines()) == 1
+    write(tmp_path / "coursera.jsonl", {**LEVAL, "outputs": ["B", "B"]})
+    code, _, err = run(*arguments)
+    assert code == 2 and "for task 'coursera', id '1.1': reference is \"A\" there and \"B\" here" in err
     assert output.read_bytes() == whole
 
 
-def test_full_disk(run: Any, stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_full_disk(run: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     output, data = tmp_path / "answers.jsonl", files(tmp_path)
-    arguments = ["eval", "leval", "--model", stdlib_llama, *data, "--max-tokens", 2, "--output", output]
+    arguments = ["eval", "leval", "--model", checkpoint, *data, "--max-tokens", 2, "--output", output]
     assert run(*arguments, "--limit", 1)[0] == 0
     before = output.read_bytes()
 
     def fsync(_: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(records.os, "fsync", fsync)
+    monkeypatch.setattr(storage.os, "fsync", fsync)
     code, out, err = run(*arguments)
     assert (code, out) == (1, "") and err.splitlines()[-1] == "error: [Errno 28] No space left on device"
     assert output.read_bytes() == before
@@ -210,80 +216,80 @@ def test_full_disk(run: Any, stdlib_llama: Path, tmp_path: Path, monkeypatch: py
 BAD = {
     "leval coursera.jsonl ": "coursera.jsonl is empty",
     'leval coursera.jsonl {"input": 1': "coursera.jsonl, line 1 is not JSON",
-    "leval coursera.jsonl [1]": "coursera.jsonl, line 1 is no JSON object",
-    "leval coursera.jsonl \n\n{}": "coursera.jsonl, line 3 has no 'input' that is a text",
-    'leval coursera.jsonl {"input": "a", "instructions": []}': "line 1 has no 'instructions' that is a list of texts",
-    "leval poems.jsonl {}": "no task has this name; name the file after its task, one of coursera, quality",
+    "leval coursera.jsonl [1]": "coursera.jsonl, line 1 is not a JSON object",
+    "leval coursera.jsonl \n\n{}": "coursera.jsonl, line 3 has no 'input' that is a string",
+    'leval coursera.jsonl {"input": "a", "instructions": []}': "line 1 has no 'instructions' that is a list of strings",
+    "leval poems.jsonl {}": "poems.jsonl must be named after its task, one of coursera, quality",
     f"leval coursera.jsonl {json.dumps({**LEVAL, 'outputs': ['A']})}": "line 1 has 2 instructions and 1 outputs",
-    f"leval coursera.jsonl {json.dumps({**LEVAL, 'evaluation': 'f1'})}": "evaluation 'f1' is none that coursera has",
+    f"leval coursera.jsonl {json.dumps({**LEVAL, 'evaluation': 'f1'})}": "line 1: coursera has no evaluation 'f1'",
     f"leval news_summ.jsonl {json.dumps({**LEVAL, 'evaluation': 'LLM'})}": "no question is left",
-    'longbench qasper.jsonl {"input": ""}': "qasper.jsonl, line 1 has no 'context' that is a text",
+    'longbench qasper.jsonl {"input": ""}': "qasper.jsonl, line 1 has no 'context' that is a string",
     'longbench x.jsonl {"input": "", "context": "", "answers": ["a"]}': "no task is named 'x'; known are narrativeqa",
     'longbench vcsum.jsonl {"input": "", "context": "", "answers": ["a"]}': "vcsum is scored by Chinese words",
     'longbench trec.jsonl {"input": "", "context": "", "answers": ["a"]}': "line 1 has no 'all_classes' that is a list",
-    'longbench lcc_e.jsonl {"input": "", "context": "", "answers": ["a"]}': "has no 'length' that is a whole number",
+    'longbench lcc_e.jsonl {"input": "", "context": "", "answers": ["a"]}': "has no 'length' that is an integer",
 }
 
 
 @pytest.mark.parametrize("case", BAD)
-def test_bad_files(run: Any, stdlib_llama: Path, tmp_path: Path, case: str) -> None:
+def test_bad_files(run: Any, checkpoint: Path, tmp_path: Path, case: str) -> None:
     kind, name, content = case.split(" ", 2)
     (tmp_path / name).write_text(content)
     output = tmp_path / "answers.jsonl"
-    code, out, err = run("eval", kind, "--model", stdlib_llama, "--data", tmp_path / name, "--output", output)
+    code, out, err = run("eval", kind, "--model", checkpoint, "--data", tmp_path / name, "--output", output)
     assert (code, out) == (2, "") and BAD[case] in err and len(err.splitlines()) == 1 and not output.exists()
 
 
 OPTIONS = {
-    "--context 513": "513 tokens exceed the checkpoint's context of 512",
-    "--context 40": "coursera, 1.1: the question and 512 tokens of answer take",
-    "--max-tokens 0": "max_tokens must be at least 1",
-    "--limit 0": "limit must be at least 1",
-    "--truncation tail": "truncation must be one of words, head, middle",
+    "--context 513": "513 tokens exceed the checkpoint's context of 512 tokens: give --factor 2",
+    "--context 40": "give another --context or another --max-tokens",
+    "--max-tokens 0": "Invalid value for '--max-tokens'",
+    "--limit 0": "Invalid value for '--limit'",
+    "--truncation tail": "'tail' is not one of 'words', 'head', 'middle'",
     "--data none.jsonl": "none.jsonl",
-    "--data coursera.jsonl": "are of one task",
+    "--data coursera.jsonl": "are of the same task",
 }
 
 
 @pytest.mark.parametrize("arguments", OPTIONS)
 def test_bad_options(
-    run: Any, stdlib_llama: Path, tmp_path: Path, arguments: str, monkeypatch: pytest.MonkeyPatch
+    run: Any, checkpoint: Path, tmp_path: Path, arguments: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     data = write(Path("coursera.jsonl"), LEVAL)
     code, out, err = run(
-        "eval", "leval", "--model", stdlib_llama, "--data", data, "--output", "out.jsonl", *arguments.split()
+        "eval", "leval", "--model", checkpoint, "--data", data, "--output", "out.jsonl", *arguments.split()
     )
     assert (code, out) == (2, "") and OPTIONS[arguments] in err and len(err.splitlines()) == 1
     assert not Path("out.jsonl").exists()
 
 
-def test_output_of_something_else(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+def test_output_of_something_else(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     data, output = write(tmp_path / "coursera.jsonl", LEVAL), write(tmp_path / "notes.jsonl", {"a": 1})
-    arguments = ["eval", "leval", "--model", stdlib_llama, "--data", data, "--max-tokens", 2, "--output"]
+    arguments = ["eval", "leval", "--model", checkpoint, "--data", data, "--max-tokens", 2, "--output"]
     code, _, err = run(*arguments, output)
-    assert code == 2 and "notes.jsonl is no file of leval results" in err
+    assert code == 2 and "notes.jsonl is not a file of leval results" in err
     good = tmp_path / "good.jsonl"
     assert run(*arguments, good)[0] == 0
     header = good.read_text().splitlines()[0]
     good.write_text(header + '\n{"task": "coursera"}\n')
     code, _, err = run(*arguments, good)
-    assert code == 2 and "good.jsonl, line 2 has no 'id' that is a text" in err
+    assert code == 2 and "good.jsonl, line 2 has no 'id' that is a string" in err
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"task": ["coursera"]}, "line 2 has no 'task' that is a text"),
-        ({"prediction": 5}, "line 2 has no 'prediction' that is a text"),
-        ({"metric": "x"}, "has an answer to another question as coursera, 1.1"),
+        ({"task": ["coursera"]}, "line 2 has no 'task' that is a string"),
+        ({"prediction": 5}, "line 2 has no 'prediction' that is a string"),
+        ({"metric": "x"}, 'metric is "x" there and "exam" here'),
     ],
 )
 def test_output_with_a_wrong_line(
-    run: Any, stdlib_llama: Path, tmp_path: Path, change: dict[str, Any], message: str
+    run: Any, checkpoint: Path, tmp_path: Path, change: dict[str, Any], message: str
 ) -> None:
     data, output = write(tmp_path / "coursera.jsonl", LEVAL), tmp_path / "answers.jsonl"
-    arguments = ["eval", "leval", "--model", stdlib_llama, "--data", data, "--max-tokens", 2, "--output", output]
+    arguments = ["eval", "leval", "--model", checkpoint, "--data", data, "--max-tokens", 2, "--output", output]
     assert run(*arguments, "--limit", 1)[0] == 0
     header, line = output.read_text().splitlines()
     write(output, json.loads(header), json.loads(line) | change)

@@ -1,4 +1,4 @@
-"""The passkey test: prompts of exact length, the key where it should be, trials that a killed run goes on with."""
+"""The passkey test: prompts of exact length, the key at its depth, trials from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -8,26 +8,27 @@ import re
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import load
+from mlx_resonance import Checkpoint
+from mlx_resonance.errors import UsageError
 from mlx_resonance.evaluation import passkey
-from mlx_resonance.evaluation.passkey import ANSWER_TOKENS, Grid, accuracy, first_integer, passkey_prompt, run_passkey
-from mlx_resonance.records import append_records
+from mlx_resonance.evaluation.passkey import (
+    ANSWER_TOKENS,
+    PasskeyGrid,
+    accuracy,
+    first_integer,
+    passkey_prompt,
+    run_passkey,
+)
 
 import numpy as np
 import pytest
 
-GRID = Grid((200, 300), (0, 50, 100), repetitions=2)
-
-
-@pytest.fixture(scope="module")
-def loaded(stdlib_llama: Path) -> Any:
-    return load(str(stdlib_llama))
+GRID = PasskeyGrid((200, 300), (0, 50, 100), repetitions=2)
 
 
 @pytest.mark.parametrize("length", [160, 200, 511, 4096])
 @pytest.mark.parametrize("depth", [0, 33, 100])
-def test_prompt_has_its_length_and_the_key_its_depth(loaded: Any, length: int, depth: int) -> None:
-    _, tokenizer = loaded
+def test_prompt_has_its_length_and_the_key_its_depth(tokenizer: Any, length: int, depth: int) -> None:
     prompt = passkey_prompt(tokenizer, length, depth, 31415)
     assert len(prompt) + ANSWER_TOKENS == length
     assert prompt[0] == tokenizer.bos_token_id and tokenizer.bos_token_id not in prompt[1:]
@@ -38,22 +39,21 @@ def test_prompt_has_its_length_and_the_key_its_depth(loaded: Any, length: int, d
     assert filler[0] / sum(filler) == pytest.approx(depth / 100, abs=0.05)
 
 
-def test_too_short_a_length_says_how_many_tokens_are_needed(loaded: Any) -> None:
-    _, tokenizer = loaded
-    with pytest.raises(ValueError, match="at least") as error:
+def test_too_short_a_length_says_how_many_tokens_are_needed(tokenizer: Any) -> None:
+    with pytest.raises(UsageError, match="at least") as error:
         passkey_prompt(tokenizer, 60, 0, 50000)
     needed = int(re.search(r"at least (\d+)", str(error.value))[1])
     assert len(passkey_prompt(tokenizer, needed, 0, 50000)) + ANSWER_TOKENS == needed
-    with pytest.raises(ValueError, match="holds no filler"):
+    with pytest.raises(UsageError, match="no room for filler"):
         passkey_prompt(tokenizer, needed - 1, 0, 50000)
 
 
 def test_keys_depend_on_their_cell_alone() -> None:
     keys = {cell: GRID.key(*cell) for cell in GRID.cells()}
     assert len(set(keys.values())) > 10 and all(1 <= key <= 50000 for key in keys.values())
-    larger = Grid((300, 100, 200), (0, 25, 50, 100), repetitions=3)
+    larger = PasskeyGrid((300, 100, 200), (0, 25, 50, 100), repetitions=3)
     assert {cell: larger.key(*cell) for cell in keys} == keys
-    assert Grid((200,), (0,), 1, seed=1).key(200, 0, 0) != keys[200, 0, 0]
+    assert PasskeyGrid((200,), (0,), 1, seed=1).key(200, 0, 0) != keys[200, 0, 0]
 
 
 @pytest.mark.parametrize(
@@ -77,9 +77,10 @@ def know(depths: set[int]) -> Any:
     return generate
 
 
-def test_a_grid_is_tried_once_and_goes_on(loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_grid_is_tried_once_and_resumes(stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = Checkpoint.open(stdlib_llama)
     monkeypatch.setattr(passkey, "generate", know({0, 100}))
-    whole = run_passkey(*loaded, GRID, tmp_path / "whole.jsonl", {"model": "m"})
+    whole = run_passkey(checkpoint, GRID, tmp_path / "whole.jsonl")
     assert accuracy(GRID, whole).tolist() == [[1, 1], [0, 0], [1, 1]]
     assert [(trial["length"], trial["depth"], trial["repetition"]) for trial in whole] == GRID.cells()
 
@@ -88,47 +89,45 @@ def test_a_grid_is_tried_once_and_goes_on(loaded: Any, tmp_path: Path, monkeypat
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        run_passkey(*loaded, GRID, tmp_path / "part.jsonl", {"model": "m"}, kill)
+        run_passkey(checkpoint, GRID, tmp_path / "part.jsonl", on_trial=kill)
     tried = []
     monkeypatch.setattr(passkey, "generate", lambda *a, **k: tried.append(1) or know({0, 100})(*a, **k))
-    assert run_passkey(*loaded, GRID, tmp_path / "part.jsonl", {"model": "m"}) == whole
+    assert run_passkey(checkpoint, GRID, tmp_path / "part.jsonl") == whole
     assert len(tried) == len(whole) - 5
     assert (tmp_path / "part.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    part = Grid((300,), (50,), 1)
-    assert run_passkey(*loaded, part, tmp_path / "whole.jsonl", {"model": "m"}) == [
+    part = PasskeyGrid((300,), (50,), 1)
+    assert run_passkey(checkpoint, part, tmp_path / "whole.jsonl") == [
         trial for trial in whole if (trial["length"], trial["depth"], trial["repetition"]) == (300, 50, 0)
     ]
-    with pytest.raises(ValueError, match="model is m there, n now"):
-        run_passkey(*loaded, GRID, tmp_path / "whole.jsonl", {"model": "n"})
+    with pytest.raises(UsageError, match="kv_bits is null there and 8 here"):
+        run_passkey(checkpoint, GRID, tmp_path / "whole.jsonl", kv_bits=8)
+    assert len(tried) == len(whole) - 5
 
 
-def test_a_wrong_line(loaded: Any, tmp_path: Path) -> None:
-    output = tmp_path / "out.jsonl"
-    append_records(output, [{"passkey": 1, "seed": 0}, {"length": 200, "depth": 0, "repetition": 0, "found": "yes"}])
-    with pytest.raises(ValueError, match=r"out\.jsonl, line 2 has no 'found' that is true or false"):
-        run_passkey(*loaded, Grid([200], [0], 1), output, {})
+def test_a_wrong_line(stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(passkey, "generate", know(set()))
+    checkpoint, grid, output = Checkpoint.open(stdlib_llama), PasskeyGrid([200], [0], 1), tmp_path / "out.jsonl"
+    (trial,) = run_passkey(checkpoint, grid, output)
+    header = output.read_text().splitlines()[0]
+    for change, message in (
+        ({"found": "yes"}, r"out\.jsonl, line 2 has no 'found' that is true or false"),
+        ({"key": 123}, rf"for length 200, depth 0, repetition 0: key is 123 there and {grid.key(200, 0, 0)} here"),
+    ):
+        output.write_text(header + "\n" + json.dumps(trial | change) + "\n")
+        with pytest.raises(UsageError, match=message):
+            run_passkey(checkpoint, grid, output)
 
 
 def test_accuracy_has_depths_down_and_lengths_across() -> None:
-    grid = Grid((300, 200), (50, 0), repetitions=2)
+    grid = PasskeyGrid((300, 200), (50, 0), repetitions=2)
     trials = [{"length": 200, "depth": 0, "found": True}, {"length": 300, "depth": 50, "found": True}] * 2
     np.testing.assert_array_equal(accuracy(grid, trials), [[0, 1], [1, 0]])
 
 
-def test_command(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+def test_command(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     output, figure = tmp_path / "trials.jsonl", tmp_path / "grid.png"
-    arguments = (
-        "eval",
-        "passkey",
-        "--model",
-        stdlib_llama,
-        "--lengths",
-        "200,160",
-        "--repetitions",
-        "1",
-        "--depths",
-        "0,100",
-    )
+    grid = ("--lengths", "200,160", "--repetitions", "1", "--depths", "0,100")
+    arguments = ("eval", "passkey", "--model", checkpoint, *grid)
     code, out, _ = run(*arguments, "--output", output, "--plot", figure, "--json")
     result = json.loads(out)
     assert code == 0 and result["lengths"] == [160, 200] and np.shape(result["accuracy"]) == (2, 2)
@@ -137,27 +136,29 @@ def test_command(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
     code, out, _ = run(*arguments, "--output", output)
     assert code == 0 and "160" in out and "100 %" in out and output.read_bytes() == before
     code, _, err = run(*arguments, "--output", output, "--factor", "2")
-    assert code == 2 and "results of other settings" in err and output.read_bytes() == before
+    assert code == 2 and "results of other settings: max_position_embeddings is 512 there and 1024 here" in err
+    assert "give another --output" in err and output.read_bytes() == before
     assert run(*arguments, "--output", tmp_path / "longer.jsonl", "--factor", "2", "--seed", "3")[0] == 0
 
 
 BAD = {
-    "--lengths 600": "exceed the checkpoint's context of 512",
-    "--lengths 60": "holds no filler",
-    "--lengths a,b": "--lengths must be whole numbers",
-    "--lengths 0": "positive numbers of tokens",
-    "--lengths 200 --depths 101": "depths must lie in [0, 100]",
-    "--lengths 200 --repetitions 0": "repetitions must be at least 1",
-    "--lengths 200 --seed -1": "seed must lie in",
-    "--lengths 200 --kv-bits 3": "kv_bits must be 4 or 8",
+    "--lengths 600": "600 tokens exceed the checkpoint's context of 512 tokens: give --factor 2",
+    "--lengths 60": "60 tokens have no room for filler",
+    "--lengths a,b": "'--lengths': expected integers with commas",
+    "--lengths 0": "lengths must be in [1, 2**31] tokens, got [0] (--lengths)",
+    "--lengths 200 --depths 101": "depths must be in [0, 100], got [101] (--depths)",
+    "--lengths 200 --repetitions 0": "Invalid value for '--repetitions'",
+    "--lengths 200 --repetitions 2147483648": "Invalid value for '--repetitions'",
+    "--lengths 200 --seed -1": "Invalid value for '--seed'",
+    "--lengths 200 --kv-bits 3": "'--kv-bits': '3' is not one of 8, 4",
     "--lengths 200 --plot grid.tiff2": "suffix must be one of",
-    "--lengths 200 --memory 1MB": "there are",
+    "--lengths 200 --memory 1MB": "the limit is",
 }
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_input(run: Any, stdlib_llama: Path, tmp_path: Path, arguments: str) -> None:
+def test_bad_input(run: Any, checkpoint: Path, tmp_path: Path, arguments: str) -> None:
     output = tmp_path / "trials.jsonl"
-    code, out, err = run("eval", "passkey", "--model", stdlib_llama, "--output", output, *arguments.split())
+    code, out, err = run("eval", "passkey", "--model", checkpoint, "--output", output, *arguments.split())
     assert (code, out) == (2, "") and BAD[arguments] in err and len(err.splitlines()) == 1
     assert os.listdir(tmp_path) == []

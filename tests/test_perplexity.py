@@ -10,13 +10,14 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.config import RopeConfig
+from mlx_resonance import Checkpoint, RopeConfig
+from mlx_resonance.attention import set_rope
+from mlx_resonance.errors import UsageError
 from mlx_resonance.evaluation import perplexity
-from mlx_resonance.evaluation.losses import score
-from mlx_resonance.evaluation.perplexity import Subject, named_rope, run_perplexity, select_documents
+from mlx_resonance.evaluation.losses import token_losses
+from mlx_resonance.evaluation.perplexity import Subject, run_perplexity, select_documents
 from mlx_resonance.evaluation.windows import Document, Options, Protocol, sliding_windows, sums
-from mlx_resonance.files import read_config
-from mlx_resonance.loading import load_model, set_rope
+from mlx_resonance.scaling import named_rope
 
 import mlx.core as mx
 import numpy as np
@@ -35,11 +36,12 @@ def documents(tokenizer: Any) -> list[Document]:
     return select_documents(texts, tokenizer, 1, None)[0]
 
 
-def subject(checkpoint: Path, documents: Sequence[Document], *ropes: str, start: Sequence[int] = (0,)) -> Subject:
+def subject(folder: Path, documents: Sequence[Document], *ropes: str, start: Sequence[int] = (0,)) -> Subject:
+    checkpoint = Checkpoint.open(folder)
     # As if it had been trained on 64 tokens: longer windows are beyond that, and dynamic angles change.
-    own = RopeConfig.from_hf(read_config(checkpoint) | {"max_position_embeddings": 64})
+    own = RopeConfig.from_hf({**checkpoint.config, "max_position_embeddings": 64})
     settings = [named_rope(own, rope, 4) for rope in ropes or ("default",)]
-    return Subject("m", checkpoint, settings, list(start), documents)
+    return Subject(checkpoint, settings, list(start), documents)
 
 
 @pytest.mark.parametrize(
@@ -109,9 +111,9 @@ def test_equals_transformers(
     checkpoint: Path, documents: list[Document], tmp_path: Path, rope: str, start: Sequence[int], stride: int | None
 ) -> None:
     folder = shutil.copytree(checkpoint, tmp_path / "model")
-    config = {key: value for key, value in read_config(folder).items() if key != "rope_theta"}
     chosen = documents if stride else [document for document in documents if len(document.tokens) >= 200]
     measured = subject(folder, chosen, rope, start=start)
+    config = {key: value for key, value in measured.checkpoint.config.items() if key != "rope_theta"}
     (folder / "config.json").write_text(json.dumps(config | measured.ropes[0].to_hf("5")))
     protocol = Protocol((200, 100), truncate=stride is None, stride=stride or 256, last=40)
     rows = run_perplexity([measured], protocol, tmp_path / "lines.jsonl", {})
@@ -127,16 +129,16 @@ def test_equals_transformers(
 def test_chunks_and_batches_change_nothing(
     checkpoint: Path, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rope: str
 ) -> None:
-    model, of = load_model(checkpoint)[0], subject(checkpoint, documents, rope)
-    set_rope(model, of.ropes[0])
+    of = subject(checkpoint, documents, rope)
+    model = of.checkpoint.with_rope(of.ropes[0]).load()
     rows = np.stack([documents[0].tokens[:150], documents[2].tokens[:150]])
     count: list[int] = []
-    whole = score(model, rows, 149)
+    whole = token_losses(model, rows, 149)
     monkeypatch.setattr("mlx_resonance.evaluation.losses.LOGITS", 2048 * 7)
-    chunked = score(model, rows, 149, step=34, on_tokens=count.append)
+    chunked = token_losses(model, rows, 149, step=34, on_tokens=count.append)
     assert count == [34] * 8 + [26] and whole.shape == (2, 149)
     np.testing.assert_allclose(chunked, whole, atol=2e-5)
-    np.testing.assert_allclose(score(model, rows[1:], 20, step=64), whole[1:, -20:], atol=2e-5)
+    np.testing.assert_allclose(token_losses(model, rows[1:], 20, step=64), whole[1:, -20:], atol=2e-5)
     results = []
     for number, options in enumerate((Options(batch_size=1), Options(batch_size=5), Options(step=64))):
         output = tmp_path / f"{number}.jsonl"
@@ -149,7 +151,7 @@ FIGURES = ("perplexity_windows", "perplexity_tokens")
 
 
 @pytest.mark.parametrize("protocol", [Protocol((100, 60, 150), True, last=30), Protocol((150, 100), stride=50)])
-def test_a_killed_run_goes_on_to_the_same_bytes(
+def test_a_killed_run_resumes_to_the_same_bytes(
     checkpoint: Path, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, protocol: Protocol
 ) -> None:
     long = [document for document in documents if len(document.tokens) >= 150]
@@ -166,27 +168,28 @@ def test_a_killed_run_goes_on_to_the_same_bytes(
         output.write_bytes(whole[: int(part * len(whole))])
         assert run_perplexity([of], protocol, output, {"data": "d"}, options) == rows
         assert output.read_bytes() == whole
-    monkeypatch.setattr(perplexity, "load_model", None)  # nothing is left to do
+    monkeypatch.setattr(Checkpoint, "load", None)  # nothing is left to do
     assert run_perplexity([of], protocol, output, {"data": "d"}, options) == rows
-    with pytest.raises(ValueError, match="data is d there, e now"):
+    with pytest.raises(UsageError, match='data is "d" there and "e" here'):
         run_perplexity([of], protocol, output, {"data": "e"}, options)
 
 
 def test_a_rope_that_is_swapped_is_the_one_that_is_loaded(checkpoint: Path) -> None:
-    model, tokens = load_model(checkpoint)[0], mx.arange(2, 300)[None]
-    own = RopeConfig.from_hf(read_config(checkpoint))
+    opened, tokens = Checkpoint.open(checkpoint), mx.arange(2, 300)[None]
+    model, own = opened.load(), opened.own_rope
     for name in ("resonance_yarn", "ntk", "resonance_default", "default"):
-        set_rope(model, named_rope(own, name, 4))
-        loaded = load_model(checkpoint, rope=named_rope(own, name, 4))[0]
+        rope = named_rope(own, name, 4)
+        set_rope(model, rope)
+        loaded = opened.with_rope(rope).load()
         assert mx.array_equal(model(tokens), loaded(tokens)) and model.args.rope == loaded.args.rope
     scaled = named_rope(own, "yarn", 4)
     assert named_rope(scaled, "default", None) == own and scaled.context_length == 2048
 
 
-def test_a_loss_that_is_no_number(checkpoint: Path, documents: list[Document], tmp_path: Path) -> None:
+def test_a_loss_that_is_not_a_number(checkpoint: Path, documents: list[Document], tmp_path: Path) -> None:
     broken = shutil.copytree(checkpoint, tmp_path / "model")
     weights = mx.load(str(broken / "model.safetensors"))
     weights["model.norm.weight"] = weights["model.norm.weight"] * math.nan
     mx.save_safetensors(str(broken / "model.safetensors"), weights, {"format": "mlx"})
-    with pytest.raises(ValueError, match="loss of document 1 at 100 tokens is nan"):
+    with pytest.raises(UsageError, match="loss of document 1 at 100 tokens is nan"):
         run_perplexity([subject(broken, documents)], Protocol((100,), stride=50), tmp_path / "x.jsonl", {})

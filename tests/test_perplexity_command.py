@@ -8,7 +8,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.evaluation import perplexity
+from mlx_resonance import storage
+from mlx_resonance.errors import UsageError
 from mlx_resonance.evaluation.texts import read_documents
 
 import pyarrow
@@ -56,13 +57,13 @@ def test_command(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None
     assert code == 0 and "resonance_yarn" in out and "last 50" in out and output.read_bytes() == before
     assert run(*common, "--model", checkpoint, "--rope", "default", "--stride", "9")[0] == 0  # means nothing here
     code, _, err = run(*both, "--model", checkpoint, "--contexts", "64", "--stride", "40")
-    assert code == 2 and "truncate is True there, False now" in err
+    assert code == 2 and "truncate is true there and false here" in err and "another --output" in err
 
 
 def test_beyond(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     common = ("eval", "perplexity", "--model", checkpoint, "--data", data / "short.txt", "--contexts", "600")
     code, out, err = run(*common, "--output", tmp_path / "x.jsonl")
-    assert (code, out, len(err.splitlines())) == (2, "", 1) and "--factor 2, or --beyond" in err
+    assert (code, out, len(err.splitlines())) == (2, "", 1) and "--rope resonance_yarn --factor 2 or --beyond" in err
     code, out, _ = run(*common, "--output", tmp_path / "x.jsonl", "--beyond", "--json")
     assert code == 0 and json.loads(out)["results"][0]["windows"] == 1
     assert run(*common, "--output", tmp_path / "x.jsonl", "--rope", "yarn", "--factor", "2")[0] == 0
@@ -70,30 +71,31 @@ def test_beyond(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
 
 BAD = {
     "": "Missing option '--data'",
-    "--data none.txt": "none.txt: no such file",
-    "--data empty.txt": "empty.txt is empty",
+    "--data none.txt": "none.txt: no such file (--data)",
+    "--data empty.txt": "empty.txt is empty (--data)",
     "--data bytes.txt": "bytes.txt is not UTF-8 text",
     "--data digits.jsonl": "digits.jsonl, line 1 is not JSON",
     "--data x.csv": "x.csv: the suffix must be one of .txt",
     "--data broken.jsonl": "broken.jsonl, line 2 is not JSON",
     "--data bytes.jsonl": "bytes.jsonl, line 2 is not UTF-8 text",
-    "--data surrogate.jsonl": "surrogate.jsonl, line 1 has no 'text' that is a text",
-    "--data b.jsonl --field n": "b.jsonl, line 1 has no 'n' that is a text",
+    "--data surrogate.jsonl": "surrogate.jsonl, line 1 has no 'text' that is a string (--field)",
+    "--data b.jsonl --field n": "b.jsonl, line 1 has no 'n' that is a string (--field)",
     "--data t.parquet": "t.parquet needs pyarrow, which is not installed",
-    "--data a.py --documents 0": "documents must be at least 1",
-    "--data short.txt --min-tokens 100": "none of 1 documents has 100 tokens",
+    "--data a.py --documents 0": "Invalid value for '--documents'",
+    "--data short.txt --min-tokens 100": "none of 1 documents has 100 tokens, the longest has 4: give another --min-",
     "--data short.txt --truncate": "none of 1 documents has 299 tokens",
-    "--data a.py --contexts 1": "contexts must be at least 2 tokens",
-    "--data a.py --contexts x": "--contexts must be whole numbers",
-    "--data a.py --contexts 256": "stride must lie in [1, 255]",
-    "--data a.py --stride 0": "stride must lie in [1, 299]",
-    "--data a.py --truncate --last 0": "last must be at least 1",
-    "--data a.py --rope yarn": "needs --factor",
-    "--data a.py --rope yarm --factor 2": "--rope must be some of default, linear",
-    "--data a.py --batch-size 0": "batch_size must be at least 1",
-    "--data a.py --prefill-step-size 0": "prefill_step_size must be at least 1",
-    "--data a.py --kv-bits 3": "kv_bits must be 4 or 8",
-    "--data a.py --memory 1MB": "there are",
+    "--data a.py --contexts 1": "contexts must be in [2, 2**31] tokens, got [1] (--contexts)",
+    "--data a.py --contexts 64,3000000000": "contexts must be in [2, 2**31] tokens",
+    "--data a.py --contexts x": "'--contexts': expected integers with commas",
+    "--data a.py --contexts 256": "stride must be in [1, 255]",
+    "--data a.py --stride 0": "Invalid value for '--stride'",
+    "--data a.py --truncate --last 0": "Invalid value for '--last'",
+    "--data a.py --rope yarn": "the scaling yarn needs a factor: give --factor",
+    "--data a.py --rope yarm --factor 2": "rope must be one of default, linear",
+    "--data a.py --batch-size 0": "Invalid value for '--batch-size'",
+    "--data a.py --prefill-step-size 0": "Invalid value for '--prefill-step-size'",
+    "--data a.py --kv-bits 3": "'--kv-bits': '3' is not one of 8, 4",
+    "--data a.py --memory 1MB": "the limit is",
     "--data a.py --plot x.abc": "suffix must be one of",
 }
 
@@ -116,7 +118,7 @@ def test_a_full_disk(run: Any, checkpoint: Path, data: Path, tmp_path: Path, mon
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(perplexity, "append_records", full)
+    monkeypatch.setattr(storage.RunLog, "append", full)
     code, out, err = run(
         "eval", "perplexity", "--model", checkpoint, "--data", data / "short.txt", "--contexts", "4", "--stride", "2",
         "--output", tmp_path / "x.jsonl",
@@ -142,10 +144,10 @@ def test_parquet(tmp_path: Path) -> None:
     parquet.write_table(pyarrow.table({"text": [*map(str, range(40)), None], "n": list(range(41))}), path)
     texts = read_documents([path], "text")
     assert [next(texts) for _ in range(40)] == list(map(str, range(40)))
-    with pytest.raises(ValueError, match=r"row 41 has no 'text'"):
+    with pytest.raises(UsageError, match=r"row 41 has no 'text'"):
         next(texts)
-    with pytest.raises(ValueError, match=r"no column 'x': there are text, n"):
+    with pytest.raises(UsageError, match=r"no column 'x'; its columns are text, n"):
         list(read_documents([path], "x"))
     path.write_bytes(path.read_bytes()[:-9])
-    with pytest.raises(ValueError, match="is no whole parquet file"):
+    with pytest.raises(UsageError, match="is not a whole parquet file"):
         list(read_documents([path], "text"))

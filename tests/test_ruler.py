@@ -10,8 +10,8 @@ from typing import Any
 
 from mlx_resonance.evaluation.prompts import Prompt
 from mlx_resonance.evaluation.ruler import TASKS
-from mlx_resonance.evaluation.ruler_runs import Grid, largest, make_prompt, make_prompts
-from mlx_resonance.evaluation.words import ADJECTIVES, NOUNS, VERBS
+from mlx_resonance.evaluation.ruler_runs import RulerGrid, largest, make_prompt, make_prompts
+from mlx_resonance.evaluation.word_lists import ADJECTIVES, NOUNS, VERBS
 
 import pytest
 
@@ -19,7 +19,7 @@ COUNTS = {"niah_multivalue": 4, "niah_multiquery": 4, "vt": 5, "cwe": 10, "fwe":
 
 
 def make(tokenizer: Any, task: str, length: int = 2048, index: int = 0, **options: Any) -> Prompt:
-    return make_prompt(tokenizer, Grid((task,), (length,), **options), task, length, index)
+    return make_prompt(tokenizer, RulerGrid((task,), (length,), **options), task, length, index)
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -109,10 +109,10 @@ def test_own_essay(tokenizer: Any, tmp_path: Path) -> None:
     assert prompt.before.count("One two three. Is it so?") > 5
 
 
-def test_command(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+def test_command(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     output, essay = tmp_path / "ruler.jsonl", tmp_path / "essay.txt"
     essay.write_text("It rains. It snows! Does it?\nNo.")
-    arguments = ["eval", "ruler", "--model", stdlib_llama, "--output", output, "--haystack", essay, "--max-tokens", 2]
+    arguments = ["eval", "ruler", "--model", checkpoint, "--output", output, "--haystack", essay, "--max-tokens", 2]
     small = ["--tasks", "niah_single_1,niah_single_2,fwe", "--lengths", "330,360", "--samples", 1]
     code, out, _ = run(*arguments, *small, "--json")
     result = json.loads(out)
@@ -128,10 +128,10 @@ def test_command(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
     assert code == 0 and "niah_single_2 (match all)" in out and output.read_bytes() == whole
     essay.write_text("It hails.")
     code, _, err = run(*arguments, *small)
-    assert code == 2 and "haystack is" in err and output.read_bytes() == whole
+    assert code == 2 and "haystack is " in err and output.read_bytes() == whole
 
 
-def test_rulers_own_files(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+def test_rulers_own_files(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     line = {"index": 0, "input": "Document 1:\nA cat.\n\nQuestion: What?", "outputs": ["cat", "a cat"], "length": 60}
     (tmp_path / "qa_1").mkdir()
     (tmp_path / "qa_1" / "validation.jsonl").write_text(json.dumps(line | {"answer_prefix": " Answer:"}) + "\n")
@@ -141,31 +141,32 @@ def test_rulers_own_files(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
     assert (vt.task, vt.budget, vt.start, vt.saved["metric"]) == ("vt", 30, "", "match all")
     files = ["--data", tmp_path / "qa_1" / "validation.jsonl", "--data", tmp_path / "vt.jsonl", "--lengths", 100]
     output = tmp_path / "answers.jsonl"
-    code, out, _ = run("eval", "ruler", "--model", stdlib_llama, *files, "--output", output, "--max-tokens", 2)
+    code, out, _ = run("eval", "ruler", "--model", checkpoint, *files, "--output", output, "--max-tokens", 2)
     assert code == 0 and "qa_1 (match any)" in out and "vt (match all)" in out
     output.unlink()
-    code, _, err = run("eval", "ruler", "--model", stdlib_llama, *files[:2], "--lengths", 40, "--output", output)
+    code, _, err = run("eval", "ruler", "--model", checkpoint, *files[:2], "--lengths", 40, "--output", output)
     assert code == 2 and "qa_1, 1: the question and 32 tokens of answer take" in err and not output.exists()
 
 
 BAD = {
     "--lengths 600": "600 tokens exceed the checkpoint's context of 512",
     "--lengths 150 --tasks niah_single_1": "niah_single_1 takes at least",
-    "--lengths 0": "lengths must be positive",
-    "--lengths x": "--lengths must be whole numbers",
+    "--lengths 0": "lengths must be in [1, 2**31] tokens, got [0] (--lengths)",
+    "--lengths x": "'--lengths': expected integers with commas",
     "--tasks niah_single_9": "no task is named 'niah_single_9'; known are niah_single_1",
-    "--tasks qa_1": "qa_1 has downloaded questions",
-    "--samples 0": "samples must be at least 1",
-    "--max-tokens 0": "max_tokens must be at least 1",
-    "--haystack none.txt": "no haystack file none.txt",
-    "--data none/qa_1.jsonl --lengths 500": "no file none/qa_1.jsonl",
-    "--data none.jsonl --lengths 500": "neither file nor folder has a task's name",
+    "--tasks qa_1": "qa_1 has questions that RULER downloads: it needs the file that RULER makes of them: give --data",
+    "--samples 0": "Invalid value for '--samples'",
+    "--samples 2147483648": "Invalid value for '--samples'",
+    "--max-tokens 0": "Invalid value for '--max-tokens'",
+    "--haystack none.txt": "none.txt: no such file (--haystack)",
+    "--data none/qa_1.jsonl --lengths 500": "none/qa_1.jsonl: no such file (--data)",
+    "--data none.jsonl --lengths 500": "none.jsonl: file or folder must be named after a task",
 }
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_input(run: Any, stdlib_llama: Path, tmp_path: Path, arguments: str) -> None:
+def test_bad_input(run: Any, checkpoint: Path, tmp_path: Path, arguments: str) -> None:
     output = tmp_path / "ruler.jsonl"
-    code, out, err = run("eval", "ruler", "--model", stdlib_llama, "--output", output, *arguments.split())
+    code, out, err = run("eval", "ruler", "--model", checkpoint, "--output", output, *arguments.split())
     assert (code, out) == (2, "") and BAD[arguments] in err and len(err.splitlines()) == 1
     assert not output.exists()

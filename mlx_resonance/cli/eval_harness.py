@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
-import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
 from typer import Option
 
-from .options import Context, Factor, Force, Json, KvBits, Memory, Model, memory_bytes
+from .options import LARGEST, Context, Factor, Force, Json, KvBits, Memory, Model, names, path
 from .output import print_json, stderr, stdout
 
 
 def command(
     model: Model,
-    tasks: Annotated[str, Option(help="lm-eval's names, with commas.")],
-    include_path: Annotated[Path | None, Option(metavar="DIR", help="Folder with more tasks, as YAML.")] = None,
-    num_shots: Annotated[int | None, Option(help="Solved examples in front. Default: the task's.")] = None,
-    limit: Annotated[int | None, Option(help="Take so many documents of each task, the first ones.")] = None,
-    max_tokens: Annotated[int | None, Option(help="Most tokens of an answer. Default: the task's.")] = None,
+    tasks: Annotated[Sequence[str], Option(**names, help="lm-eval's names; `lm-eval ls tasks` lists them.")],
+    include_path: Annotated[Path | None, Option(**path, metavar="DIR", help="Folder with more tasks, as YAML.")] = None,
+    num_shots: Annotated[
+        int | None, Option(min=0, max=10_000, help="Solved examples in front. Default: the task's.")
+    ] = None,
+    limit: Annotated[
+        int | None, Option(min=1, max=LARGEST, help="Ask only the first N documents of each task.")
+    ] = None,
+    max_tokens: Annotated[
+        int | None, Option(min=1, max=LARGEST, help="Maximum number of tokens of an answer. Default: the task's.")
+    ] = None,
     apply_chat_template: Annotated[
         bool, Option("--apply-chat-template", help="Use the tokenizer's chat template.")
     ] = False,
@@ -27,38 +33,35 @@ def command(
     kv_bits: KvBits = None,
     memory: Memory = None,
     force: Force = False,
-    output: Annotated[Path | None, Option(metavar="FILE.json", help="Where lm-eval's whole result goes.")] = None,
+    output: Annotated[
+        Path | None,
+        Option(**path, metavar="FILE.jsonl", help="Run log of the responses, from which a killed run resumes."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Tasks of lm-eval, which downloads their data, or yours.
+    """Tasks of lm-eval, which downloads their data, or your own tasks.
 
-    It comes with mlx-resonance[eval].
+    It needs mlx-resonance[eval].
     """
-    from ..evaluation.checkpoint import open_checkpoint
+    from ..checkpoint import Checkpoint
+    from ..evaluation.context import choose_context
     from ..evaluation.harness import run_harness, tables
-    from ..files import user_path
-    from ..records import append_records
 
-    size = memory_bytes(memory)
-    output = None if output is None else user_path(output)
-    if output is not None and output.exists() and output.stat().st_size:
-        raise FileExistsError(f"[harness] {output} is there already: choose another --output")
-    if output is not None:  # refused now, not after hours
-        above = next(folder for folder in output.absolute().parents if folder.exists())
-        if not above.is_dir() or not os.access(above, os.W_OK):
-            raise NotADirectoryError(f"[harness] {output} cannot be written: {above} is no folder to write to")
-    checkpoint = open_checkpoint(
-        "harness", model, context=context, factor=factor, kv_bits=kv_bits, memory=size, force=force
-    )
-    names = [name.strip() for name in tasks.split(",")]
+    checkpoint = Checkpoint.open(model, factor=factor)
     result = run_harness(
-        checkpoint, names, include_path=None if include_path is None else user_path(include_path),
-        num_shots=num_shots, limit=limit, max_tokens=max_tokens, chat=apply_chat_template,
-    )  # fmt: skip
+        checkpoint,
+        tasks,
+        context=choose_context(checkpoint, context, kv_bits=kv_bits, memory=memory, force=force),
+        kv_bits=kv_bits,
+        include_path=include_path,
+        num_shots=num_shots,
+        limit=limit,
+        max_tokens=max_tokens,
+        chat=apply_chat_template,
+        output=output,
+    )
     if output is not None:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        append_records(output, [result])
-        stderr.print(f"wrote {output}")
+        stderr.print(f"wrote {output}", soft_wrap=True)
     if json:
         print_json(result)
     else:

@@ -1,14 +1,15 @@
-"""`mlx-resonance eval perplexity`: how well a model foresees long documents, by context."""
+"""`mlx-resonance eval perplexity`: how well a model predicts long documents, by context."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
 from typer import Option
 
-from .options import Factor, Force, Json, KvBits, Memory, memory_bytes, whole_numbers
+from .options import LARGEST, Factor, Force, Json, KvBits, Memory, PrefillStep, integers, names, path
 from .output import print_json, progress_bar, stderr, stdout
 
 if TYPE_CHECKING:
@@ -17,32 +18,44 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[list[str], Option(help="Folder or Hugging Face hub id; give several to compare them.")],
-    data: Annotated[list[Path], Option(metavar="FILE", help="Text, JSON lines or parquet; give several for more.")],
-    contexts: Annotated[str, Option(help="Tokens of a window, with commas.")],
-    output: Annotated[Path, Option(metavar="FILE.jsonl", help="A line per document; what is there is not redone.")],
-    field: Annotated[str, Option(help="Of JSON lines or parquet: where the text is.")] = "text",
-    documents: Annotated[int | None, Option(help="Take so many, the first ones. Default: all.")] = None,
-    min_tokens: Annotated[int, Option(help="Leave out shorter documents.")] = 1,
+    model: Annotated[list[str], Option("-m", "--model", help="Folder or Hugging Face hub id; several are compared.")],
+    data: Annotated[
+        list[Path], Option(**path, metavar="FILE", help="Text, JSON lines or parquet; may be given several times.")
+    ],
+    contexts: Annotated[Sequence[int], Option(**integers, help="Tokens of a window.")],
+    output: Annotated[
+        Path, Option(**path, metavar="FILE.jsonl", help="Run log of the results, from which a killed run resumes.")
+    ],
+    field: Annotated[str, Option(help="Where JSON lines or parquet have the text.")] = "text",
+    documents: Annotated[
+        int | None, Option(min=1, max=LARGEST, help="Measure only the first N documents. Default: all.")
+    ] = None,
+    min_tokens: Annotated[int, Option(min=1, max=LARGEST, help="Leave out shorter documents.")] = 1,
     truncate: Annotated[
-        bool, Option("--truncate", help="One window per document; those shorter than the longest are left out.")
+        bool, Option("--truncate", help="One window per document; documents shorter than the longest are left out.")
     ] = False,
-    stride: Annotated[int, Option(help="Tokens between the beginnings of sliding windows.")] = 256,
-    last: Annotated[int, Option(help="Of a truncated window, score so many at its end by themselves as well.")] = 512,
+    stride: Annotated[int, Option(min=1, max=LARGEST, help="Tokens between the beginnings of sliding windows.")] = 256,
+    last: Annotated[
+        int, Option(min=1, max=LARGEST, help="Score the last N tokens of a truncated window separately, too.")
+    ] = 512,
     rope: Annotated[
-        str | None,
-        Option(help="default, linear, ntk, dynamic, yarn, each also resonance_…, with commas. Default: config.json's."),
+        Sequence[str] | None,
+        Option(**names, help="default, linear, ntk, dynamic, yarn, each also resonance_…. Default: config.json's."),
     ] = None,
     factor: Factor = None,
     beyond: Annotated[
         bool, Option("--beyond", help="Measure contexts longer than the checkpoint is meant for.")
     ] = False,
-    batch_size: Annotated[int | None, Option(help="Windows read together. Default: short ones, 2048 tokens.")] = None,
-    prefill_step_size: Annotated[int, Option(help="Most tokens in one pass.")] = 2048,
+    batch_size: Annotated[
+        int | None, Option(min=1, max=LARGEST, help="Windows read together. Default: as many as fit into one pass.")
+    ] = None,
+    prefill_step_size: PrefillStep = 2048,
     kv_bits: KvBits = None,
     memory: Memory = None,
     force: Force = False,
-    plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw the perplexity over the context.")] = None,
+    plot: Annotated[
+        Path | None, Option(**path, metavar="FILE.png", help="Draw the perplexity over the context.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Perplexity on local documents.
@@ -52,60 +65,56 @@ def command(
     from ..evaluation.perplexity import run_perplexity
     from ..evaluation.texts import check_files, data_digest
     from ..evaluation.windows import Options, Protocol
-    from ..files import user_path
 
     if plot is not None:
         from ..plots import image_path, plot_perplexity
 
         image_path(plot)  # refused now, not after hours
-    protocol = Protocol(whole_numbers("perplexity", "--contexts", contexts), truncate, stride, last)
+    protocol = Protocol(contexts, truncate, stride, last)
     options = Options(batch_size, prefill_step_size, kv_bits)
-    size = memory_bytes(memory)
-    paths = [user_path(path) for path in data]
-    check_files(paths)
+    check_files(data)
     chosen = {"field": field, "documents": documents, "min_tokens": min_tokens}
-    names = None if rope is None else _names(rope)
     subjects = [
-        _subject(name, paths, chosen, protocol, options, names, factor, beyond, size, force)
+        _subject(name, data, chosen, protocol, None if force else options, rope, factor, beyond, memory)
         for name in dict.fromkeys(model)
     ]
     with progress_bar() as bar:
         task = bar.add_task("perplexity", total=None)
         rows = run_perplexity(
-            subjects, protocol, user_path(output), {"data": data_digest(paths, field)}, options,
+            subjects, protocol, output, {"data": data_digest(data, field)}, options,
             lambda label, done, total: bar.update(task, completed=done, total=total, description=label),
         )  # fmt: skip
     if plot is not None:
-        plot_perplexity(sorted(protocol.contexts), {"": _curves(rows, len(subjects))}, plot)
+        plot_perplexity(sorted(contexts), {"": _curves(rows, len(subjects))}, plot)
         stderr.print(f"wrote {plot}")
     if json:
-        print_json({"output": str(output)} | protocol.header() | {"results": rows})
+        print_json({"output": str(output)} | protocol.settings() | {"results": rows})
     else:
         _print(rows, protocol)
 
 
 def _subject(
-    name: str, paths: list[Path], chosen: dict[str, Any], protocol: Protocol, options: Options,
-    ropes: list[str] | None, factor: float | None, beyond: bool, memory: int | None, force: bool,
+    name: str, paths: list[Path], chosen: dict[str, Any], protocol: Protocol, options: Options | None,
+    ropes: Sequence[str] | None, factor: float | None, beyond: bool, memory: int | None,
 ) -> Subject:  # fmt: skip
-    """A checkpoint, its settings and its documents; everything that can be refused is, and no weight is read."""
-    from ..evaluation.perplexity import Subject, check_contexts, named_rope, select_documents
-    from ..evaluation.texts import read_documents
-    from ..files import TOKENIZER_PATTERNS, WEIGHTS, read_config, resolve
-    from ..loading import load_tokenizer
-    from ..rope_config import RopeConfig
-    from ..scaling import rescale
+    """A checkpoint, its rope settings and its documents: all is checked, and no weight is read.
 
-    folder = resolve(name, None, [*TOKENIZER_PATTERNS, WEIGHTS])
-    config = read_config(folder)
-    own = RopeConfig.from_hf(config)
-    own = own if factor is None or ropes is not None else rescale(own, factor)
+    Args:
+        options: how much is read at once; None to accept what does not fit into memory.
+    """
+    from ..checkpoint import Checkpoint
+    from ..evaluation.perplexity import Subject, check_contexts, select_documents
+    from ..evaluation.texts import read_documents
+    from ..scaling import named_rope
+
+    checkpoint = Checkpoint.open(name, factor=None if ropes is not None else factor)
+    own = checkpoint.rope
     settings = [own] if ropes is None else [named_rope(own, rope, factor) for rope in ropes]
     for rope in () if beyond else settings:
         check_contexts(name, rope, protocol.contexts)
-    if not force:
-        options.guard(folder, max(protocol.contexts), memory)
-    tokenizer = load_tokenizer(folder, config)
+    if options is not None:
+        options.require_memory(checkpoint, max(protocol.contexts), memory)
+    tokenizer = checkpoint.tokenizer
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     minimum = max(chosen["min_tokens"], protocol.shortest(len(start)))
     texts = read_documents(paths, chosen["field"])
@@ -116,11 +125,11 @@ def _subject(
     longest = max(len(document.tokens) for document in documents) + len(start)
     if longest < max(protocol.contexts):
         stderr.print(f"{name}: no document fills a window of more than {longest} tokens", soft_wrap=True)
-    return Subject(name, folder, settings, start, documents)
+    return Subject(checkpoint, settings, start, documents)
 
 
 def _curves(rows: list[dict[str, Any]], models: int) -> dict[str, list[float]]:
-    """The published figure by rope, and by model where there are several."""
+    """The published figure by rope, and by model if there are several."""
     curves: dict[str, list[float]] = {}
     for row in rows:
         label = row["rope"] if models == 1 else f"{row['model']}, {row['rope']}"
@@ -140,11 +149,7 @@ def _print(rows: list[dict[str, Any]], protocol: Protocol) -> None:
     for name in ("context", "documents", "tokens", *figures.values()):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
-        names = (row["model"], row["rope"]) if several else (row["rope"],)
+        labels = (row["model"], row["rope"]) if several else (row["rope"],)
         counts = (str(row[name]) for name in ("context", "documents", "tokens"))
-        table.add_row(*names, *counts, *(f"{row[f'perplexity_{name}']:.3f}" for name in figures))
+        table.add_row(*labels, *counts, *(f"{row[f'perplexity_{name}']:.3f}" for name in figures))
     stdout.print(table)
-
-
-def _names(text: str) -> list[str]:
-    return list(dict.fromkeys(part.strip() for part in text.split(",")))

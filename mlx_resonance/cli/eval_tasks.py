@@ -1,68 +1,75 @@
-"""`mlx-resonance eval leval`, `longbench`, `ruler`: tasks with long texts, answered greedily, and scored."""
+"""`mlx-resonance eval leval`, `longbench`, `ruler`: tasks on long texts, answered greedily and scored."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import importlib
+from collections import Counter
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from statistics import fmean
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from rich.table import Table
 from typer import Option
 
-from .options import Context, Factor, Force, Json, KvBits, Memory, Model, memory_bytes, whole_numbers
+from .options import LARGEST, Context, Factor, Force, Json, KvBits, Memory, Model, integers, names, path
 from .output import count_bar, print_json, stdout
 
 if TYPE_CHECKING:
-    from ..evaluation.checkpoint import Checkpoint
-    from ..records import Record
+    from ..checkpoint import Checkpoint
+    from ..evaluation.answers import Answers
+    from ..storage import Record
 
-Data = Annotated[list[Path], Option(metavar="FILE.jsonl", help="A task's file; give several for more.")]
-Output = Annotated[Path, Option(metavar="FILE.jsonl", help="The answers; what is there is not asked again.")]
-MaxTokens = Annotated[int | None, Option(help="Most tokens of an answer. Default: the benchmark's, by task.")]
-Limit = Annotated[int | None, Option(help="Ask so many questions of each task, the first ones.")]
-Truncation = Annotated[str, Option(help="Of what is too long: words, head or middle.")]
+FILE: dict[str, Any] = path | {"metavar": "FILE.jsonl"}
+Data = Annotated[list[Path], Option(**FILE, help="File of a task; may be given several times.")]
+Output = Annotated[Path, Option(**FILE, help="Run log of the answers, from which a killed run resumes.")]
+MaxTokens = Annotated[
+    int | None, Option(min=1, max=LARGEST, help="Maximum number of tokens of an answer. Default: the benchmark's.")
+]
+Limit = Annotated[int | None, Option(min=1, max=LARGEST, help="Ask only the first N questions of each task.")]
+Truncation = Annotated[Literal["words", "head", "middle"], Option(help="How to cut long prompts.")]
 NoChat = Annotated[bool, Option("--ignore-chat-template", help="Ask without the tokenizer's chat template.")]
 
 
-def leval(
-    model: Model, data: Data, output: Output, context: Context = None, max_tokens: MaxTokens = None,
-    limit: Limit = None, truncation: Truncation = "words", ignore_chat_template: NoChat = False,
-    factor: Factor = None, kv_bits: KvBits = None, memory: Memory = None, force: Force = False, json: Json = False,
-) -> None:  # fmt: skip
-    """Questions of L-Eval on long documents, but for a judge's."""
-    from ..evaluation import leval as benchmark
+def _of_files(name: str, cut: Literal["words", "middle"], summary: str) -> Callable[..., None]:
+    """The command of a benchmark that comes as files."""
 
-    checkpoint = _checkpoint("leval", model, context, factor, kv_bits, memory, force)
-    limits = {"max_tokens": max_tokens, "limit": limit}
-    _ask_files(benchmark, checkpoint, data, output, limits, truncation, not ignore_chat_template, json)
+    def command(
+        model: Model, data: Data, output: Output, context: Context = None, max_tokens: MaxTokens = None,
+        limit: Limit = None, truncation: Truncation = cut, ignore_chat_template: NoChat = False,
+        factor: Factor = None, kv_bits: KvBits = None, memory: Memory = None, force: Force = False, json: Json = False,
+    ) -> None:  # fmt: skip
+        from ..checkpoint import Checkpoint
+        from ..evaluation.context import choose_context
+
+        checkpoint = Checkpoint.open(model, factor=factor)
+        tokens = choose_context(checkpoint, context, kv_bits=kv_bits, memory=memory, force=force)
+        benchmark = importlib.import_module(f"mlx_resonance.evaluation.{name}")
+        ask_files(
+            benchmark, checkpoint, data, output, json, context=tokens, truncation=truncation,
+            chat=not ignore_chat_template, max_tokens=max_tokens, limit=limit, kv_bits=kv_bits,
+        )  # fmt: skip
+
+    command.__doc__ = summary
+    return command
 
 
-def longbench(
-    model: Model, data: Data, output: Output, context: Context = None, max_tokens: MaxTokens = None,
-    limit: Limit = None, truncation: Truncation = "middle", ignore_chat_template: NoChat = False,
-    factor: Factor = None, kv_bits: KvBits = None, memory: Memory = None, force: Force = False, json: Json = False,
-) -> None:  # fmt: skip
-    """Tasks of LongBench, but for three in Chinese."""
-    from ..evaluation import longbench as benchmark
-
-    checkpoint = _checkpoint("longbench", model, context, factor, kv_bits, memory, force)
-    limits = {"max_tokens": max_tokens, "limit": limit}
-    _ask_files(benchmark, checkpoint, data, output, limits, truncation, not ignore_chat_template, json)
+leval = _of_files("leval", "words", "Questions of L-Eval on long documents, except those for a judge.")
+longbench = _of_files("longbench", "middle", "Tasks of LongBench, except three in Chinese.")
 
 
 def ruler(
     model: Model,
     output: Output,
-    lengths: Annotated[str, Option(help="Tokens of prompt and answer, with commas.")] = "4096",
-    tasks: Annotated[str | None, Option(help="With commas. Default: all that are made here.")] = None,
-    samples: Annotated[int, Option(help="Examples of each task at each length.")] = 20,
-    seed: Annotated[int, Option(help="Of the examples.")] = 42,
+    lengths: Annotated[Sequence[int], Option(**integers, help="Tokens of prompt and answer.")] = (4096,),
+    tasks: Annotated[Sequence[str] | None, Option(**names, help="Default: all but qa_1 and qa_2.")] = None,
+    samples: Annotated[int, Option(min=1, max=10_000, help="Examples of each task at each length.")] = 20,
+    seed: Annotated[int, Option(min=0, max=LARGEST, help="Seed of the examples.")] = 42,
     haystack: Annotated[
-        Path | None, Option(metavar="FILE.txt", help="Essays to hide needles in. Default: made of random words.")
+        Path | None, Option(**path, metavar="FILE.txt", help="Text to hide needles in. Default: random words.")
     ] = None,
     data: Annotated[
-        list[Path] | None, Option(metavar="FILE.jsonl", help="Ask what RULER has made, such as qa_1/validation.jsonl.")
+        list[Path] | None, Option(**FILE, help="Ask what RULER has made instead, e.g. qa_1/validation.jsonl.")
     ] = None,
     max_tokens: MaxTokens = None,
     ignore_chat_template: NoChat = False,
@@ -73,67 +80,55 @@ def ruler(
     json: Json = False,
 ) -> None:
     """Tasks of RULER, made here at any length, or its files."""
+    from ..checkpoint import Checkpoint
     from ..evaluation import ruler_runs as benchmark
     from ..evaluation.answers import Answers
-    from ..files import user_path
+    from ..evaluation.context import choose_context
 
-    numbers = whole_numbers("ruler", "--lengths", lengths)
+    chosen: dict[str, Any] = {}
+    if tasks is not None and not data:
+        chosen["tasks"] = tasks
+    if haystack is not None and not data:
+        chosen["essay"] = benchmark.read_essay(haystack)
+    options: dict[str, Any] = {"chat": not ignore_chat_template, "max_tokens": max_tokens}
+    grid = benchmark.RulerGrid(lengths=lengths, samples=samples, seed=seed, **options, **chosen)
+    checkpoint = Checkpoint.open(model, factor=factor)
+    context = choose_context(checkpoint, max(lengths), kv_bits=kv_bits, memory=memory, force=force)
     if data:
-        checkpoint = _checkpoint("ruler", model, max(numbers), factor, kv_bits, memory, force)
-        limits = {"max_tokens": max_tokens, "limit": None}
-        _ask_files(benchmark, checkpoint, data, output, limits, "head", not ignore_chat_template, json)
+        options |= {"context": context, "truncation": "head", "limit": None, "kv_bits": kv_bits}
+        ask_files(benchmark, checkpoint, data, output, json, **options)
         return
-    essay = {} if haystack is None else {"essay": benchmark.read_essay(user_path(haystack))}
-    names = {} if tasks is None else {"tasks": [name.strip() for name in tasks.split(",")]}
-    _check_positive("ruler", {"max_tokens": max_tokens})
-    grid = benchmark.Grid(
-        lengths=numbers, samples=samples, seed=seed, chat=not ignore_chat_template, max_tokens=max_tokens,
-        **names, **essay,
-    )  # fmt: skip
-    checkpoint = _checkpoint("ruler", model, max(grid.lengths), factor, kv_bits, memory, force)
     benchmark.check_lengths(checkpoint.tokenizer, grid)
-    answers = Answers("ruler", checkpoint, user_path(output), grid.header(checkpoint.tokenizer))
+    answers = Answers(benchmark.KIND, checkpoint, output, grid.settings(checkpoint.tokenizer), kv_bits)
     with count_bar() as bar:
         lines = benchmark.run_ruler(answers, grid, _advance(bar, len(grid.cells())))
-    _show(benchmark.summary(lines), checkpoint, output, len(lines), json)
+    show(benchmark.summary(lines), answers, context, len(lines), json)
 
 
-def _checkpoint(
-    kind: str, model: str, context: int | None, factor: float | None, kv_bits: int | None, memory: str | None,
-    force: bool,
-) -> Checkpoint:  # fmt: skip
-    from ..evaluation.checkpoint import open_checkpoint
-
-    size = memory_bytes(memory)
-    return open_checkpoint(kind, model, context=context, factor=factor, kv_bits=kv_bits, memory=size, force=force)
-
-
-def _ask_files(
-    benchmark: Any, checkpoint: Checkpoint, data: list[Path], output: Path, limits: dict[str, int | None],
-    truncation: str, chat: bool, json: bool,
+def ask_files(
+    benchmark: Any, checkpoint: Checkpoint, data: list[Path], output: Path, json: bool, *, context: int,
+    truncation: str, chat: bool, max_tokens: int | None, limit: int | None, kv_bits: int | None,
 ) -> None:  # fmt: skip
-    """Ask the questions of a benchmark's files, and show what the answers are worth."""
+    """Ask the questions of a benchmark's files, and show the scores."""
     from ..evaluation.answers import Answers
     from ..evaluation.prompts import Limits, check_fits
-    from ..files import user_path
 
-    kind, tokenizer = benchmark.KIND, checkpoint.tokenizer
-    _check_positive(kind, limits)
-    fitted = Limits(checkpoint.context, truncation, chat and tokenizer.has_chat_template)
-    prompts, counts = [], dict[str, int]()
-    for prompt in benchmark.make_prompts([user_path(path) for path in data], limits["max_tokens"]):
-        counts[prompt.task] = counts.get(prompt.task, 0) + 1
-        if limits["limit"] is None or counts[prompt.task] <= limits["limit"]:
-            check_fits(kind, tokenizer, prompt, fitted)  # refused now, not after hours
+    tokenizer, asked = checkpoint.tokenizer, Counter[str]()
+    limits = Limits(context, truncation, chat and tokenizer.has_chat_template)
+    prompts = []
+    for prompt in benchmark.make_prompts(data, max_tokens):
+        asked[prompt.task] += 1
+        if limit is None or asked[prompt.task] <= limit:
+            check_fits(tokenizer, prompt, limits)  # refused now, not after hours
             prompts.append(prompt)
-    header = {"context": fitted.context, "truncation": truncation, "chat_template": fitted.chat}
-    answers = Answers(kind, checkpoint, user_path(output), header | {"max_tokens": limits["max_tokens"]})
+    settings = {"context": context, "truncation": truncation, "chat_template": limits.chat, "max_tokens": max_tokens}
+    answers = Answers(benchmark.KIND, checkpoint, output, settings, kv_bits)
     with count_bar() as bar:
         advance, lines = _advance(bar, len(prompts)), []
         for prompt in prompts:
-            lines.append(answers.ask(prompt, fitted))
+            lines.append(answers.ask(prompt, limits))
             advance(lines[-1])
-    _show(benchmark.summary(lines), checkpoint, output, len(lines), json)
+    show(benchmark.summary(lines), answers, context, len(lines), json)
 
 
 def _advance(bar: Any, total: int) -> Callable[[Record], None]:
@@ -141,22 +136,18 @@ def _advance(bar: Any, total: int) -> Callable[[Record], None]:
     return lambda line: bar.update(task, advance=1, description=line["task"])
 
 
-def _show(rows: list[Record], checkpoint: Checkpoint, output: Path, count: int, json: bool) -> None:
+def show(rows: list[Record], answers: Answers, context: int, count: int, json: bool) -> None:
+    """Print the scores of tasks as a table, or as a JSON object."""
     mean = round(fmean(row["score"] for row in rows), 2)
     if json:
-        print_json({"output": str(output), "answers": count, "score": mean, "results": rows} | checkpoint.header)
+        result = {"output": str(answers.log.path), "answers": count, "score": mean, "results": rows}
+        print_json(result | {"model": answers.checkpoint.name} | answers.checkpoint.settings(answers.kv_bits))
         return
     table = Table(box=None, pad_edge=False)
     for name in ("task", "length", "n", "cut", "score"):
         table.add_column(name, justify="left" if name == "task" else "right")
     for row in rows:
-        figures = (row.get("length", checkpoint.context), row["n"], row["truncated"], f"{row['score']:.2f}")
+        figures = (row.get("length", context), row["n"], row["truncated"], f"{row['score']:.2f}")
         table.add_row(f"{row['task']} ({row['metric']})", *map(str, figures))
     table.add_row("mean", "", "", "", f"{mean:.2f}")
     stdout.print(table)
-
-
-def _check_positive(kind: str, numbers: dict[str, int | None]) -> None:
-    for name, value in numbers.items():
-        if value is not None and value < 1:
-            raise ValueError(f"[{kind}] {name} must be at least 1, got {value}")

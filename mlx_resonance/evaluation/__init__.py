@@ -1,1 +1,1 @@
-"""What a checkpoint does with long texts: perplexity, passkey, long-text tasks."""
+"""Evaluation of a checkpoint on long texts: perplexity, passkeys, the tasks of several benchmarks."""

@@ -1,8 +1,7 @@
-"""Greedy answers to prompts, one after another, each saved as soon as it is there.
+"""Greedy answers to prompts, one after another, each saved as soon as it ends.
 
-One by one and not in batches: the tokens of a long prompt fill a GPU by themselves, a second one needs its memory
-again, and an answer in a batch depends in its last bits on its neighbours, so that a run that was killed would end
-differently.
+Prompts are not batched: a long one keeps a GPU busy by itself, a second one needs its memory again, and an answer would
+depend, in its last bits, on its neighbours in the batch, so that a resumed run would end differently.
 """
 
 from __future__ import annotations
@@ -16,11 +15,10 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..checkpoint import Checkpoint
 from ..generation import stream_generate
-from ..records import Record, append_records, open_records
-from .checkpoint import Checkpoint
+from ..storage import Record, RunLog
 from .prompts import Limits, Prompt, fit
-from .texts import check_results
 
 FIELDS = {"task": str, "id": str, "metric": str, "digest": str, "prediction": str, "max_tokens": int, "truncated": bool}
 
@@ -33,13 +31,13 @@ def greedy(
     end: Callable[[str], int | None] | None = None,
     **options: Any,
 ) -> tuple[str, int, str]:
-    """The likeliest token, one after another.
+    """Generate the likeliest token, one after another.
 
     Args:
         model, tokenizer: from `load`.
         tokens: of the prompt.
-        max_tokens: most tokens of the answer.
-        end: where a text ends, or None where it does not yet.
+        max_tokens: maximum number of tokens of the answer.
+        end: given the text so far, where the answer ends; None if it does not end yet.
         options: of `stream_generate`.
 
     Returns:
@@ -56,59 +54,61 @@ def greedy(
 
 
 def first_line(text: str) -> int | None:
-    """The end of the first line that is not empty, once it is there."""
+    """Where the first non-empty line of a text ends; None if it does not end yet."""
     start = len(text) - len(text.lstrip("\n"))
     return None if (end := text.find("\n", start)) < 0 else end
 
 
 class Answers:
-    """A file of answers, and the checkpoint that gives those that it does not have.
+    """The answers of a checkpoint to the prompts of a benchmark, in a run log.
 
     Args:
         kind: the benchmark.
-        checkpoint: its weights are read when an answer is missing.
-        output: JSON lines: what the answers have in common, then each; a killed run goes on with them.
-        header: what they have in common, besides the checkpoint's.
+        checkpoint: its weights are read when the first answer is missing.
+        output: the file of the run log, keyed by task and id.
+        settings: what all answers have in common, besides the checkpoint's settings.
+        kv_bits: as in `stream_generate`.
 
     Raises:
-        ValueError: the file is of another kind, or of other settings, or a line is no answer.
+        UsageError: the file is of another kind, or of other settings, or a line is not an answer.
     """
 
-    def __init__(self, kind: str, checkpoint: Checkpoint, output: Path, header: Record) -> None:
-        self.kind, self.checkpoint, self.output = kind, checkpoint, output
+    def __init__(
+        self, kind: str, checkpoint: Checkpoint, output: Path, settings: Record, kv_bits: int | None = None
+    ) -> None:
+        self.checkpoint, self.kv_bits = checkpoint, kv_bits
         self.model: nn.Module | None = None
-        lines = open_records(output, kind, checkpoint.header | header)
-        check_results(kind, output, lines, FIELDS)
-        self.lines: dict[tuple[str, str], Record] = {(line["task"], line["id"]): line for line in lines}
+        self.log = RunLog(
+            output,
+            kind,
+            checkpoint.settings(kv_bits) | settings,
+            about={"model": checkpoint.name},
+            key=("task", "id"),
+            fields=FIELDS,
+        )
 
     def ask(self, prompt: Prompt, limits: Limits) -> Record:
-        """The answer to a prompt, from the file or, now, from the model.
+        """The answer to a prompt, from the log or, if it has none, from the model.
 
         Returns:
             `task`, `id`, `digest` (of the question), `prompt_tokens`, `truncated`, `max_tokens`, `prediction`,
-            `generation_tokens`, `finish_reason`, and what the prompt has saved.
+            `generation_tokens`, `finish_reason`, and the prompt's `saved`.
 
         Raises:
-            ValueError: the file's answer is to another prompt of the same name.
+            UsageError: the log's answer is to another question of this task and id.
         """
-        name = prompt.task, prompt.id
-        if name not in self.lines:
-            self.lines[name] = self._answer(prompt, limits)
-            append_records(self.output, [self.lines[name]])
-        line = self.lines[name]
-        if line["digest"] != prompt.digest or line | prompt.saved != line:
-            raise ValueError(
-                f"[{self.kind}] {self.output} has an answer to another question as {prompt.task}, {prompt.id}: "
-                "give the same data or another --output"
-            )
+        line = self.log.find(prompt.task, prompt.id, **prompt.saved, digest=prompt.digest)
+        if line is None:
+            line = self._answer(prompt, limits)
+            self.log.append(line)
         return line
 
     def _answer(self, prompt: Prompt, limits: Limits) -> Record:
-        tokenizer, kv_bits = self.checkpoint.tokenizer, self.checkpoint.header["kv_bits"]
-        tokens, truncated = fit(self.kind, tokenizer, prompt, limits)
+        tokenizer = self.checkpoint.tokenizer
+        tokens, truncated = fit(tokenizer, prompt, limits)
         self.model = self.model or self.checkpoint.load()
         end = first_line if prompt.one_line else None
-        text, count, reason = greedy(self.model, tokenizer, tokens, prompt.budget, end, kv_bits=kv_bits)
+        text, count, reason = greedy(self.model, tokenizer, tokens, prompt.budget, end, kv_bits=self.kv_bits)
         name = {"task": prompt.task, "id": prompt.id, "digest": prompt.digest}
         figures = {"prompt_tokens": len(tokens), "truncated": truncated, "max_tokens": prompt.budget}
         return name | figures | {"prediction": text, "generation_tokens": count, "finish_reason": reason} | prompt.saved
@@ -120,16 +120,16 @@ def summarize(
     by: Sequence[str] = ("task", "metric"),
     combine: Callable[[dict[str, float]], float] = lambda scores: fmean(scores.values()),
 ) -> list[Record]:
-    """A row for each task, in percent.
+    """The mean scores of answers, in percent, a row for each task.
 
     Args:
-        lines: of answers.
-        score: what one is worth, by the name of the measure: 0 to 1.
-        by: the keys of a line that make a row.
-        combine: makes one number of a row's means.
+        lines: the answers.
+        score: the scores of an answer, 0 to 1, by the name of the measure.
+        by: the fields of an answer that tell its row.
+        combine: makes one number of the means of a row.
 
     Returns:
-        `by`, `n`, `score`, `scores` where there are several, `max_tokens`, `truncated` (how many were cut).
+        `by`, `n`, `score`, `scores` where there are several, `max_tokens`, `truncated` (number of cut prompts).
     """
     rows: dict[tuple[Any, ...], list[Record]] = {}
     for line in lines:

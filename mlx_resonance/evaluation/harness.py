@@ -1,7 +1,7 @@
-"""lm-eval's tasks with our models: its `LM`, with a checkpoint behind it, and its evaluation as one call.
+"""lm-eval's tasks with our models: its `LM` for a checkpoint, and its evaluation as one call that resumes.
 
-Against mlx_lm.evaluate: the budget of an answer may have any of lm-eval's names, an empty `until` is none, prompts keep
-to the checkpoint's context, and the result says which model, which rope settings and how many prompts were cut.
+Unlike mlx_lm.evaluate: the budget of an answer may have any of lm-eval's names, empty strings in `until` are ignored,
+prompts fit into the checkpoint's context, and the result has the model, its rope settings, the number of cut prompts.
 """
 
 # lm-eval has no types, and is an extra:
@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from importlib.metadata import version
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
+
+from ..errors import ANOTHER, MissingFileError, UsageError, check_option
 
 try:
     import lm_eval
@@ -26,35 +31,52 @@ try:
     from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    raise ValueError(f"[harness] {error.name} is missing: pip install 'mlx-resonance[eval]'") from None
+    raise UsageError(f"{error.name} is missing: pip install 'mlx-resonance[eval]'") from None
 
+from ..checkpoint import Checkpoint
 from ..generation import prompt_tokens
 from ..generation.cache import make_cache
 from ..generation.prefill import prefill
-from ..records import Record
 from ..rope import expect
+from ..storage import Record
 from .answers import greedy
-from .checkpoint import Checkpoint
+from .responses import Response, Responses, temperature
 
 BUDGET = 256  # tokens of an answer whose task does not say
 BUDGET_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # the first one counts
 LOGITS = 2**24  # numbers that are scored at once
+SHOTS = 10_000  # the maximum number of examples in front
 
 
 class ResonanceLM(TemplateLM):
     """lm-eval's language model: log-likelihoods and greedy answers of a checkpoint.
 
-    What is beyond the context loses its beginning, as with lm-eval's own models; `truncated` counts these.
+    A prompt that exceeds the context loses its beginning, as in lm-eval's own models.
 
     Args:
-        checkpoint: its weights are read at once.
+        checkpoint: its weights are read when the first response is missing.
+        context: maximum number of tokens of a prompt and its answer.
+        kv_bits: as in `stream_generate`.
+        responses: where they are kept; None to keep none.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        context: int,
+        *,
+        kv_bits: int | None = None,
+        responses: Responses | None = None,
+    ) -> None:
         super().__init__()
-        self.checkpoint, self.tokenizer, self.max_length = checkpoint, checkpoint.tokenizer, checkpoint.context
-        self.model = checkpoint.load()
-        self.truncated = 0
+        self.checkpoint, self.tokenizer = checkpoint, checkpoint.tokenizer
+        self.max_length, self.kv_bits = context, kv_bits
+        self.responses = responses or Responses()
+
+    @cached_property
+    def model(self) -> nn.Module:
+        """The checkpoint with its weights."""
+        return self.checkpoint.load()
 
     @property
     def eot_token_id(self) -> int:
@@ -63,91 +85,102 @@ class ResonanceLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token that is before a text without a context."""
+        """The token before a text that has no context."""
         start = self.tokenizer.bos_token_id
         return self.eot_token_id if start is None else int(start)
 
     @property
     def tokenizer_name(self) -> str:
         """For lm-eval's cache of prompts."""
-        return str(self.checkpoint.header["model"]).replace("/", "__")
+        return self.checkpoint.name.replace("/", "__")
 
     def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-        """A chat as text; raises ValueError where the tokenizer has no template."""
+        """A chat as text. Raises UsageError where the tokenizer has no template."""
         if not self.tokenizer.has_chat_template:
-            raise ValueError("[harness] the tokenizer has no chat template: leave --apply-chat-template out")
+            raise UsageError("the tokenizer has no chat template", option="apply_chat_template")
         options = {"add_generation_prompt": add_generation_prompt, "continue_final_message": not add_generation_prompt}
         return str(self.tokenizer.apply_chat_template(chat_history, tokenize=False, **options))
 
     def get_model_info(self) -> Record:
         """What lm-eval adds to the `config` of its result."""
         versions = {f"{name}_version": version(name) for name in ("mlx", "mlx-lm", "mlx-resonance", "lm-eval")}
-        return self.checkpoint.header | {"max_length": self.max_length, "truncated": self.truncated} | versions
+        about = {"model": self.checkpoint.name} | self.checkpoint.settings(self.kv_bits)
+        return about | {"max_length": self.max_length, "truncated": self.responses.truncated} | versions
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids, BOS in front where the tokenizer puts it there and the text has none."""
+        """Token ids, with BOS in front if the tokenizer puts it there and the text has none."""
         if not string.strip() or add_special_tokens is not None:
             return list(self.tokenizer.encode(string, add_special_tokens=add_special_tokens is not False))
         return prompt_tokens(self.tokenizer, string)
 
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
-        """Log-likelihood of continuations, and whether each is the greedy one; those on one context share its keys."""
-        pairs = []
-        for (_, text), context, continuation in requests:
-            # None is left where it has become a part of the context's last token.
-            continuation = continuation or self.tok_encode(text, add_special_tokens=False)
-            whole = self._keep_end((context or [self.prefix_token_id]) + continuation, self.max_length + 1)
-            split = max(1, len(whole) - len(continuation))
-            pairs.append((whole[:split], whole[split:]))
-        order = sorted(range(len(pairs)), key=lambda i: pairs[i][0])
-        results: dict[int, tuple[float, bool]] = {}
-        for _, same in groupby(tqdm(order, disable=disable_tqdm), key=lambda i: pairs[i][0]):
-            places = list(same)
-            scores = self._score(pairs[places[0]][0], [pairs[i][1] for i in places])
-            results.update(zip(places, scores, strict=True))
-        return [results[i] for i in range(len(pairs))]
+        """Log-likelihood of continuations, and whether each is the greedy one; those of one context share its keys."""
+        pairs = [self._split(*request) for request in requests]
+
+        def compute(missing: list[int]) -> Iterator[list[Response]]:
+            order = sorted(missing, key=lambda i: pairs[i][0])
+            for _, same in groupby(tqdm(order, disable=disable_tqdm), key=lambda i: pairs[i][0]):
+                places = list(same)
+                scores = self._score(pairs[places[0]][0], [pairs[i][1] for i in places])
+                yield [(i, score, pairs[i][2]) for i, score in zip(places, scores, strict=True)]
+
+        arguments = [texts for texts, _, _ in requests]
+        return [(total, is_greedy) for total, is_greedy in self.responses.respond("loglikelihood", arguments, compute)]
+
+    def _split(self, texts: tuple[str, str], context: list[int], continuation: list[int]) -> tuple[Any, Any, bool]:
+        """The tokens of a context and its continuation, within the maximum length, and whether they were cut."""
+        # lm-eval gives no continuation if it merged into the last token of the context.
+        continuation = continuation or self.tok_encode(texts[1], add_special_tokens=False)
+        tokens, cut = _keep_end((context or [self.prefix_token_id]) + continuation, self.max_length + 1)
+        split = max(1, len(tokens) - len(continuation))
+        return tokens[:split], tokens[split:], cut
 
     def loglikelihood_rolling(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[float]:
         """Log-likelihood of whole texts; each token of a long one is predicted once, in windows of the context."""
-        totals = []
-        for request in tqdm(requests, disable=disable_tqdm):
-            tokens = self.tok_encode(request.args[0], add_special_tokens=False)
-            windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
-            pairs = [make_disjoint_window(window) for window in windows]
-            totals.append(sum(self._score(context, [part])[0][0] for context, part in pairs))
-        return totals
+        arguments = [request.args for request in requests]
+
+        def compute(missing: list[int]) -> Iterator[list[Response]]:
+            for i in tqdm(missing, disable=disable_tqdm):
+                tokens = self.tok_encode(arguments[i][0], add_special_tokens=False)
+                windows = get_rolling_token_windows(tokens, self.prefix_token_id, self.max_length, context_len=1)
+                pairs = [make_disjoint_window(window) for window in windows]
+                yield [(i, float(sum(self._score(context, [part])[0][0] for context, part in pairs)), False)]
+
+        return self.responses.respond("loglikelihood_rolling", arguments, compute)
 
     def generate_until(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[str]:
         """Answers, each up to the first of its stops."""
-        return [self._generate(*request.args) for request in tqdm(requests, disable=disable_tqdm)]
+        arguments = [request.args for request in requests]
+        budgets = [self._budget(options) for _, options in arguments]  # all are checked before the first answer
 
-    def _generate(self, context: str, options: Mapping[str, Any]) -> str:
-        until = options.get("until") or []
-        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        def compute(missing: list[int]) -> Iterator[list[Response]]:
+            for i in tqdm(missing, disable=disable_tqdm):
+                context, options = arguments[i]
+                yield [(i, *self._generate(context, options, budgets[i]))]
+
+        return self.responses.respond("generate_until", arguments, compute)
+
+    def _budget(self, options: Mapping[str, Any]) -> int:
         budget = int(next((options[name] for name in BUDGET_NAMES if options.get(name) is not None), BUDGET))
         if budget >= self.max_length:
-            raise ValueError(
-                f"[harness] answers of {budget} tokens leave no room for a prompt in a context of {self.max_length}: "
-                "give fewer --max-tokens or more --context"
+            raise UsageError(
+                f"answers of {budget} tokens leave no room for a prompt in a context of {self.max_length} tokens",
+                remedies=[{"max_tokens": ANOTHER}, {"context": ANOTHER}],
             )
-        sampled = options.get("do_sample") is not False
-        temp = float(options.get("temperature") or 0) if sampled else 0.0
-        tokens = self._keep_end(self.tok_encode(context) or [self.prefix_token_id], self.max_length - budget)
+        return budget
+
+    def _generate(self, context: str, options: Mapping[str, Any], budget: int) -> tuple[str, bool]:
+        """An answer, and whether the prompt was cut."""
+        until = options.get("until") or []
+        stops = [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+        tokens, cut = _keep_end(self.tok_encode(context) or [self.prefix_token_id], self.max_length - budget)
 
         def end(text: str) -> int | None:
             return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
 
-        text, *_ = greedy(self.model, self.tokenizer, tokens, budget, end, temp=temp, kv_bits=self._kv_bits)
-        return text
-
-    @property
-    def _kv_bits(self) -> int | None:
-        bits: int | None = self.checkpoint.header["kv_bits"]
-        return bits
-
-    def _keep_end(self, tokens: list[int], most: int) -> list[int]:
-        self.truncated += len(tokens) > most
-        return tokens[-most:]
+        sampling: dict[str, Any] = {"temp": temperature(options), "kv_bits": self.kv_bits}
+        text, *_ = greedy(self.model, self.tokenizer, tokens, budget, end, **sampling)
+        return text, cut
 
     def _score(self, context: list[int], continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
         """Log-likelihood, in nats, of each continuation of a context that is not empty."""
@@ -157,14 +190,14 @@ class ResonanceLM(TemplateLM):
         results = []
         for continuation in continuations:
             if not cache or not can_trim_prompt_cache(cache):
-                cache = make_cache(self.model, longest, self._kv_bits)
+                cache = make_cache(self.model, longest, self.kv_bits)
                 prefill(self.model, context, cache)
             results.append(self._score_next([context[-1], *continuation], cache))
             trim_prompt_cache(cache, cache[0].offset - len(context) + 1)
         return results
 
     def _score_next(self, tokens: list[int], cache: list[Any]) -> tuple[float, bool]:
-        """Of all tokens but the first, after those in the cache."""
+        """The log-likelihood of tokens after the first, given those in the cache; whether they are the greedy ones."""
         size = max(1, min(512, LOGITS // self.model.args.vocab_size))
         total, is_greedy = 0.0, True
         for start in range(0, len(tokens) - 1, size):
@@ -174,34 +207,46 @@ class ResonanceLM(TemplateLM):
             total += float((right - mx.logsumexp(logits, axis=-1)).sum())
             is_greedy = is_greedy and bool((logits.argmax(axis=-1) == part[1:]).all())
             mx.clear_cache()
+        if not math.isfinite(total):
+            raise UsageError(f"a log-likelihood is {total}: the weights are damaged, or need another type")
         return total, is_greedy
 
 
+def _keep_end(tokens: list[int], most: int) -> tuple[list[int], bool]:
+    return tokens[-most:], len(tokens) > most
+
+
 class Tasks(TaskManager):
-    """lm-eval's tasks; ValueError in one line where one cannot be loaded."""
+    """lm-eval's tasks, with errors of one line."""
 
     def load(self, task_list: Any) -> Any:
-        """The tasks of these names."""
+        """The tasks of these names. Raises UsageError where one cannot be loaded."""
         try:
             return super().load(task_list)
         except (OSError, ValueError):  # no network, no such file, …
             raise
         except Exception as error:
-            raise ValueError(f"[harness] a task cannot be loaded: {type(error).__name__}: {error}") from None
+            why = f"a task cannot be loaded: {type(error).__name__}: {error}"
+            raise UsageError(why, option="tasks") from None
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None) -> Tasks:
-    """What knows tasks of these names. Raises ValueError where there is none, FileNotFoundError where no folder is."""
+    """The task manager that knows tasks of these names.
+
+    Raises:
+        MissingFileError: include_path is not a folder.
+        UsageError: there is no such task.
+    """
     if include_path is not None:
         if not include_path.is_dir():
-            raise FileNotFoundError(f"[harness] --include-path {include_path} is no folder of tasks")
+            raise MissingFileError(f"{include_path} is not a folder of tasks", option="include_path")
         own = Tasks(include_path=include_path, include_defaults=False)
         if set(names) <= set(own.all_subtasks):  # lm-eval's own take half a minute to read
             return own
     manager = Tasks(include_path=include_path)
     for name in names:
         if not manager.match_tasks([name]):
-            raise ValueError(f"[harness] lm-eval has no task named {name!r}: see lm-eval ls tasks, or --include-path")
+            raise UsageError(f"lm-eval has no task named {name!r}", option="tasks")
     return manager
 
 
@@ -209,36 +254,45 @@ def run_harness(
     checkpoint: Checkpoint,
     tasks: Sequence[str],
     *,
+    context: int,
+    kv_bits: int | None = None,
     include_path: Path | None = None,
     num_shots: int | None = None,
     limit: int | None = None,
     max_tokens: int | None = None,
     chat: bool = False,
+    output: Path | None = None,
 ) -> Record:
     """Run lm-eval's tasks.
 
     Args:
         checkpoint: the model.
         tasks: names of tasks, groups or tags.
+        context: maximum number of tokens of a prompt and its answer.
+        kv_bits: as in `stream_generate`.
         include_path: a folder with more tasks, as YAML.
         num_shots: solved examples in front; None for the task's own number.
-        limit: so many documents of each task, the first ones.
+        limit: ask only the first documents of each task, up to this number.
         max_tokens: of an answer, instead of the task's own budget.
         chat: use the tokenizer's chat template.
+        output: the file of a run log: each response, then the result. A killed run resumes, more tasks add to it.
 
     Returns:
-        lm-eval's result: `results`, `groups` where there are some, `n-samples`, `config`, `versions`, …
+        lm-eval's result: `results`, `groups` if there are any, `n-samples`, `config`, `versions`, …
 
     Raises:
-        ValueError: an argument is out of range, or a task is unknown.
+        UsageError: an argument is out of range, a task is unknown, or the file has responses of other settings.
     """
-    for name, value, least in (("num_shots", num_shots, 0), ("limit", limit, 1), ("max_tokens", max_tokens, 1)):
-        if value is not None and value < least:
-            raise ValueError(f"[harness] {name} must be at least {least}, got {value}")
+    check_option("num_shots", num_shots is None or 0 <= num_shots <= SHOTS, f"in [0, {SHOTS}]", num_shots)
+    check_option("limit", limit is None or limit >= 1, "at least 1", limit)
+    check_option("max_tokens", max_tokens is None or max_tokens >= 1, "at least 1", max_tokens)
+    settings = checkpoint.settings(kv_bits) | {"context": context, "max_tokens": max_tokens}
+    settings |= {"num_shots": num_shots, "limit": limit, "chat_template": chat}
+    responses = Responses(output, settings, about={"model": checkpoint.name})
     logging.getLogger("lm_eval").setLevel(logging.WARNING)
     manager = find_tasks(tasks, include_path)
     result = lm_eval.simple_evaluate(
-        model=ResonanceLM(checkpoint),
+        model=ResonanceLM(checkpoint, context, kv_bits=kv_bits, responses=responses),
         tasks=list(tasks),
         num_fewshot=num_shots,
         limit=limit,
@@ -249,9 +303,10 @@ def run_harness(
     )
     # NumPy's numbers become JSON's, and NaN and infinity null.
     plain: Record = json.loads(json.dumps(result, default=handle_non_serializable), parse_constant=lambda _: None)
+    responses.add_result(tasks, plain)
     return plain
 
 
 def tables(result: Record) -> str:
-    """lm-eval's own tables of a result: of its tasks, and of its groups where there are some."""
+    """lm-eval's own tables of a result: of its tasks, and of its groups if there are any."""
     return "\n".join(make_table(result, part) for part in ("results", "groups") if result.get(part))

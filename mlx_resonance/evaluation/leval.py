@@ -1,12 +1,12 @@
 """L-Eval (An et al. 2023, arXiv 2307.11088): its files, prompts and metrics.
 
 Sources: OpenLMLab/LEval at cd34b05, Baselines/LEval_config.py and llama2-chat-test.py (prompts, which are the
-benchmark's own words), Evaluation/auto_eval.py (which answer is scored how). What differs here:
+benchmark's own words), Evaluation/auto_eval.py (how each answer is scored). What differs here:
 
-- The system prompt stands at the beginning of the user's message: not every chat template has a system role.
-- Documents are cut so that prompt and answer are within the context; there, only document and answer count.
-- GSM's and CodeU's messages end as all others do; there, LLaMA-2's [/INST] is left out.
-- The second question of SFiction, about the real world, gets the chat template.
+- The system prompt is the beginning of the user's message: not every chat template has a system role.
+- Documents are cut until prompt and answer fit into the context; L-Eval counts only document and answer.
+- GSM's and CodeU's messages end like all others; L-Eval leaves out LLaMA-2's [/INST].
+- The second question of SFiction, about the real world, uses the chat template.
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean
 
-from ..records import Record
+from ..errors import UsageError
+from ..storage import Record
 from . import scorers
 from .answers import summarize
 from .prompts import Prompt, read_lines
 
 KIND = "leval"
 BUDGET = 512  # tokens of an answer
-METRICS, SKIPPED = ("exam", "f1", "rouge"), ("human", "LLM")  # those of a document's `evaluation`
+METRICS, SKIPPED = ("exam", "f1", "rouge"), ("human", "LLM")  # values of a document's `evaluation`
 CLOSED = (
     "Now you are given a very long document. Please follow the instruction based on this document. For multi-choice "
     "questions, there is only a sinlge correct option. Please only provide the letter corresponding to the answer "
@@ -40,15 +41,15 @@ DIRECTLY = "Please directly give the answer without any additional output or exp
 
 
 @dataclass(frozen=True)
-class Task:
+class LEvalTask:
     """A closed-ended task.
 
     Args:
-        system: what comes first.
-        score: of an answer.
-        plain: document and question stand alone, without words around them.
-        keep_end: a document that is too long loses its beginning.
-        parts: what its questions are in turn, where the score is a mean of theirs.
+        system: the beginning of the prompt.
+        score: of an answer and its reference.
+        plain: the prompt has no words around document and question.
+        keep_end: cut the beginning of a long document.
+        parts: names of its consecutive questions, if the score is the mean over these names.
     """
 
     system: str
@@ -59,21 +60,21 @@ class Task:
 
 
 TASKS = {
-    "coursera": Task(
+    "coursera": LEvalTask(
         "Now you are given a very long document. Please follow the instruction based on this document. For "
         "multi-choice questions, there could be a sinlge correct option or multiple correct options. Please only "
         "provide the letter corresponding to the answer (like A or AB) when answering. ",
         scorers.letters_choice,
     ),
-    "quality": Task(CLOSED, scorers.letter_choice),
-    "tpo": Task(CLOSED, scorers.letter_choice),
-    "gsm100": Task(
+    "quality": LEvalTask(CLOSED, scorers.letter_choice),
+    "tpo": LEvalTask(CLOSED, scorers.letter_choice),
+    "gsm100": LEvalTask(
         "Given several question answer pairs, you need to follow a similar format to answer the last question. Make "
         "sure the response is end with The answer is _ . ",
         scorers.last_number,
         plain=True,
     ),
-    "topic_retrieval_longchat": Task(
+    "topic_retrieval_longchat": LEvalTask(
         "Below is a record of our previous conversation on many different topics. You are the ASSISTANT, and I am the "
         "USER. At the beginning of each topic, the USER will say 'I would like to discuss the topic of <TOPIC>'. "
         "Memorize each <TOPIC>. At the end of the record, I will ask you to retrieve the first/second/third topic "
@@ -82,7 +83,7 @@ TASKS = {
         plain=True,
         parts=("first", "second", "third"),
     ),
-    "codeU": Task(
+    "codeU": LEvalTask(
         "Now you are given a code base consisting of a large amount of functions and the corresponding comments. In "
         "the end, I will call some functions defined in the code base. Please carefully read these codes and comments "
         "and answer the question.",
@@ -90,7 +91,7 @@ TASKS = {
         plain=True,
         keep_end=True,
     ),
-    "sci_fi": Task(
+    "sci_fi": LEvalTask(
         "Now you are given a scientific fiction. I will ask you some questions and the answer should be \"True\" or "
         "\"False\". Notice that you should answer the question based on the evidence in the document instead of your "
         "background knowledge.",
@@ -108,12 +109,12 @@ def make_prompts(paths: Sequence[Path], max_tokens: int | None = None) -> list[P
     """The prompts of L-Eval's files.
 
     Args:
-        paths: JSON lines named after their task, each with `input`, `instructions`, `outputs` and `evaluation`.
+        paths: files of JSON lines, named after their task; a line has `input`, `instructions`, `outputs`, `evaluation`.
         max_tokens: of an answer, instead of the benchmark's 512.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a file's name is no task's, or its content is something else.
+        MissingFileError: there is no such file.
+        UsageError: a file is not named after a task, or a line is wrong.
     """
     prompts: list[Prompt] = []
     seen: dict[str, Path] = {}
@@ -121,32 +122,33 @@ def make_prompts(paths: Sequence[Path], max_tokens: int | None = None) -> list[P
         task = path.stem
         if task not in TASKS and task not in OPEN_TASKS:
             known = ", ".join((*TASKS, *OPEN_TASKS))
-            raise ValueError(f"[leval] {path}: no task has this name; name the file after its task, one of {known}")
+            raise UsageError(f"{path} must be named after its task, one of {known}", option="data")
         if task in seen:
-            raise ValueError(f"[leval] {path} and {seen[task]} are of one task")
+            raise UsageError(f"{path} and {seen[task]} are of the same task", option="data")
         seen[task] = path
         fields = {"input": str, "instructions": list, "outputs": list, "evaluation": str}
-        for number, entry in read_lines(KIND, path, fields):
-            _check(f"[leval] {path}, line {number}", task, entry)
+        for number, entry in read_lines(path, fields):
+            _check(f"{path}, line {number}", task, entry)
             if entry["evaluation"] not in SKIPPED:
                 prompts += _document_prompts(task, number, entry, max_tokens or BUDGET)
     if not prompts:
-        raise ValueError(f"[leval] no question is left: those for {' and '.join(SKIPPED)} as judges are not asked")
+        skipped = " and ".join(SKIPPED)
+        raise UsageError(f"no question is left: those that need {skipped} as judges are not asked", option="data")
     return prompts
 
 
 def _check(where: str, task: str, entry: Record) -> None:
     questions, references, metric = len(entry["instructions"]), len(entry["outputs"]), entry["evaluation"]
     if questions != references:
-        raise ValueError(f"{where} has {questions} instructions and {references} outputs")
+        raise UsageError(f"{where} has {questions} instructions and {references} outputs", option="data")
     if metric not in (*METRICS, *SKIPPED) or (task in TASKS) != (metric == "exam"):
-        raise ValueError(f"{where}: evaluation {metric!r} is none that {task} has")
+        raise UsageError(f"{where}: {task} has no evaluation {metric!r}", option="data")
 
 
 def _document_prompts(task: str, document: int, entry: Record, budget: int) -> list[Prompt]:
-    """All questions on a document; after each of SFiction's the same about the real world, which needs no document."""
+    """All questions on a document; SFiction's are also asked about the real world, without the document."""
     found = []
-    known = TASKS.get(task, Task(OPEN, scorers.f1))
+    known = TASKS.get(task, LEvalTask(OPEN, scorers.f1))
     before = known.system + "\n\n" + ("" if known.plain else "Document is as follows. ")
     for i, (question, reference) in enumerate(zip(entry["instructions"], entry["outputs"], strict=True)):
         saved: Record = {"metric": entry["evaluation"], "reference": reference}
@@ -172,13 +174,13 @@ def _document_prompts(task: str, document: int, entry: Record, budget: int) -> l
 
 
 def _judgments(reference: str) -> tuple[str, str]:
-    """True in the story, and in the real world: `True [fact: False]`."""
+    """The references in the story and in the real world, e.g. of `True [fact: False]`."""
     story, _, fact = reference.partition("[fact:")
     return story.strip(), fact.strip(" ]")
 
 
 def score(line: Record) -> dict[str, float]:
-    """What an answer is worth by each measure of its task, 0 to 1."""
+    """The scores of an answer by each measure of its task, 0 to 1."""
     said, reference = line["prediction"], line["reference"]
     if line["metric"] == "f1":
         return {"f1": scorers.f1(said, reference)}
@@ -189,7 +191,7 @@ def score(line: Record) -> dict[str, float]:
 
 
 def summary(lines: Sequence[Record]) -> list[Record]:
-    """A row for each task, in percent: of ROUGE's three the geometric mean, of a task's parts the mean.
+    """A row for each task, in percent: the geometric mean of the three ROUGE scores, the mean of a task's parts.
 
     Source: L-Eval's Evaluation/auto_eval.py, DATASET_TO_METRICS and its last lines.
     """

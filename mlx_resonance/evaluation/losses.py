@@ -1,4 +1,4 @@
-"""The losses of windows' tokens: read in chunks through a cache, the head computed for what is scored alone."""
+"""The losses of tokens: windows are read in chunks through a KV cache, the head is computed for scored tokens only."""
 
 from __future__ import annotations
 
@@ -10,14 +10,15 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
+from ..attention import BUDGET
 from ..generation.cache import make_cache
-from ..generation.prefill import BUDGET, STEP, chunk_size
+from ..generation.prefill import STEP, chunk_size
 from ..rope import expect
 
-LOGITS = 2**24  # numbers that the head makes at once
+LOGITS = 2**24  # numbers that the head computes at once
 
 
-def score(
+def token_losses(
     model: nn.Module,
     rows: NDArray[np.int32],
     scored: int,
@@ -28,14 +29,14 @@ def score(
 ) -> NDArray[np.float32]:
     """The loss of each of the last tokens of some windows, given all tokens before it in its window.
 
-    Chunks go through a cache of keys and values, so that no attention is computed over the whole window at once; the
-    head is computed for the scored tokens alone, a few at a time.
+    Chunks go through a KV cache, so that attention is never computed over a whole window at once; the head is computed
+    for the scored tokens only, a few at a time.
 
     Args:
         model: from `load`.
         rows: token ids, shape (B, L), start token included.
-        scored: tokens at the end of each row, at most L - 1.
-        step: most tokens of a chunk, over all rows.
+        scored: number of tokens at the end of each row, at most L - 1.
+        step: maximum number of tokens of a chunk, over all rows.
         kv_bits: keep keys and values in 4 or 8 bits.
         on_tokens: called with the number of tokens of each chunk.
 
@@ -44,7 +45,7 @@ def score(
     """
     batch, length = rows.shape
     step, budget = max(1, step // batch), max(1, BUDGET // batch)
-    expect(model, length)  # as a pass over the whole window turns its keys
+    expect(model, length)  # rotate the keys as a pass over the whole window would
     tokens, cache = mx.array(rows), make_cache(model, length, kv_bits)
     parts: list[NDArray[np.float32]] = []
     done, first = 0, length - 1 - scored  # the token at `first` predicts the first scored one
@@ -63,7 +64,7 @@ def score(
 
 
 def _losses(model: nn.Module, hidden: mx.array, targets: mx.array) -> list[NDArray[np.float32]]:
-    """Losses (B, …) of targets (B, L), from the hidden states (B, L, hidden) of the tokens before them."""
+    """Losses of targets (B, L), given the hidden states (B, L, hidden) of the tokens before them; in parts (B, …)."""
     args: Any = model.args
     head = model.model.embed_tokens.as_linear if args.tie_word_embeddings else model.lm_head
     size = max(1, LOGITS // (args.vocab_size * hidden.shape[0]))

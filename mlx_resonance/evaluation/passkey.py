@@ -1,4 +1,4 @@
-"""The passkey test: a number hidden in filler, at every length and depth of a grid, to be said at the end."""
+"""The passkey test: a number is hidden in filler, at every length and depth of a grid, and asked for at the end."""
 
 from __future__ import annotations
 
@@ -6,20 +6,23 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import mlx.nn as nn
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from numpy.typing import NDArray
 
+from ..checkpoint import Checkpoint
+from ..errors import UsageError, check_option
 from ..generation import generate
-from ..records import Record, append_records, open_records
-from .texts import check_results
+from ..rope_config import LONGEST
+from ..scaling import check_context
+from ..storage import Record, RunLog
 
 KIND = "passkey"
-FIELDS = {"length": int, "depth": int, "repetition": int, "found": bool}
-ANSWER_TOKENS = 12  # five digits one by one, a space, and some more
+KEY = ("length", "depth", "repetition")
+FIELDS = dict.fromkeys((*KEY, "key"), int) | {"answer": str, "found": bool}
+MOST = 10_000  # repetitions
+ANSWER_TOKENS = 12  # five digits as single tokens, a space, and a few more
 # Landmark Attention's prompt (arXiv 2305.16300), as eval/passkey.py of the YaRN code has it.
 INSTRUCTION = (
     "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
@@ -31,17 +34,17 @@ QUESTION = "What is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is tried: every length at every depth, several times.
+class PasskeyGrid:
+    """What to try: every length at every depth, several times.
 
     Args:
         lengths: tokens of prompt and answer together.
         depths: where the key is, in % of the filler, each in [0, 100].
-        repetitions: keys tried at each.
-        seed: of the keys, which depend on it, the length, the depth and the repetition alone.
+        repetitions: number of keys at each length and depth, at most 10 000.
+        seed: of the keys, which depend only on it, the length, the depth and the repetition.
 
     Raises:
-        ValueError: an argument is out of range.
+        UsageError: an argument is out of range.
     """
 
     lengths: Sequence[int]
@@ -50,14 +53,12 @@ class Grid:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"[passkey] lengths must be positive numbers of tokens, got {list(self.lengths)}")
-        if not self.depths or not all(0 <= depth <= 100 for depth in self.depths):
-            raise ValueError(f"[passkey] depths must lie in [0, 100], got {list(self.depths)}")
-        if self.repetitions < 1:
-            raise ValueError(f"[passkey] repetitions must be at least 1, got {self.repetitions}")
-        if not 0 <= self.seed < 2**32:
-            raise ValueError(f"[passkey] seed must lie in [0, 2**32), got {self.seed}")
+        right = bool(self.lengths) and all(1 <= length <= LONGEST for length in self.lengths)
+        check_option("lengths", right, "in [1, 2**31] tokens", list(self.lengths))
+        right = bool(self.depths) and all(0 <= depth <= 100 for depth in self.depths)
+        check_option("depths", right, "in [0, 100]", list(self.depths))
+        check_option("repetitions", 1 <= self.repetitions <= MOST, f"in [1, {MOST}]", self.repetitions)
+        check_option("seed", 0 <= self.seed < 2**32, "in [0, 2**32)", self.seed)
 
     def cells(self) -> list[tuple[int, int, int]]:
         """Length, depth and repetition of every trial, the shortest first."""
@@ -70,19 +71,19 @@ class Grid:
 
 
 def passkey_prompt(tokenizer: TokenizerWrapper, length: int, depth: int, key: int) -> list[int]:
-    """A prompt that with its answer takes exactly `length` tokens.
+    """A prompt that takes exactly `length` tokens together with its answer.
 
     Args:
         tokenizer: from `load`.
-        length: tokens of the prompt and of `ANSWER_TOKENS` more.
+        length: tokens of the prompt, plus `ANSWER_TOKENS`.
         depth: where the key is, in % of the filler.
         key: the number.
 
     Returns:
-        Token ids, BOS in front where the tokenizer puts it there.
+        Token ids, with BOS in front if the tokenizer puts it there.
 
     Raises:
-        ValueError: the length holds no filler.
+        UsageError: the length has no room for filler.
     """
 
     def encode(text: str) -> list[int]:
@@ -93,9 +94,8 @@ def passkey_prompt(tokenizer: TokenizerWrapper, length: int, depth: int, key: in
     question = encode("\n" + QUESTION)
     room = length - ANSWER_TOKENS - len(head) - len(statement) - len(question)
     if room < 1:
-        raise ValueError(
-            f"[passkey] a length of {length} tokens holds no filler: at least {length - room + 1} are needed"
-        )
+        needed = length - room + 1
+        raise UsageError(f"{length} tokens have no room for filler: at least {needed} are needed", option="lengths")
     unit = encode(FILLER + " ")
     filler = (unit * (room // len(unit) + 1))[:room]
     before = round(room * depth / 100)
@@ -103,58 +103,59 @@ def passkey_prompt(tokenizer: TokenizerWrapper, length: int, depth: int, key: in
 
 
 def first_integer(text: str) -> int | None:
-    """The first whole number of an answer, which is what counts."""
+    """The first integer of an answer, which is what counts."""
     found = re.search(r"\d+", text)
     return None if found is None else int(found[0])
 
 
 def run_passkey(
-    model: nn.Module,
-    tokenizer: TokenizerWrapper,
-    grid: Grid,
+    checkpoint: Checkpoint,
+    grid: PasskeyGrid,
     output: Path,
-    header: Record,
+    *,
+    kv_bits: int | None = None,
     on_trial: Callable[[int, int, Record], None] | None = None,
-    **options: Any,
 ) -> list[Record]:
-    """Try every cell of the grid that the file has no result of.
+    """Try every cell of the grid that the run log has no result of.
 
     Args:
-        model, tokenizer: from `load`.
+        checkpoint: its weights are read if a result is missing.
         grid: what to try.
-        output: JSON lines, one per trial; a killed run goes on with them, a larger grid adds to them.
-        header: what they have in common; the seed is added.
+        output: the file of the run log, one line per trial; a larger grid adds to it.
+        kv_bits: as in `stream_generate`.
         on_trial: called with the number of trials done, their total, and the last one.
-        options: of `stream_generate`, such as kv_bits.
 
     Returns:
         The grid's results, in its order: `length`, `depth`, `repetition`, `key`, `answer`, `found`.
 
     Raises:
-        ValueError: a length is too short or beyond the checkpoint's context, or the file is of other settings, or a
-            line of it is no result.
+        UsageError: a length is too short or exceeds the checkpoint's context, or the file is of other settings, or a
+            line of it is not a result.
     """
-    for length in grid.lengths:  # before the file is made
-        passkey_prompt(tokenizer, length, 0, 50000)
-    cells = grid.cells()
-    lines = open_records(output, KIND, header | {"seed": grid.seed})
-    check_results(KIND, output, lines, FIELDS)
-    done = {(line["length"], line["depth"], line["repetition"]): line for line in lines}
+    tokenizer, cells, model = checkpoint.tokenizer, grid.cells(), None
+    passkey_prompt(tokenizer, min(grid.lengths), 0, 50000)  # before the file is made
+    check_context(checkpoint.rope, max(grid.lengths))
+    settings = checkpoint.settings(kv_bits) | {"seed": grid.seed}
+    log = RunLog(output, KIND, settings, about={"model": checkpoint.name}, key=KEY, fields=FIELDS)
+    trials = []
     for number, cell in enumerate(cells, 1):
-        if cell not in done:
-            key = grid.key(*cell)
+        key = grid.key(*cell)
+        trial = log.find(*cell, key=key)
+        if trial is None:
+            model = model or checkpoint.load()
             prompt = passkey_prompt(tokenizer, cell[0], cell[1], key)
-            answer = generate(model, tokenizer, prompt, max_tokens=ANSWER_TOKENS, **options)
-            trial = dict(zip(("length", "depth", "repetition"), cell, strict=True))
-            done[cell] = trial | {"key": key, "answer": answer, "found": first_integer(answer) == key}
-            append_records(output, [done[cell]])
+            answer = generate(model, tokenizer, prompt, max_tokens=ANSWER_TOKENS, kv_bits=kv_bits)
+            found = first_integer(answer) == key
+            trial = dict(zip(KEY, cell, strict=True)) | {"key": key, "answer": answer, "found": found}
+            log.append(trial)
+        trials.append(trial)
         if on_trial is not None:
-            on_trial(number, len(cells), done[cell])
-    return [done[cell] for cell in cells]
+            on_trial(number, len(cells), trial)
+    return trials
 
 
-def accuracy(grid: Grid, trials: Sequence[Record]) -> NDArray[np.float64]:
-    """The part of keys that were found, shape (depths, lengths), lengths in rising order."""
+def accuracy(grid: PasskeyGrid, trials: Sequence[Record]) -> NDArray[np.float64]:
+    """The share of keys that were found, shape (depths, lengths), with the lengths in rising order."""
     lengths = sorted(grid.lengths)
     found = np.zeros((len(grid.depths), len(lengths)))
     for trial in trials:

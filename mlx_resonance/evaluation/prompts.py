@@ -1,4 +1,4 @@
-"""Prompts about documents: read from the benchmarks' files, and cut to a context."""
+"""Prompts about documents: read from the files of the benchmarks, and cut to a context."""
 
 from __future__ import annotations
 
@@ -10,12 +10,13 @@ from pathlib import Path
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..errors import ANOTHER, MissingFileError, UsageError, check_option
 from ..generation import prompt_tokens
-from ..records import Record, json_lines
-from .texts import check_field
+from ..rope_config import LONGEST
+from ..storage import Record, check_field, json_lines
 
 TRUNCATIONS = ("words", "head", "middle")
-WORDS = 250  # that L-Eval leaves out at once
+WORDS = 250  # L-Eval drops that many at once
 
 
 @dataclass(frozen=True)
@@ -23,14 +24,14 @@ class Prompt:
     """A question about a document.
 
     Args:
-        task, id: name its answer.
-        before, document, after: the text is these three.
-        budget: most tokens of the answer.
+        task, id: identify its answer.
+        before, document, after: parts of the text.
+        budget: maximum number of tokens of the answer.
         saved: what scoring needs, saved with the answer.
-        start: what the answer begins with; it follows the chat template's own end of the user's message.
-        chat: whether the benchmark uses a chat template here.
-        keep_end: cut the document's beginning instead of its end.
-        one_line: the answer ends with its first line that is not empty.
+        start: the beginning of the answer; it follows the end of the user's message in the chat template.
+        chat: whether the benchmark uses a chat template for this task.
+        keep_end: cut the beginning of the document instead of its end.
+        one_line: the answer ends with its first non-empty line.
     """
 
     task: str
@@ -47,16 +48,16 @@ class Prompt:
 
     @property
     def digest(self) -> str:
-        """Of everything that the benchmark's file decides."""
+        """Of everything that the benchmark's file determines."""
         parts = [self.before, self.document, self.after, self.start, self.saved]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def tokens(self, tokenizer: TokenizerWrapper, text: str, chat: bool) -> list[int]:
-        """Token ids of a text in the place of the prompt's."""
+        """Token ids of the prompt, with another text in place of its own."""
         if not (chat and self.chat and tokenizer.has_chat_template):
             return prompt_tokens(tokenizer, text + self.start)
         messages = [{"role": "user", "content": text}]
-        # The budgets leave no room to think before the answer.
+        # The budgets leave no room for thinking before the answer.
         options = {"add_generation_prompt": True, "enable_thinking": False, "return_dict": False}
         ids = list(tokenizer.apply_chat_template(messages, **options))
         return ids + (list(tokenizer.encode(self.start, add_special_tokens=False)) if self.start else [])
@@ -67,14 +68,14 @@ class Limits:
     """What prompts and their answers must fit into.
 
     Args:
-        context: most tokens of prompt and answer.
-        truncation: of what is too long. words: of the document as many words from its beginning, 250 fewer until they
-            fit, as in L-Eval; head: tokens from the document's beginning; middle: half of the tokens from each end of
-            the whole text, as in LongBench.
-        chat: use the tokenizer's chat template, where it has one and the benchmark does, too.
+        context: maximum number of tokens of prompt and answer.
+        truncation: how to cut a long prompt. words: keep the first words of the document, 250 fewer until they fit, as
+            in L-Eval; head: keep the first tokens of the document; middle: keep the first and the last tokens of the
+            whole text, half of them each, as in LongBench.
+        chat: use the tokenizer's chat template, if it has one and the benchmark uses one.
 
     Raises:
-        ValueError: an argument is out of range.
+        UsageError: an argument is out of range.
     """
 
     context: int
@@ -82,36 +83,35 @@ class Limits:
     chat: bool = True
 
     def __post_init__(self) -> None:
-        if self.truncation not in TRUNCATIONS:
-            raise ValueError(f"[eval] truncation must be one of {', '.join(TRUNCATIONS)}, got {self.truncation!r}")
-        if self.context < 1:
-            raise ValueError(f"[eval] context must be at least 1 token, got {self.context}")
+        names = f"one of {', '.join(TRUNCATIONS)}"
+        check_option("truncation", self.truncation in TRUNCATIONS, names, repr(self.truncation))
+        check_option("context", 1 <= self.context <= LONGEST, "in [1, 2**31] tokens", self.context)
 
 
-def check_fits(kind: str, tokenizer: TokenizerWrapper, prompt: Prompt, limits: Limits) -> None:
-    """Raise ValueError where not even the question without its document fits into the context."""
+def check_fits(tokenizer: TokenizerWrapper, prompt: Prompt, limits: Limits) -> None:
+    """Raise UsageError where not even the question without its document fits into the context."""
     frame = len(prompt.tokens(tokenizer, prompt.before + prompt.after, limits.chat)) + prompt.budget
     if frame + bool(prompt.document) > limits.context:
-        raise ValueError(
-            f"[{kind}] {prompt.task}, {prompt.id}: the question and {prompt.budget} tokens of answer take {frame}, "
-            f"the context has {limits.context}: give a longer context or fewer --max-tokens"
+        raise UsageError(
+            f"{prompt.task}, {prompt.id}: the question and {prompt.budget} tokens of answer take {frame} tokens, the "
+            f"context has {limits.context}",
+            remedies=[{"context": ANOTHER}, {"lengths": ANOTHER}, {"max_tokens": ANOTHER}],
         )
 
 
-def fit(kind: str, tokenizer: TokenizerWrapper, prompt: Prompt, limits: Limits) -> tuple[list[int], bool]:
-    """The tokens of a prompt, cut where it and its answer are beyond the context.
+def fit(tokenizer: TokenizerWrapper, prompt: Prompt, limits: Limits) -> tuple[list[int], bool]:
+    """The tokens of a prompt, cut if the prompt and its answer exceed the context.
 
     Args:
-        kind: of the benchmark, for errors.
         tokenizer: from `load`.
         prompt: what to ask.
-        limits: that prompt and budget keep to.
+        limits: for the prompt and its budget.
 
     Returns:
-        Token ids; whether something was cut.
+        Token ids; whether the prompt was cut.
 
     Raises:
-        ValueError: not even a question without its document fits.
+        UsageError: not even the question without its document fits.
     """
     whole = text = prompt.before + prompt.document + prompt.after
     middle = limits.truncation == "middle"
@@ -122,7 +122,7 @@ def fit(kind: str, tokenizer: TokenizerWrapper, prompt: Prompt, limits: Limits) 
         if over <= 0:
             return ids, text != whole
         if limit is None:
-            check_fits(kind, tokenizer, prompt, limits)
+            check_fits(tokenizer, prompt, limits)
             limit = len(tokenizer.encode(whole if middle else prompt.document))
         limit -= over  # more than once: the same text may take more tokens between other texts
         if middle:
@@ -133,13 +133,13 @@ def fit(kind: str, tokenizer: TokenizerWrapper, prompt: Prompt, limits: Limits) 
 
 
 def _middle(tokenizer: TokenizerWrapper, text: str, limit: int) -> str:
-    """Half of so many tokens from each end. Source: LongBench/pred.py, get_pred."""
+    """`limit` tokens of a text, half of them from each end. Source: LongBench/pred.py, get_pred."""
     ids, half = list(tokenizer.encode(text)), limit // 2
     return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[len(ids) - half :]))
 
 
 def cut(tokenizer: TokenizerWrapper, text: str, limit: int, truncation: str, keep_end: bool = False) -> str:
-    """At most so many tokens of a text, by words or from its head, as `Limits` describes it.
+    """At most `limit` tokens of a text, cut by words or to its head, as `Limits` describes it.
 
     Source: L-Eval's Baselines/llama2-chat-test.py.
     """
@@ -148,32 +148,31 @@ def cut(tokenizer: TokenizerWrapper, text: str, limit: int, truncation: str, kee
         part = " ".join(words[-count:] if keep_end else words[:count])
         if len(tokenizer.encode(part, add_special_tokens=False)) <= limit:
             return part
-    ids = list(tokenizer.encode(text, add_special_tokens=False))  # by words: where 250 have no room
+    ids = list(tokenizer.encode(text, add_special_tokens=False))  # truncation "words" too, if not even 250 words fit
     return str(tokenizer.decode(ids[len(ids) - limit :] if keep_end else ids[:limit], skip_special_tokens=True))
 
 
-def read_lines(kind: str, path: Path, fields: Mapping[str, type]) -> list[tuple[int, Record]]:
-    """The objects of a file of JSON lines, each with the number of its line.
+def read_lines(path: Path, fields: Mapping[str, type]) -> list[tuple[int, Record]]:
+    """The objects of a JSON-lines file, each with the number of its line.
 
     Args:
-        kind: of the benchmark, for errors.
         path: the file.
-        fields: what each must have, of a kind of `check_field`.
+        fields: the type of each field that an object must have, as in `check_field`.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has no lines, or one is something else; its number is named.
+        MissingFileError: there is no such file.
+        UsageError: it is empty, or a line is not such an object; its number is named.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"[{kind}] no file {path}")
+        raise MissingFileError(f"{path}: no such file", option="data")
     found = []
-    for number, entry in json_lines(kind, path):
-        where = f"[{kind}] {path}, line {number}"
+    for number, entry in json_lines(path):
+        where = f"{path}, line {number}"
         if not isinstance(entry, dict):
-            raise ValueError(f"{where} is no JSON object")
+            raise UsageError(f"{where} is not a JSON object", option="data")
         for name, wanted in fields.items():
-            check_field(where, entry, name, wanted)
+            check_field(where, entry, name, wanted, option="data")
         found.append((number, entry))
     if not found:
-        raise ValueError(f"[{kind}] {path} is empty")
+        raise UsageError(f"{path} is empty", option="data")
     return found

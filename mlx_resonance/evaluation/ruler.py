@@ -1,14 +1,14 @@
-"""RULER (Hsieh et al. 2024, arXiv 2404.06654): how the examples of its synthetic tasks are made.
+"""RULER (Hsieh et al. 2024, arXiv 2404.06654): its synthetic tasks, and how their examples are made.
 
 Sources: NVIDIA/RULER at c3f5e3b, scripts/synthetic.yaml (tasks), scripts/data/synthetic (prompts, which are the
 benchmark's own words, budgets and how texts are made), scripts/eval/synthetic/constants.py (scores). What differs here:
 
-- Examples are others: each is drawn from the seed, its task, its length and its number alone, so that more samples or
-  tasks leave it as it is. Words are those of `words`, where RULER has the package wonderwords.
-- An essay is a text of the user's, or sentences made of these words, where RULER has Paul Graham's. Needles lie at one
-  of 40 depths in every haystack, not in essays alone.
-- The solved example of variable tracking has 15 lines of noise, or one for every 128 tokens of the length where that is
-  fewer; RULER's fills 500 tokens.
+- An example depends only on the seed, its task, its length and its number: more samples or tasks do not change it. Its
+  words come from `word_lists`; RULER uses the package wonderwords.
+- The essay is the user's text, or sentences made of these words; RULER uses Paul Graham's essays. Needles lie at one of
+  40 depths in every haystack, not only in essays.
+- The solved example of variable tracking has 15 lines of noise, or one line for every 128 tokens of the length if that
+  is fewer; RULER's has 500 tokens.
 """
 
 from __future__ import annotations
@@ -23,32 +23,33 @@ from functools import cache
 from itertools import chain, pairwise
 from typing import NamedTuple
 
-from .words import ADJECTIVES, NOUNS, VERBS
+from ..errors import UsageError
+from .word_lists import ADJECTIVES, NOUNS, VERBS
 
 NOISE = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again."
 NEEDLE = "One of the special magic {values} for {key} is: {value}."
 DEPTHS = [round(100 * i / 39) for i in range(40)]  # where needles may lie in an essay, in %
 HOPS = 4  # of variable tracking
 COMMON = 10  # words to find among others
-SHORT = 4096  # tokens, below which the lists of words repeat less
-ESSAY = 10000  # sentences of the essay that is made here, after which it begins again
+SHORT = 4096  # tokens; below, the lists repeat their words less often
+ESSAY = 10000  # sentences of the made-up essay, which repeats after them
 
 
 class Example(NamedTuple):
-    """A prompt, what its answer begins with, and what the answer must contain."""
+    """A prompt, the beginning of its answer, and what the answer must contain."""
 
     text: str
     start: str
     references: list[str]
 
 
-# Of random numbers, a length in tokens, a size, and the sentences of an essay.
+# Takes random numbers, a length in tokens, a size, and the sentences of an essay.
 Maker = Callable[[random.Random, int, int, Sequence[str]], Example]
 
 
 @cache
 def made_essay() -> tuple[str, ...]:
-    """Sentences that mean little and say no number, the same in every run."""
+    """Sentences without numbers and with little meaning, the same in every run."""
     rng = random.Random("essay")
 
     def thing() -> str:
@@ -59,7 +60,7 @@ def made_essay() -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Needles:
-    """A needle task: `keys` and `values` are words, numbers or uuids, the haystack is noise, essay or needle."""
+    """A needle task: keys and values are words, numbers or uuids; the haystack is noise, essay or needle."""
 
     haystack: str
     keys: str = "words"
@@ -111,9 +112,9 @@ def _draw(rng: random.Random, kind: str) -> str:
 
 
 def _new(rng: random.Random, kind: str, used: set[str]) -> str:
-    """One that was not drawn before. Raises ValueError where half of the words are used up."""
+    """A key that was not drawn before. Raises UsageError when half of the pairs of words are used."""
     if kind == "words" and 2 * len(used) > len(ADJECTIVES) * len(NOUNS):
-        raise ValueError(f"[ruler] so long a text needs more than the {len(used)} names that are made of two words")
+        raise UsageError(f"a text of this length needs more than {len(used)} pairs of words", option="lengths")
     while (drawn := _draw(rng, kind)) in used:
         pass
     used.add(drawn)
@@ -121,7 +122,7 @@ def _new(rng: random.Random, kind: str, used: set[str]) -> str:
 
 
 def variable_tracking(rng: random.Random, length: int, size: int, essay: Sequence[str]) -> Example:
-    """Variables that get a value from each other, among `size` lines of noise, after a solved example of the same."""
+    """Variables that pass on a value, among `size` lines of noise, after a solved example."""
     solved = _chain(rng, max(1, min(15, length // 128)), letters=3)
     asked = _chain(rng, size, letters=5)
     return asked._replace(text=f"{solved.text}{solved.start} {' '.join(solved.references)}\n\n{asked.text}")
@@ -151,7 +152,7 @@ def _chain(rng: random.Random, size: int, letters: int) -> Example:
 
 
 def common_words(rng: random.Random, length: int, size: int, essay: Sequence[str]) -> Example:
-    """A numbered list of `size` different words, ten of them more often than the others, after a solved example."""
+    """A numbered list of `size` different words, ten of which are more frequent, after a solved example."""
     solved = _list(rng, *((20, 3, 1) if length < SHORT else (40, 10, 3)))
     asked = _list(rng, size, *((6, 1) if length < SHORT else (30, 3)))
     return asked._replace(text=f"{solved.text}{solved.start} {_numbered(solved.references)}\n{asked.text}")
@@ -159,7 +160,7 @@ def common_words(rng: random.Random, length: int, size: int, essay: Sequence[str
 
 def _list(rng: random.Random, size: int, often: int, seldom: int) -> Example:
     words = rng.sample([*NOUNS, *ADJECTIVES, *VERBS], len(NOUNS) + len(ADJECTIVES) + len(VERBS))
-    if size > len(words):  # RULER turns to rarer words, too
+    if size > len(words):  # RULER, too, continues with rarer words
         used: set[str] = set()
         words = [_new(rng, "words", used).replace("-", "") for _ in range(size)]
     common, others = words[:COMMON], words[COMMON:size]
@@ -177,7 +178,7 @@ def _numbered(words: Sequence[str]) -> str:
 
 
 def frequent_words(rng: random.Random, length: int, size: int, essay: Sequence[str]) -> Example:
-    """`size` words without meaning, the k-th of them in a part of 1 / (k² ζ(2)); the first is dots."""
+    """`size` meaningless words, the k-th with a share of 1 / (k² ζ(2)); the first is dots."""
     words: dict[str, None] = {"...": None}
     while len(words) < max(5, (length - 50) // 50):
         words["".join(rng.choices(string.ascii_lowercase, k=6))] = None
@@ -193,8 +194,8 @@ def frequent_words(rng: random.Random, length: int, size: int, essay: Sequence[s
     return Example(text, start, list(words)[1:4])
 
 
-class Task(NamedTuple):
-    """How examples are made, the most tokens of an answer, and the least size of an example."""
+class RulerTask(NamedTuple):
+    """The maker of examples, the maximum number of tokens of an answer, and the smallest size of an example."""
 
     make: Maker
     budget: int
@@ -202,16 +203,16 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "niah_single_1": Task(Needles("noise"), 128),
-    "niah_single_2": Task(Needles("essay"), 128),
-    "niah_single_3": Task(Needles("essay", values="uuids"), 128),
-    "niah_multikey_1": Task(Needles("essay", count=4), 128),
-    "niah_multikey_2": Task(Needles("needle"), 128),
-    "niah_multikey_3": Task(Needles("needle", keys="uuids", values="uuids"), 128),
-    "niah_multivalue": Task(Needles("essay", values_each=4), 128),
-    "niah_multiquery": Task(Needles("essay", count=4, queries=4), 128),
-    "vt": Task(variable_tracking, 30),
-    "cwe": Task(common_words, 120, COMMON + 1),
-    "fwe": Task(frequent_words, 50, 53),  # from here on the fifth word is rarer than the fourth
+    "niah_single_1": RulerTask(Needles("noise"), 128),
+    "niah_single_2": RulerTask(Needles("essay"), 128),
+    "niah_single_3": RulerTask(Needles("essay", values="uuids"), 128),
+    "niah_multikey_1": RulerTask(Needles("essay", count=4), 128),
+    "niah_multikey_2": RulerTask(Needles("needle"), 128),
+    "niah_multikey_3": RulerTask(Needles("needle", keys="uuids", values="uuids"), 128),
+    "niah_multivalue": RulerTask(Needles("essay", values_each=4), 128),
+    "niah_multiquery": RulerTask(Needles("essay", count=4, queries=4), 128),
+    "vt": RulerTask(variable_tracking, 30),
+    "cwe": RulerTask(common_words, 120, COMMON + 1),
+    "fwe": RulerTask(frequent_words, 50, 53),  # from this size on the fifth word is rarer than the fourth
 }
-DOWNLOADED = {"qa_1": 32, "qa_2": 32}  # RULER's questions from SQuAD and HotpotQA, in files of its own: their budgets
+DOWNLOADED = {"qa_1": 32, "qa_2": 32}  # budgets of the questions from SQuAD and HotpotQA, for which RULER makes files

@@ -1,4 +1,4 @@
-"""RULER's tasks at lengths in a model's tokens: the longest examples that fit, or RULER's own files."""
+"""RULER's tasks at lengths in a model's own tokens: the longest examples that fit, or files that RULER has made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..records import Record
+from ..errors import MissingFileError, UsageError, check_option
+from ..rope_config import LONGEST
+from ..storage import Record, check_field
 from .answers import Answers, summarize
 from .prompts import Limits, Prompt, read_lines
 from .ruler import DOWNLOADED, TASKS, made_essay
@@ -19,23 +21,24 @@ from .scorers import match_all, match_any
 
 KIND = "ruler"
 METRICS = {"match all": match_all, "match any": match_any}
+MOST = 10_000  # examples of a task at a length
 
 
 @dataclass(frozen=True)
-class Grid:
-    """What is asked.
+class RulerGrid:
+    """What to ask.
 
     Args:
-        tasks: of `TASKS`.
+        tasks: names in `TASKS`.
         lengths: tokens of prompt and answer.
-        samples: examples of each task at each length.
-        seed: which examples.
+        samples: examples of each task at each length, at most 10 000.
+        seed: of the examples.
         essay: sentences, the haystack of some tasks.
-        chat: use the tokenizer's chat template, where it has one.
+        chat: use the tokenizer's chat template, if it has one.
         max_tokens: of an answer, instead of the benchmark's budget for the task.
 
     Raises:
-        ValueError: an argument is out of range, or a task is unknown.
+        UsageError: an argument is out of range, or a task is unknown.
     """
 
     tasks: Sequence[str] = tuple(TASKS)
@@ -49,16 +52,18 @@ class Grid:
     def __post_init__(self) -> None:
         for task in self.tasks:
             if task in DOWNLOADED:
-                raise ValueError(f"[ruler] {task} has downloaded questions: give the file that RULER makes of them")
+                raise UsageError(
+                    f"{task} has questions that RULER downloads: it needs the file that RULER makes of them",
+                    remedies=[{"data": None}],
+                )
             if task not in TASKS:
-                raise ValueError(f"[ruler] no task is named {task!r}; known are {', '.join(TASKS)}")
-        if not self.lengths or min(self.lengths) < 1:
-            raise ValueError(f"[ruler] lengths must be positive numbers of tokens, got {list(self.lengths)}")
-        if self.samples < 1:
-            raise ValueError(f"[ruler] samples must be at least 1, got {self.samples}")
+                raise UsageError(f"no task is named {task!r}; known are {', '.join(TASKS)}", option="tasks")
+        right = bool(self.lengths) and all(1 <= length <= LONGEST for length in self.lengths)
+        check_option("lengths", right, "in [1, 2**31] tokens", list(self.lengths))
+        check_option("samples", 1 <= self.samples <= MOST, f"in [1, {MOST}]", self.samples)
 
-    def header(self, tokenizer: TokenizerWrapper) -> Record:
-        """What all answers to it have in common; more tasks, lengths and samples may follow."""
+    def settings(self, tokenizer: TokenizerWrapper) -> Record:
+        """What all answers have in common; more tasks, lengths and samples may follow."""
         digest = hashlib.sha256("\n".join(self.essay).encode()).hexdigest()[:16]
         chat = self.chat and tokenizer.has_chat_template
         return {"seed": self.seed, "haystack": digest, "max_tokens": self.max_tokens, "chat_template": chat}
@@ -69,38 +74,38 @@ class Grid:
         return [(task, length, i) for length in sorted(set(self.lengths)) for task in tasks for i in samples]
 
     def budget(self, task: str) -> int:
-        """Most tokens of an answer."""
+        """Maximum number of tokens of an answer."""
         return self.max_tokens or TASKS[task].budget
 
 
 def read_essay(path: Path) -> list[str]:
-    """The sentences of a text file: they end at a period, question or exclamation mark and a space.
+    """The sentences of a text file: each ends with a period, question or exclamation mark before a space.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it has none, or is not UTF-8.
+        MissingFileError: there is no such file.
+        UsageError: it is empty, or not UTF-8.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"[ruler] no haystack file {path}")
+        raise MissingFileError(f"{path}: no such file", option="haystack")
     try:
         words = path.read_text(encoding="utf-8").split()
     except UnicodeDecodeError as error:
-        raise ValueError(f"[ruler] {path} is not UTF-8 text: {error}") from None
+        raise UsageError(f"{path} is not UTF-8 text: {error}", option="haystack") from None
     if not words:
-        raise ValueError(f"[ruler] {path} is empty")
+        raise UsageError(f"{path} is empty", option="haystack")
     return re.split(r"(?<=[.!?]) ", " ".join(words))
 
 
-def make_prompt(tokenizer: TokenizerWrapper, grid: Grid, task: str, length: int, index: int) -> Prompt:
+def make_prompt(tokenizer: TokenizerWrapper, grid: RulerGrid, task: str, length: int, index: int) -> Prompt:
     """An example of a task, as long as the length allows.
 
     Args:
         tokenizer: from `load`.
         grid: seed, essay, chat template, budget.
-        task, length, index: which one, from 0.
+        task, length, index: of the example; the index counts from 0.
 
     Raises:
-        ValueError: the length is too short for the task's least example.
+        UsageError: the length is too short for the smallest example of the task.
     """
     name, budget = f"{grid.seed} {task} {length} {index}", grid.budget(task)
 
@@ -115,14 +120,16 @@ def make_prompt(tokenizer: TokenizerWrapper, grid: Grid, task: str, length: int,
 
     least = TASKS[task].least
     if (needed := tokens(least)) > length:
-        raise ValueError(f"[ruler] {task} takes at least {needed} tokens with its answer, the length is {length}")
+        raise UsageError(
+            f"{task} takes at least {needed} tokens with its answer, the length is {length}", option="lengths"
+        )
     return prompt(largest(tokens, length, least))
 
 
 def largest(tokens: Callable[[int], int], limit: int, least: int) -> int:
-    """The largest size whose tokens keep to a limit, `least` at least.
+    """The largest size, `least` or more, that has at most `limit` tokens.
 
-    By straight lines, as tokens grow about evenly: to count those of a long text takes seconds.
+    Found by linear interpolation, in few steps: tokenizing a long text takes seconds.
     """
     low, high = least, 2 * least + 8
     few, many = tokens(low), tokens(high)
@@ -142,17 +149,17 @@ def largest(tokens: Callable[[int], int], limit: int, least: int) -> int:
     return low
 
 
-def run_ruler(answers: Answers, grid: Grid, on_answer: Callable[[Record], None] | None = None) -> list[Record]:
-    """The answers to a grid's examples; those that the file does not have are made and asked.
+def run_ruler(answers: Answers, grid: RulerGrid, on_answer: Callable[[Record], None] | None = None) -> list[Record]:
+    """The answers to the examples of a grid; those that the run log does not have are made and asked.
 
     Args:
-        answers: the file and the checkpoint.
+        answers: the run log and the checkpoint.
         grid: what to ask.
         on_answer: called with every answer, new or not.
     """
     lines = []
     for task, length, index in grid.cells():
-        line = answers.lines.get((task, f"{length}/{index}"))
+        line = answers.log.find(task, f"{length}/{index}")
         if line is None:
             prompt = make_prompt(answers.checkpoint.tokenizer, grid, task, length, index)
             line = answers.ask(prompt, Limits(length, chat=grid.chat))
@@ -162,8 +169,8 @@ def run_ruler(answers: Answers, grid: Grid, on_answer: Callable[[Record], None] 
     return lines
 
 
-def check_lengths(tokenizer: TokenizerWrapper, grid: Grid) -> None:
-    """Raise ValueError where a length is too short for a task, before hours of work."""
+def check_lengths(tokenizer: TokenizerWrapper, grid: RulerGrid) -> None:
+    """Raise UsageError where a length is too short for a task."""
     for task in dict.fromkeys(grid.tasks):
         make_prompt(tokenizer, grid, task, min(grid.lengths), 0)
 
@@ -172,25 +179,26 @@ def make_prompts(paths: Sequence[Path], max_tokens: int | None = None) -> list[P
     """The prompts of files that RULER has made.
 
     Args:
-        paths: JSON lines named after their task or in a folder of its name, each with `input`, `outputs`, and
-            `answer_prefix` where the input does not end with it.
+        paths: files of JSON lines, named after their task or in a folder of its name; a line has `input`, `outputs`,
+            and `answer_prefix` if the input does not end with it.
         max_tokens: of an answer, instead of the benchmark's budget for the task.
 
     Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: a task is unknown, or a line is something else.
+        MissingFileError: there is no such file.
+        UsageError: a task is unknown, or a line is wrong.
     """
     budgets = {name: task.budget for name, task in TASKS.items()} | DOWNLOADED
     prompts: dict[tuple[str, str], Prompt] = {}
     for path in paths:
         task = path.stem if path.stem in budgets else path.parent.name
         if task not in budgets:
-            raise ValueError(f"[ruler] {path}: neither file nor folder has a task's name, one of {', '.join(budgets)}")
+            raise UsageError(f"{path}: file or folder must be named after a task: {', '.join(budgets)}", option="data")
         metric = "match any" if task in DOWNLOADED else "match all"
-        for number, entry in read_lines(KIND, path, {"input": str, "outputs": list}):
-            name, start = (task, str(number)), entry.get("answer_prefix", "")
-            if name in prompts or not isinstance(start, str):
-                raise ValueError(f"[ruler] {path}, line {number}: another file of this task, or no text as prefix")
+        for number, entry in read_lines(path, {"input": str, "outputs": list}):
+            name, where = (task, str(number)), f"{path}, line {number}"
+            start = check_field(where, {"answer_prefix": ""} | entry, "answer_prefix", str, option="data")
+            if name in prompts:
+                raise UsageError(f"{where}: another file is of the same task, {task}", option="data")
             saved: Record = {"metric": metric, "references": entry["outputs"]}
             budget = max_tokens or budgets[task]
             prompts[name] = Prompt(*name, entry["input"], "", "", budget, saved, start=start)

@@ -1,4 +1,4 @@
-"""What of a document is read at once and what of that is scored: the protocol, its windows, the work they make."""
+"""Which windows of a document are read, and which of their tokens are scored: the protocol, its windows, its jobs."""
 
 from __future__ import annotations
 
@@ -6,31 +6,34 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import groupby
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from ..generation.memory import guard
-from ..generation.prefill import BUDGET, PREFILL_BATCH, STEP
-from ..records import Record
-from .losses import score
+from ..attention import BUDGET
+from ..checkpoint import Checkpoint
+from ..errors import check_option
+from ..generation.memory import require_memory
+from ..generation.prefill import PREFILL_BATCH, STEP
+from ..rope_config import LONGEST
+from ..storage import Record
+from .losses import token_losses
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """What is scored.
+    """What to score.
 
     Args:
         contexts: tokens of a window, start token included.
         truncate: one window per document instead of sliding ones.
-        stride: tokens between the beginnings of sliding windows.
-        last: tokens at the end of a truncated window that are scored by themselves as well.
+        stride: tokens from the beginning of a sliding window to that of the next.
+        last: number of tokens at the end of a truncated window that are also scored separately.
 
     Raises:
-        ValueError: an argument is out of range.
+        UsageError: an argument is out of range.
     """
 
     contexts: Sequence[int]
@@ -39,27 +42,24 @@ class Protocol:
     last: int = 512
 
     def __post_init__(self) -> None:
-        if not self.contexts or min(self.contexts) < 2:
-            raise ValueError(f"[perplexity] contexts must be at least 2 tokens, got {list(self.contexts)}")
-        if not self.truncate and not 1 <= self.stride < min(self.contexts):
-            raise ValueError(
-                f"[perplexity] stride must lie in [1, {min(self.contexts) - 1}], or tokens between windows are never "
-                f"scored, got {self.stride}"
-            )
-        if self.last < 1:
-            raise ValueError(f"[perplexity] last must be at least 1, got {self.last}")
+        right = bool(self.contexts) and all(2 <= context <= LONGEST for context in self.contexts)
+        check_option("contexts", right, "in [2, 2**31] tokens", list(self.contexts))
+        most = min(self.contexts) - 1
+        wanted = f"in [1, {most}], or tokens between windows are never scored"
+        check_option("stride", self.truncate or 1 <= self.stride <= most, wanted, self.stride)
+        check_option("last", self.last >= 1, "at least 1", self.last)
 
     def shortest(self, start: int) -> int:
-        """Tokens that a document must have, `start` tokens of a window not counted: a truncated one all of a window."""
+        """Tokens that a document must have, if windows begin with `start` start tokens."""
         return max(self.contexts) - start if self.truncate else 2 - start
 
-    def header(self) -> Record:
-        """What results must have in common; there may be more contexts later."""
+    def settings(self) -> Record:
+        """What results must have in common; more contexts may follow."""
         return {"truncate": self.truncate} | ({"last": self.last} if self.truncate else {"stride": self.stride})
 
 
 class Document(NamedTuple):
-    """The number of a document in the data, from 1 on, and its token ids without a start token."""
+    """The number of a document in the data, which counts from 1, and its token ids without a start token."""
 
     number: int
     tokens: NDArray[np.int32]
@@ -67,15 +67,15 @@ class Document(NamedTuple):
 
 @dataclass(frozen=True)
 class Options:
-    """How to compute, which changes results by rounding alone (but for kv_bits).
+    """How to compute. Only kv_bits changes results by more than rounding.
 
     Args:
-        batch_size: windows read together; None for as many as fit into a chunk: more would be no faster.
-        step: most tokens of a chunk, over all windows.
+        batch_size: windows read together; None for as many as fit into a chunk: more would not be faster.
+        step: maximum number of tokens of a chunk, over all windows.
         kv_bits: keep keys and values in 4 or 8 bits.
 
     Raises:
-        ValueError: an argument is out of range.
+        UsageError: an argument is out of range.
     """
 
     batch_size: int | None = None
@@ -83,23 +83,20 @@ class Options:
     kv_bits: int | None = None
 
     def __post_init__(self) -> None:
-        if self.batch_size is not None and self.batch_size < 1:
-            raise ValueError(f"[perplexity] batch_size must be at least 1, got {self.batch_size}")
-        if self.step < 1:
-            raise ValueError(f"[perplexity] prefill_step_size must be at least 1, got {self.step}")
-        if self.kv_bits not in (None, 4, 8):
-            raise ValueError(f"[perplexity] kv_bits must be 4 or 8, got {self.kv_bits}")
+        check_option("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1", self.batch_size)
+        check_option("prefill_step_size", self.step >= 1, "at least 1", self.step)
+        check_option("kv_bits", self.kv_bits in (None, 4, 8), "4 or 8", self.kv_bits)
 
     def batch(self, context: int) -> int:
-        """Windows of a context that are read together."""
+        """Number of windows of a context that are read together."""
         return self.batch_size or max(1, self.step // context)
 
-    def guard(self, folder: Path, context: int, memory: int | None) -> None:
-        """Raise ValueError where windows of a context do not fit into so many bytes, None for what the device says."""
+    def require_memory(self, checkpoint: Checkpoint, context: int, memory: int | None) -> None:
+        """Raise UsageError where windows of a context do not fit into `memory` bytes; None for the device's limit."""
         windows = self.batch(context)
-        parts = min(windows, PREFILL_BATCH)  # the plan counts the work of so many rows, ours share a chunk
-        guard(
-            folder, context, "perplexity", kv_bits=self.kv_bits, memory=memory, sequences=windows,
+        parts = min(windows, PREFILL_BATCH)  # the plan counts the work of that many rows, which share a chunk here
+        require_memory(
+            checkpoint, context, kv_bits=self.kv_bits, memory=memory, sequences=windows,
             prefill_step_size=max(1, self.step // parts), budget=BUDGET // parts,
         )  # fmt: skip
 
@@ -109,7 +106,7 @@ class Window(NamedTuple):
 
     Attributes:
         begin, end: of the piece, in tokens of the document.
-        scored: how many of its last tokens no window before it had.
+        scored: number of its last tokens that no window before it had.
     """
 
     begin: int
@@ -118,14 +115,14 @@ class Window(NamedTuple):
 
 
 def sliding_windows(length: int, size: int, stride: int) -> list[Window]:
-    """The windows of a document: every `stride` tokens one begins, the first that reaches the end is the last.
+    """The windows of a document: one begins every `stride` tokens, until one reaches the end.
 
-    The first one scores all of its tokens, each later one those that are new: `stride` of them, the last what is left.
-    A document of at most `size` tokens has a single window, which is all of it.
+    The first window scores all of its tokens, each later one its new tokens: `stride` of them, or fewer in the last.
+    A document of at most `size` tokens is a single window.
 
     Args:
         length: tokens of the document, at least 1.
-        size: most tokens of a window.
+        size: maximum number of tokens of a window.
         stride: tokens from the beginning of one to that of the next, at most `size`.
 
     Source: jquesnelle/yarn `eval/perplexity.py`, the loop of `compute_perplexity`.
@@ -142,13 +139,13 @@ def sliding_windows(length: int, size: int, stride: int) -> list[Window]:
 
 @dataclass(frozen=True)
 class Job:
-    """Documents at contexts that are measured together and written together.
+    """Documents and contexts that are measured together and written together.
 
     Args:
-        documents: to measure; all fill the longest context where windows are truncated.
-        contexts: in rising order; several only where the losses of the longest window begin with those of the others.
+        documents: to measure; truncated windows need documents that fill the longest context.
+        contexts: in rising order; several only if the losses of the longest window begin with those of the others.
         start: the start token, or nothing.
-        protocol, options: how.
+        protocol, options: what to score, and how to compute it.
     """
 
     documents: Sequence[Document]
@@ -172,17 +169,17 @@ class Job:
 
     @property
     def tokens(self) -> int:
-        """How many are read."""
+        """Number of tokens to read."""
         return sum(w.end - w.begin + len(self.start) - 1 for batch in self.batches() for _, w in batch)
 
     def measure(self, model: nn.Module, on_tokens: Callable[[int], None]) -> dict[tuple[int, int], Record]:
-        """The sums of each context and number of a document."""
+        """The sums for each context and number of a document."""
         found: dict[int, list[NDArray[np.float32]]] = {document.number: [] for document in self.documents}
         options: dict[str, Any] = {"step": self.options.step, "kv_bits": self.options.kv_bits, "on_tokens": on_tokens}
         for batch in self.batches():
             rows = np.array([self.start + d.tokens[w.begin : w.end].tolist() for d, w in batch], np.int32)
             scored = min(batch[0][1].scored, rows.shape[1] - 1)
-            for (document, _), losses in zip(batch, score(model, rows, scored, **options), strict=True):
+            for (document, _), losses in zip(batch, token_losses(model, rows, scored, **options), strict=True):
                 found[document.number].append(losses)
         if not self.protocol.truncate:
             return {(self.contexts[0], number): sums(losses) for number, losses in found.items()}
@@ -193,11 +190,11 @@ class Job:
 
 
 def sums(windows: Sequence[NDArray[np.float32]], last: int | None = None) -> Record:
-    """What the figures of a document are computed from, given its windows' losses in nats.
+    """The sums from which the perplexities of a document are computed.
 
     Args:
-        windows: losses of the scored tokens of each.
-        last: how many at the end of each also count by themselves.
+        windows: losses of the scored tokens of each window, in nats.
+        last: number of tokens at the end of each window that are also summed separately.
     """
     exact = [losses.astype(np.float64) for losses in windows]
     counts: Record = {

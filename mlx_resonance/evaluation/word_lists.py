@@ -1,4 +1,4 @@
-"""Common English words, none a part of another: RULER's keys and lists here; the paper's are from wonderwords."""
+"""Common English words, none of which is part of another, for RULER's keys and lists; RULER itself uses wonderwords."""
 
 NOUNS = """
 acorn album anchor angel animal ankle answer antler apple apron arena armor artist atlas attic author avenue badge
