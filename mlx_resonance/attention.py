@@ -39,6 +39,13 @@ def set_rope(model: nn.Module, rope: RopeConfig) -> None:
     model.args.rope = rope
 
 
+def next_token_logits(model: nn.Module, hidden: mx.array) -> mx.array:
+    """Logits (…, vocabulary) of hidden states (…, hidden), as a call of the model computes them after its layers."""
+    args: Any = model.args
+    logits = model.model.embed_tokens.as_linear(hidden) if args.tie_word_embeddings else model.lm_head(hidden)
+    return logits / args.logits_scaling if hasattr(args, "logits_scaling") else logits  # Granite's
+
+
 def adapt(model: nn.Module) -> None:
     """Put the attention into the classes that a model of `ADAPTED_FILES` is made of."""
     for kind, wrap in ((type(model.layers[0].self_attn), _attention), (type(model.model), _with_angles)):

@@ -52,7 +52,7 @@ def test_of_other_peoples_files_the_original_context_is_unknown() -> None:
     with pytest.raises(UsageError, match="does not tell the context before scaling") as error:
         inspect_rope(UNSAID)
     assert error.value.remedies == ({"train_length": None},)
-    with pytest.raises(UsageError, match="rope type linear has no longer one") as error:
+    with pytest.raises(UsageError, match="rope type linear cannot extend") as error:
         check_context(UNSAID, 8192)
     assert error.value.remedies == ()
 
