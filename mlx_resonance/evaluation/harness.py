@@ -61,12 +61,7 @@ class ResonanceLM(TemplateLM):
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        context: int,
-        *,
-        kv_bits: int | None = None,
-        responses: Responses | None = None,
+        self, checkpoint: Checkpoint, context: int, *, kv_bits: int | None = None, responses: Responses | None = None
     ) -> None:
         super().__init__()
         self.checkpoint, self.tokenizer = checkpoint, checkpoint.tokenizer
