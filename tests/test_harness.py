@@ -12,6 +12,7 @@ from typing import Any
 from mlx_resonance import Checkpoint
 from mlx_resonance.errors import UsageError
 from mlx_resonance.evaluation.responses import Responses
+from mlx_resonance.scaling import named_rope
 
 import numpy as np
 import pytest
@@ -114,6 +115,17 @@ def test_what_merges_with_the_context_is_scored_all_the_same(lm: Any, theirs: An
     start, rest = lm.tokenizer.encode(before), lm.tokenizer.encode(after, add_special_tokens=False)
     scores, _ = theirs(start + rest)
     assert ask(lm.loglikelihood, (before, after))[0][0] == pytest.approx(float(scores[-len(rest) :].sum()), abs=1e-3)
+
+
+def test_angles_that_change_with_the_length_do_not_depend_on_other_requests(checkpoint: Path) -> None:
+    from mlx_resonance.evaluation.harness import ResonanceLM
+
+    opened = Checkpoint.open(checkpoint)
+    dynamic = ResonanceLM(opened.with_rope(named_rope(opened.own_rope, "dynamic", 4)), 2048)
+    context = "class Tree" + "\n    # a comment" * 126  # beyond 512 tokens the angles depend on the length
+    pairs = [(context, "\n    pass"), (context, "\n    x = 1" * 20)]
+    together = ask(dynamic.loglikelihood, *pairs)
+    assert together == [ask(dynamic.loglikelihood, pair)[0] for pair in pairs]
 
 
 def test_loglikelihood_rolling(lm: Any, theirs: Any) -> None:

@@ -48,18 +48,11 @@ def command(
     from ..evaluation.harness import run_harness, tables
 
     checkpoint = Checkpoint.open(model, factor=factor)
+    context = choose_context(checkpoint, context, kv_bits=kv_bits, memory=memory, force=force)
     result = run_harness(
-        checkpoint,
-        tasks,
-        context=choose_context(checkpoint, context, kv_bits=kv_bits, memory=memory, force=force),
-        kv_bits=kv_bits,
-        include_path=include_path,
-        num_shots=num_shots,
-        limit=limit,
-        max_tokens=max_tokens,
-        chat=apply_chat_template,
-        output=output,
-    )
+        checkpoint, tasks, context=context, kv_bits=kv_bits, include_path=include_path, num_shots=num_shots,
+        limit=limit, max_tokens=max_tokens, chat=apply_chat_template, output=output,
+    )  # fmt: skip
     if output is not None:
         stderr.print(f"wrote {output}", soft_wrap=True)
     if json:

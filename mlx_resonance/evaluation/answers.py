@@ -78,14 +78,8 @@ class Answers:
     ) -> None:
         self.checkpoint, self.kv_bits = checkpoint, kv_bits
         self.model: nn.Module | None = None
-        self.log = RunLog(
-            output,
-            kind,
-            checkpoint.settings(kv_bits) | settings,
-            about={"model": checkpoint.name},
-            key=("task", "id"),
-            fields=FIELDS,
-        )
+        settings, about = checkpoint.settings(kv_bits) | settings, {"model": checkpoint.name}
+        self.log = RunLog(output, kind, settings, about=about, key=("task", "id"), fields=FIELDS)
 
     def ask(self, prompt: Prompt, limits: Limits) -> Record:
         """The answer to a prompt, from the log or, if it has none, from the model.

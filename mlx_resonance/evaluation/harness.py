@@ -61,12 +61,7 @@ class ResonanceLM(TemplateLM):
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        context: int,
-        *,
-        kv_bits: int | None = None,
-        responses: Responses | None = None,
+        self, checkpoint: Checkpoint, context: int, *, kv_bits: int | None = None, responses: Responses | None = None
     ) -> None:
         super().__init__()
         self.checkpoint, self.tokenizer = checkpoint, checkpoint.tokenizer
@@ -116,10 +111,13 @@ class ResonanceLM(TemplateLM):
     def _loglikelihood_tokens(self, requests: Sequence[Any], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """Log-likelihood of continuations, and whether each is the greedy one; those of one context share its keys."""
         pairs = [self._split(*request) for request in requests]
+        changing = self.checkpoint.rope.depends_on_length  # keys are rotated for one length of the whole text
+
+        def group(i: int) -> tuple[list[int], int]:
+            return pairs[i][0], len(pairs[i][1]) if changing else 0
 
         def compute(missing: list[int]) -> Iterator[list[Response]]:
-            order = sorted(missing, key=lambda i: pairs[i][0])
-            for _, same in groupby(tqdm(order, disable=disable_tqdm), key=lambda i: pairs[i][0]):
+            for _, same in groupby(tqdm(sorted(missing, key=group), disable=disable_tqdm), key=group):
                 places = list(same)
                 scores = self._score(pairs[places[0]][0], [pairs[i][1] for i in places])
                 yield [(i, score, pairs[i][2]) for i, score in zip(places, scores, strict=True)]

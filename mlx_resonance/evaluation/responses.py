@@ -73,9 +73,8 @@ class Responses:
     def find(self, key: Key) -> Record | None:
         """The record of a request. Raises UsageError where its response is of the wrong type."""
         record = None if self.output is None else self.log.find(*key)
-        if record is not None and type(record.get("response")) is not RESPONSES[key[0]]:
-            why = f"a response to {key[0]} is {record.get('response')!r:.40}"
-            raise not_a_run_log(self.log.path, KIND, why)
+        if record is not None and type(found := record.get("response")) is not RESPONSES[key[0]]:
+            raise not_a_run_log(self.log.path, KIND, f"a response to {key[0]} is {found!r:.40}")
         return record
 
     def add_result(self, tasks: Sequence[str], result: Record) -> None:

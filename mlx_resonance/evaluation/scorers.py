@@ -1,6 +1,6 @@
-"""What an answer is worth, 0 to 1: the scorers of L-Eval, LongBench and RULER, each a function of two texts.
+"""The scorers of L-Eval, LongBench and RULER: functions of an answer and its reference, from 0 to 1.
 
-Written anew from what the benchmarks' own code does, quirks included where published numbers depend on them.
+Reimplemented from the behavior of the benchmarks' own code, with the quirks that published numbers depend on.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from collections import Counter
 from collections.abc import Hashable, Sequence
 
 LETTERS = "ABCD"
-PARTIAL = 0.25  # some of the right letters, and no wrong one
+PARTIAL = 0.25  # for some of the right letters, and no wrong one
 
 
 def normalize(text: str) -> str:
-    """Small letters, without punctuation, articles and more than one space at a time.
+    """A text in lower case, without punctuation, articles and repeated spaces.
 
     Source: SQuAD's evaluate-v1.1.py, as in LongBench/metrics.py and L-Eval's Evaluation/f1.py.
     """
@@ -29,7 +29,7 @@ def _plain(text: str) -> str:
 
 
 def f1(prediction: str, reference: str) -> float:
-    """Harmonic mean of precision and recall of the normalized words, each counted as often as it stands in both.
+    """Harmonic mean of precision and recall of the normalized words, each counted as often as it occurs in both.
 
     Source: as `normalize`.
     """
@@ -37,9 +37,9 @@ def f1(prediction: str, reference: str) -> float:
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """Whether an answer is the reference: the same letters A to D, the same number, or a text with the reference in it.
+    """Whether an answer is the reference: the same letters A to D, the same number, or a text that contains it.
 
-    Of several letters, some and no other are worth 0.25. In texts, spaces and case do not count.
+    Some of several letters, and no wrong one, score 0.25. In texts, spaces and case do not count.
 
     Source: L-Eval's Evaluation/em.py, exact_match_score.
     """
@@ -62,10 +62,10 @@ def letter_choice(prediction: str, reference: str) -> float:
 
 
 def letters_choice(prediction: str, reference: str) -> float:
-    """The same where several letters may be right: 1 for all of them, 0.25 for some of them and no other.
+    """`letter_choice` for several right letters: 1 for all of them, 0.25 for some of them and no wrong one.
 
-    Letters are those at the very start and, where that is less than two, the ones before a space, a period or a
-    bracket, or else the first run of them.
+    The letters are those at the very start and, if these are less than two, the ones before a space, a period or a
+    bracket, or else the first run of letters.
 
     Source: as `letter_choice` (Coursera).
     """
@@ -92,7 +92,7 @@ def _reference_letters(reference: str) -> str:
 
 
 def last_number(prediction: str, reference: str) -> float:
-    """Whether an answer's number is the reference's: after "The answer is", or else the first paragraph's last one.
+    """Whether an answer has the reference's number after "The answer is", or else as the last of its first paragraph.
 
     Only the digits before a period count: $1,200.50 is 1200.
 
@@ -109,9 +109,9 @@ def _number(answer: str) -> str:
 
 
 def code_output(prediction: str, reference: str) -> float:
-    """Whether what a program prints is where an answer says it: after "the final output", or at its end.
+    """Whether an answer has the output of a program after "the final output", or at its end.
 
-    Looked for in as many words as the reference has and three more; commas, quotes and ".0" do not count.
+    Searched in three words more than the reference has; commas, quotes and ".0" do not count.
 
     Source: L-Eval's Evaluation/auto_eval.py, process_output_code (CodeU).
     """
@@ -134,7 +134,7 @@ def _code(text: str) -> str:
 
 
 def truth(prediction: str, reference: str) -> float:
-    """Whether the first word of an answer with "true" or "false" in it says what the reference does.
+    """Whether the first word with "true" or "false" in it says the same as the reference.
 
     Source: L-Eval's Evaluation/auto_eval.py, process_output_judge (SFiction).
     """
@@ -150,9 +150,9 @@ def _verdict(answer: str) -> str:
 
 
 def rouge_n(prediction: str, reference: str, n: int) -> float:
-    """ROUGE-N, F-measure: common runs of n words, each counted as often as it stands in both.
+    """ROUGE-N, F-measure: common n-grams of words, each counted as often as it occurs in both.
 
-    Words are runs of a to z and digits, in small letters, without stemming.
+    Words are runs of a to z and digits, in lower case, without stemming.
 
     Source: Lin 2004; equal to the package rouge-score with use_stemmer=False, which L-Eval uses.
     """
@@ -161,15 +161,15 @@ def rouge_n(prediction: str, reference: str, n: int) -> float:
 
 
 def rouge_l(prediction: str, reference: str) -> float:
-    """ROUGE-L, F-measure: the longest common subsequence of words; words, source: as `rouge_n`."""
+    """ROUGE-L, F-measure: the longest common subsequence of words. Words and source as in `rouge_n`."""
     one, other = _words(prediction), _words(reference)
     return _harmonic(len(_common_subsequence(other, one)), len(one), len(other))
 
 
 def rouge_l_sentences(prediction: str, reference: str) -> float:
-    """ROUGE-L of summaries, F-measure: different words in the common subsequences of all pairs of sentences.
+    """ROUGE-L of summaries, F-measure: distinct words in the common subsequences of all pairs of sentences.
 
-    Sentences end at a period; words are what is between spaces, as written.
+    Sentences end at a period; words are separated by spaces, and case counts.
 
     Source: Lin 2004, section 3.2; equal to the package rouge 1.0.1, which LongBench uses, except for pairs of sentences
     of a thousand words, where that package's recursion fails and LongBench gives 0.
@@ -187,7 +187,7 @@ def _words(text: str) -> list[str]:
 
 
 def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> list[str]:
-    """The longest common subsequence; of several, the one that the package rouge finds."""
+    """The longest common subsequence; if there are several, the one that the package rouge finds."""
     table = [[0] * (len(other) + 1)]
     for word in one:
         above, row = table[-1], [0]
@@ -207,16 +207,16 @@ def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> list[str]:
 
 
 def match_all(prediction: str, references: Sequence[str]) -> float:
-    """The part of the references that an answer contains, case aside.
+    """The share of the references that an answer contains; case does not count.
 
-    Source: RULER's scripts/eval/synthetic/constants.py, string_match_all, control characters as evaluate.py has them.
+    Source: RULER's scripts/eval/synthetic/constants.py, string_match_all, control characters as in evaluate.py.
     """
     answer = _printable(prediction)
     return sum(reference.lower() in answer for reference in references) / len(references)
 
 
 def match_any(prediction: str, references: Sequence[str]) -> float:
-    """Whether an answer contains one of the references; source: as `match_all`, string_match_part."""
+    """Whether an answer contains one of the references. Source as of `match_all`: string_match_part."""
     return float(match_all(prediction, references) > 0)
 
 
@@ -225,21 +225,21 @@ def _printable(text: str) -> str:
 
 
 def classification(prediction: str, reference: str, classes: Sequence[str]) -> float:
-    """1 divided by how many classes an answer names, if the reference is among them.
+    """1 divided by the number of classes that an answer names, if the reference is among them.
 
-    A class whose name is a part of the reference's does not count; of several in a row, every second one does.
+    A class whose name is a part of the reference does not count; of several in a row, every second one counts.
 
     Source: LongBench/metrics.py, classification_score (TREC, LSHT).
     """
     named = [name for name in classes if name in prediction]
-    for name in named:  # as there, what follows a deleted one is passed over
+    for name in named:  # as in the source, the one after a deleted one is skipped
         if name in reference and name != reference:
             named.remove(name)
     return 1 / len(named) if reference in named else 0.0
 
 
 def part_of_numbers(prediction: str, reference: str) -> float:
-    """The part of an answer's numbers that are the reference's first one.
+    """The share of an answer's numbers that equal the first number of the reference.
 
     Source: LongBench/metrics.py: count_score, retrieval_score ("Paragraph 7"), retrieval_zh_score ("段落7").
     """
@@ -248,9 +248,9 @@ def part_of_numbers(prediction: str, reference: str) -> float:
 
 
 def edit_similarity(prediction: str, reference: str) -> float:
-    """How alike the reference and an answer's first line that is neither comment nor markup are, in whole percent.
+    """The similarity of the reference and the first line that is neither comment nor markup, in whole percent.
 
-    Source: LongBench/metrics.py, code_sim_score; the ratio is that of fuzzywuzzy without python-Levenshtein, difflib's.
+    Source: LongBench/metrics.py, code_sim_score; the ratio is difflib's, as of fuzzywuzzy without python-Levenshtein.
     """
     lines = prediction.lstrip("\n").split("\n")
     line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
@@ -268,5 +268,5 @@ def _overlap(one: Sequence[Hashable], other: Sequence[Hashable]) -> float:
 
 
 def _harmonic(common: int, one: int, other: int) -> float:
-    """Of the parts that the common ones are of each side."""
+    """The harmonic mean of the two shares that `common` has of each side."""
     return 2 * common / (one + other) if common else 0.0
