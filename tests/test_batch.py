@@ -47,7 +47,7 @@ def expected(loaded: Any, requests: list[Request]) -> dict[str | int, dict[str, 
         stopped = responses[-1].finish_reason == "stop"
         answers[request.id] = {
             "id": request.id,
-            "text": tokenizer.decode(tokens[:-1] if stopped else tokens),
+            "text": "".join(response.text for response in responses),
             "prompt_tokens": len(request.tokens),
             "generation_tokens": len(tokens) - stopped,
             "finish_reason": responses[-1].finish_reason,

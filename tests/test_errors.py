@@ -98,7 +98,7 @@ def test_the_library_names_no_flag_and_no_command(path: Path) -> None:
         where = f"{path}:{node.lineno}: {node.value}"
         if "mlx-resonance " not in node.value:  # a command line for the reader of a model card
             assert not re.search(r"(?<![\w-])--[a-z]", node.value), where
-        assert not any(f"[{name}]" in node.value for name in names), where
+        assert not any(f"[{name}] " in node.value for name in names), where
 
 
 def test_options_and_remedies_are_parameters_of_commands() -> None:

@@ -172,14 +172,20 @@ def test_plan_prints_what_the_design_says(random_llama: Path, run: Any) -> None:
     code, out, _ = run("plan", "--model", random_llama)
     assert code == 0 and "128 tokens" in out and "It fits." in out
     code, out, _ = run("plan", "--model", random_llama, "--memory", "3GB")
-    assert code == 0 and "only a smaller model, or one with fewer bits, would fit" in " ".join(out.split()) and "nothing fits" in out
+    assert (
+        code == 0
+        and "only a smaller model, or one with fewer bits, would fit" in " ".join(out.split())
+        and "nothing fits" in out
+    )
 
 
 def test_plan_names_the_largest_context_of_every_format(big: Path, run: Any) -> None:
     most = plan_memory(big, 1, memory=12 * 10**9).max_context
     code, out, _ = run("plan", "--model", big, "--context", most["8 bit"], "--memory", "12GB")
     assert code == 0 and all(f"in {name}: up to {count} tokens" in out for name, count in most.items())
-    assert "It does not fit: " in out and " ".join(out.split()).endswith("in 4 bit: give --kv-bits 8 or --prefill-step-size 512")
+    assert "It does not fit: " in out and " ".join(out.split()).endswith(
+        "in 4 bit: give --kv-bits 8 or --prefill-step-size 512"
+    )
 
 
 @pytest.mark.parametrize(

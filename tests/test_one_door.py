@@ -295,8 +295,8 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
     "inspect": ("inspect", "{model}"),
     "convert": ("convert", "{model}", "--mlx-path", "{new}", "--verify"),
     "perplexity": (
-        "eval", "perplexity", "-m", "{model}", "--data", "{text}", "--contexts", "32,64", "--stride", 16, "--output", "{new}.jsonl",
-        "--rope", "default,resonance_yarn", "--factor", 8,
+        "eval", "perplexity", "-m", "{model}", "--data", "{text}", "--contexts", "32,64", "--stride", 16, "--output",
+        "{new}.jsonl", "--rope", "default,resonance_yarn", "--factor", 8,
     ),
     "passkey": (
         "eval", "passkey", "-m", "{model}", "--lengths", 300, "--repetitions", 1, "--depths", 0, "--output",

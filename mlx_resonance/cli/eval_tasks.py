@@ -81,15 +81,16 @@ def ruler(
 ) -> None:
     """Tasks of RULER, made here at any length, or its files."""
     from ..checkpoint import Checkpoint
+    from ..errors import UsageError
     from ..evaluation import ruler_runs as benchmark
     from ..evaluation.answers import Answers
     from ..evaluation.context import choose_context
 
-    chosen: dict[str, Any] = {}
-    if tasks is not None and not data:
-        chosen["tasks"] = tasks
-    if haystack is not None and not data:
-        chosen["essay"] = benchmark.read_essay(haystack)
+    for option, value in (("tasks", tasks), ("haystack", haystack)):
+        if data and value is not None:
+            raise UsageError(f"{option} is for examples that are made here, not for RULER's files", option=option)
+    chosen: dict[str, Any] = {} if tasks is None else {"tasks": tasks}
+    chosen |= {} if haystack is None else {"essay": benchmark.read_essay(haystack)}
     options: dict[str, Any] = {"chat": not ignore_chat_template, "max_tokens": max_tokens}
     grid = benchmark.RulerGrid(lengths=lengths, samples=samples, seed=seed, **options, **chosen)
     checkpoint = Checkpoint.open(model, factor=factor)

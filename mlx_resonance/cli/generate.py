@@ -151,9 +151,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt is not None and prompt_file is not None:
         raise UsageError("give one prompt or one file of it, not both", option="prompt_file")
     if prompt is None and prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError(
-            "there is no prompt", remedies=[{"prompt": None}, {"prompt_file": None}]
-        )
+        raise UsageError("there is no prompt", remedies=[{"prompt": None}, {"prompt_file": None}])
     if prompt_file is not None and (prompt_file.is_dir() or not prompt_file.exists()):
         raise MissingFileError(f"{prompt_file}: no such file", option="prompt_file")
     try:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attention import BUDGET
+from ..attention import BUDGET, next_token_logits
 from ..generation.cache import make_cache
 from ..generation.prefill import STEP, chunk_size
 from ..rope import expect
@@ -65,12 +64,10 @@ def token_losses(
 
 def _losses(model: nn.Module, hidden: mx.array, targets: mx.array) -> list[NDArray[np.float32]]:
     """Losses of targets (B, L), given the hidden states (B, L, hidden) of the tokens before them; in parts (B, …)."""
-    args: Any = model.args
-    head = model.model.embed_tokens.as_linear if args.tie_word_embeddings else model.lm_head
-    size = max(1, LOGITS // (args.vocab_size * hidden.shape[0]))
+    size = max(1, LOGITS // (model.args.vocab_size * hidden.shape[0]))
     losses = []
     for start in range(0, hidden.shape[1], size):
-        logits = head(hidden[:, start : start + size]).astype(mx.float32)
+        logits = next_token_logits(model, hidden[:, start : start + size]).astype(mx.float32)
         right = mx.take_along_axis(logits, targets[:, start : start + size, None], axis=-1)[..., 0]
         losses.append(np.array(mx.logsumexp(logits, axis=-1) - right))
     return losses

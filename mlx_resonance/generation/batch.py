@@ -99,13 +99,22 @@ def generate_batch(
                     tokens = written.pop(response.uid)
                     yield {
                         "id": of[response.uid].id,
-                        "text": tokenizer.decode(tokens),
+                        "text": text_of(tokenizer, tokens),
                         "prompt_tokens": len(of[response.uid].tokens),
                         "generation_tokens": len(tokens),
                         "finish_reason": response.finish_reason,
                     }
     finally:
         generator.close()
+
+
+def text_of(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
+    """The text of an answer, as `stream_generate` puts it together."""
+    detokenizer = tokenizer.detokenizer
+    for token in tokens:
+        detokenizer.add_token(token)
+    detokenizer.finalize()
+    return str(detokenizer.text)
 
 
 def open_answers(
