@@ -239,7 +239,7 @@ def test_other_data_are_refused_with_both_values(name: str, runner: Callable[[st
     changes = {
         "generate": ("def f", "def g"),
         "leval": ("A long text", "A text"),
-        "longbench": ("It was Ann", "It is Ann"),
+        "longbench": ("It was", "It is"),
     }
     command.places[data].write_text(text.replace(*changes.get(name, ("e", "a"))))
     check_refused(command, out, before, command(out), message)
@@ -282,5 +282,6 @@ def test_perplexity_keeps_models_apart(runner: Callable[[str], Runner], tmp_path
     (other / "model.safetensors").write_bytes(weights)
     assert command(out)[0] == 0
     first = command.results(out)
-    assert command(out, model=other)[0] == command(out, "--factor 4")[0] == 0
+    for ended in (command(out, model=other), command(out, "--factor 4")):
+        assert ended[0] == 0, ended[2]
     assert len(command.results(out)) == 3 * len(first) and first.items() <= command.results(out).items()
