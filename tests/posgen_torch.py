@@ -1,7 +1,7 @@
 """The decoder that PosGen's official code trains, in PyTorch: the other side of the model's tests and benchmark.
 
 Written from the description of sheryc/resonance_rope `src/models/` and of T5 (arXiv 1910.10683), not from ours, and it
-imports nothing of ours: one seed, (L, L) scores, cosines and sines from angles in float64.
+imports nothing of ours: (L, L) scores, cosines and sines from angles in float64.
 """
 
 from collections.abc import Iterable, Mapping
@@ -97,11 +97,11 @@ class Decoder(nn.Module):
         return F.linear(x * x.shape[-1] ** -0.5, self.embedding.weight)
 
 
-def translated(arrays: Iterable[tuple[str, Any]], index: int) -> Mapping[str, Tensor]:
-    """Our parameters, or their gradients, of one seed under the names and in the layout of this file's `Decoder`."""
+def translated(arrays: Iterable[tuple[str, Any]]) -> Mapping[str, Tensor]:
+    """Our parameters, or their gradients, under the names and in the layout of this file's `Decoder`."""
     result = {}
     for name, array in arrays:
-        tensor = torch.tensor(np.array(array)[index])
+        tensor = torch.tensor(np.array(array))
         name = name.replace("attention.", "").replace("feed_forward.", "").removesuffix(".weight")
         if name.rpartition(".")[-1] in ("q", "k", "v", "o", "wi", "wo"):
             tensor = tensor.T.contiguous()
