@@ -5,6 +5,7 @@ from dataclasses import replace
 from itertools import product
 
 from mlx_resonance import frequencies
+from mlx_resonance.errors import UsageError
 from mlx_resonance.posgen import train
 from mlx_resonance.posgen.data import tokens
 from mlx_resonance.posgen.evaluate import generated, in_and_out, teacher_forced
@@ -100,7 +101,7 @@ def test_encodings_that_share_a_training_get_what_each_alone_gets() -> None:
         _, alone = run_training(replace(run, encodings=(encoding,)))
         assert_same({name: value for name, value in arrays(shared.arrays).items() if name.startswith(encoding)},
                     arrays(alone.arrays))  # fmt: skip
-    with pytest.raises(ValueError, match="different angles"):
+    with pytest.raises(UsageError, match="different angles"):
         Run(TASK, SMOKE, ("rope", "resonance_rope"), 1)
 
 

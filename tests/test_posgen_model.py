@@ -82,16 +82,6 @@ def test_official_logits_are_torchs(official: Decoder, encoding: str) -> None:
     assert np.abs(ours - theirs).max() < 3e-5
 
 
-def test_torchs_own_attention_is_the_written_out_one(smoke: Decoder) -> None:
-    """The benchmark times both."""
-    other, ids = twin(smoke), torch.tensor(rows(1, 24))
-    cos, sin = torch_tables(SMOKE, "yarn", 25)
-    with torch.no_grad():
-        expected = other(ids, cos, sin)
-        other.fused = True
-        torch.testing.assert_close(other(ids, cos, sin), expected, rtol=0, atol=1e-5)
-
-
 class Recorded(Dropout):
     """Dropout that records its factors."""
 

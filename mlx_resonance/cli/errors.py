@@ -53,4 +53,4 @@ def _flags(way: Remedy, parameters: dict[str, Any]) -> str:
 def _name(parameter: Any) -> str:
     """--flag, or the name of an argument."""
     flags = [flag for flag in parameter.opts if flag.startswith("--")]
-    return flags[0] if flags else parameter.make_metavar(None)
+    return flags[0] if flags else parameter.metavar or parameter.name.upper()

@@ -14,7 +14,8 @@ from typer import Argument, BadParameter, Option
 
 from ..errors import MissingFileError, UsageError, check_option
 from ..posgen.data import LARGEST, SPLITS, make_table
-from ..posgen.settings import ENCODINGS, LONGEST, MOST_SEEDS, MOST_STEPS, PRESETS, Settings, sweep_seeds
+from ..posgen.report import PAPER, accuracy_curves, summarize
+from ..posgen.settings import ENCODINGS, LONGEST, MOST_SEEDS, MOST_STEPS, PRESETS, Settings, settings_from, sweep_seeds
 from ..posgen.tasks import ARITHMETICS, LARGEST_SUM, SUBTASKS, Task
 from ..storage import atomic_file, check_output
 from .errors import Command
@@ -43,7 +44,7 @@ Modulus = Annotated[int, Option(min=2, max=LARGEST_SUM, help="Number of digits."
 Near = Annotated[int, Option(min=1, max=LARGEST_SUM, help="Number of tokens just before the next one that decide it.")]
 Far = Annotated[int, Option(min=0, max=LARGEST_SUM, help="Number of tokens further back that decide it.")]
 Preset = Annotated[str, Option(**_choice(PRESETS), help="Model and training; smoke takes seconds, for tests.")]
-Split = Annotated[str | None, Option(**_choice(SPLITS), help="How rows get their seeds. Default: the preset's.")]
+Split = Annotated[str | None, Option(**_choice(SPLITS), help="Seeds of the rows. Default: the preset's.")]
 TrainScaled = Annotated[
     bool | None, Option("--train-scaled/--no-train-scaled", help="Scale in training, too. Default: the preset's.")
 ]
@@ -60,7 +61,7 @@ def data(
     rows: Annotated[int, Option(min=1, max=LARGEST, help="Number of sequences.")] = 12000,
     length: Annotated[int, Option(min=1, max=LARGEST, help="Number of tokens in a sequence.")] = 512,
     split: Annotated[
-        str, Option(**_choice(SPLITS), help="official: as in the paper's code; disjoint: random seeds.")
+        str, Option(**_choice(SPLITS), help="official: seeds as in the paper's code; disjoint: random ones.")
     ] = "official",
     json: Json = False,
 ) -> None:  # fmt: skip
@@ -81,7 +82,7 @@ def data(
 @app.command(cls=Command)
 def train(
     subtask: Subtask,
-    encoding: Annotated[str, Option(**_encoding, help="How positions turn features.")],
+    encoding: Annotated[str, Option(**_encoding, help="Rotary encoding.")],
     preset: Preset = "laptop",
     seed: Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of weights, order of rows and dropout.")] = 42,
     output: Annotated[
@@ -118,7 +119,6 @@ def evaluate(
 ) -> None:
     """Test a trained model at another length, with another encoding."""
     from ..posgen.runs import evaluate_from
-    from ..posgen.settings import settings_from
 
     result = evaluate_from(model, encoding, length)
     settings = settings_from(result["settings"])
@@ -142,7 +142,6 @@ def sweep(
     split: Split = None, train_scaled: TrainScaled = None, epochs: Epochs = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Train and test what the run log does not have yet."""
-    from ..posgen.report import summarize
     from ..posgen.sweep import run_sweep
 
     settings = _settings(preset, split, train_scaled, epochs)
@@ -175,7 +174,6 @@ def report(
     json: Json = False,
 ) -> None:
     """Show a sweep's table beside the paper's."""
-    from ..posgen.report import accuracy_curves, summarize
     from ..posgen.sweep import read_results
 
     header, lines = read_results(results)
@@ -215,8 +213,6 @@ def _progress(bar: Any, encoding: str, settings: Settings) -> Callable[[int, flo
 
 
 def _print_result(result: dict[str, Any], settings: Settings) -> None:
-    from ..posgen.report import PAPER
-
     inside, outside = f"up to {settings.train_length}", f"{settings.train_length + 1} to {settings.test_length}"
     table = Table("accuracy, %", inside, outside, box=None, pad_edge=False)
     table.add_row("teacher-forced", *(f"{100 * result[name]:.2f}" for name in ("id", "ood")))

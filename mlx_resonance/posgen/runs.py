@@ -1,4 +1,4 @@
-"""One PosGen run in a folder: train into it, test what is in it."""
+"""One PosGen run in a folder: train it, test it."""
 
 from __future__ import annotations
 
