@@ -79,7 +79,7 @@ def test_a_run_that_was_killed_ends_bit_identical(tmp_path) -> None:
     assert_same(arrays(best.arrays), arrays(resumed_best.arrays))
 
 
-# Of the code that gave benchmarks/results/, which trained each seed by itself.
+# Golden values: the code that made benchmarks/results/ (commit 5c3dc3b), with each seed trained alone.
 LOSSES = {
     3: [3.8836546, 3.8599381, 3.8870163, 3.6680424, 3.7486705, 3.7196372],
     42: [4.1624517, 3.9751000, 3.7129149, 3.5397537, 3.7832675, 3.6777713],
@@ -87,7 +87,7 @@ LOSSES = {
 
 
 @pytest.mark.parametrize("seed", LOSSES)
-def test_a_seed_stands_for_the_same_training_as_ever(seed) -> None:
+def test_a_seed_gives_the_training_of_the_committed_results(seed) -> None:
     """The same initial values, order of rows and dropout."""
     losses = []
     run_training(Run(TASK, SMOKE, ("rope",), seed), on_progress=lambda step, loss, *_: losses.append(loss))
@@ -125,7 +125,7 @@ def test_the_best_weights_are_the_earliest_of_the_best() -> None:
 
 
 def test_the_model_learns_and_the_measures_see_it() -> None:
-    """A rule of one token: a small model gets it right in and, the rule being local, mostly out of distribution."""
+    """A rule of one token: a small model learns it and, as it is local, is mostly right out of distribution, too."""
     task = Task("recursive", modulus=5, near=1, far=0, arithmetic="pow_sin")
     settings = replace(SMOKE, split="official", epochs=40, learning_rate=2e-2, model=replace(SMOKE.model, dropout=0.0))
     run = Run(task, settings, ("rope",), 1)
@@ -139,7 +139,7 @@ def test_the_model_learns_and_the_measures_see_it() -> None:
 
 @pytest.mark.parametrize("train_scaled", [False, True])
 def test_each_part_has_its_rows_and_its_rope(monkeypatch, train_scaled) -> None:
-    """Trained unscaled or scaled, validated and tested scaled, each on rows of its own."""
+    """Training is unscaled or scaled, validation and test are scaled; each has rows of its own."""
     run = Run(TASK, replace(SMOKE, train_scaled=train_scaled), ("yarn",), 1)
     rows, seen, trained = run.splits(), [], []
 

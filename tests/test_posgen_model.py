@@ -96,7 +96,7 @@ class Recorded(Dropout):
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("preset", ["smoke", "two official layers"])
 def test_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch, preset: str, dropout: bool) -> None:
-    """With dropout, torch's twin drops what ours dropped: at the same places, in the same order."""
+    """With dropout, torch's twin drops what ours dropped, at the same places in the same order."""
     settings = SMOKE if preset == "smoke" else replace(OFFICIAL, model=replace(OFFICIAL.model, layers=2))
     decoder = Decoder(settings.model, VOCABULARY, 3)
     ids, turning, start = rows(1, 24), rope(settings, "resonance_yarn"), COT.seed_length
@@ -207,7 +207,7 @@ def test_logits_with_dropout(smoke: Decoder) -> None:
     assert mx.array_equal(without(ids, turning, dropout_key=key), smoke(ids, turning))
 
 
-# --- one token after the other
+# --- token by token
 
 
 @pytest.mark.parametrize("changed", [0, 5, 24])
@@ -240,7 +240,7 @@ def slowly_written(decoder: Decoder, turning: ResonanceRoPE, ids: np.ndarray, gi
 def test_generation_is_a_pass_for_every_token(monkeypatch: pytest.MonkeyPatch, encoding: str, prompt: int) -> None:
     monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)  # the last chunk is a shorter one
     decoder = Decoder(replace(SMOKE.model, layers=2), VOCABULARY, 3)
-    # As they start, decoders repeat the last token: it outweighs what they attend to, and the embedding is tied.
+    # An untrained decoder repeats the last token: it outweighs what is attended to, and the embedding is tied.
     decoder.norm.weight = mx.random.normal(decoder.norm.weight.shape, key=mx.random.key(1))
     for layer in decoder.layers:
         layer.attention.q, layer.attention.o = 4 * layer.attention.q, 4 * layer.attention.o

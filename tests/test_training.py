@@ -1,4 +1,4 @@
-"""The training loop: it learns, it resumes to the bit, it refuses what is not its own."""
+"""The training loop: it learns, resumes bit-identically and refuses checkpoints of other runs."""
 
 from __future__ import annotations
 
