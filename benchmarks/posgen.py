@@ -1,9 +1,9 @@
-"""PosGen's results as the README shows them: tables, figure, and what helps to read them.
+"""PosGen's results as the docs show them: tables, figure, feature gaps, and the shortcut that the models learned.
 
     mlx-resonance posgen sweep --preset laptop --seeds 5 --output benchmarks/results/posgen-laptop.jsonl
     python benchmarks/posgen.py [--figure posgen.svg] [benchmarks/results/posgen-*.jsonl]
 
-Reads results, trains nothing. Tables in Markdown; the last line is one JSON object.
+Reads run logs and trains nothing. The tables are Markdown; the last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -50,9 +50,9 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def gaps(settings: Settings) -> dict[str, dict[str, float]]:
-    """Sums of the feature gap over pairs that turn within the training length in training, and over the others.
+    """Sums of the feature gap over the pairs that turn fully within the training length, and over the others.
 
-    Angles of tested positions are compared with those seen in training, which may have been without the scaling.
+    The gap is that between the angles of test and those of training, which may have been unscaled.
     """
     lengths = settings.train_length + 1, settings.test_length + 1
     result = {}
@@ -69,8 +69,8 @@ def gaps(settings: Settings) -> dict[str, dict[str, float]]:
 
 
 def shortcut(lines: list[dict[str, Any]], inside: int) -> dict[str, dict[str, float]]:
-    """In-distribution accuracy (%) of plain and resonance RoPE at the first predicted token, and at the even and odd
-    ones after it: see `tests/test_posgen_rules.py`, which shows the rule of two terms that serves all but the first.
+    """In-distribution accuracy (%) of plain and resonance RoPE at the first predicted token and at the even and odd
+    ones after it. `tests/test_posgen_rules.py` shows the rule of two terms that holds for all but the first.
     """
     result = {}
     for subtask in dict.fromkeys(line["subtask"] for line in lines):
@@ -86,7 +86,7 @@ def shortcut(lines: list[dict[str, Any]], inside: int) -> dict[str, dict[str, fl
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("posgen-*.jsonl")))
-    parser.add_argument("--figure", help="draw accuracy over the position of the first file into this file")
+    parser.add_argument("--figure", help="draw accuracy over the position, from the first file")
     arguments = parser.parse_args()
     report: dict[str, Any] = {}
     for path in arguments.files:
@@ -94,7 +94,7 @@ def main() -> None:
         settings = settings_from(header["settings"])
         seed_length = header["task"]["near"] + header["task"]["far"]
         summary = summarize(lines)
-        trainings = {  # encodings that share one have its seconds, each
+        trainings = {  # encodings that share a training all have its seconds
             (line["subtask"], line["seed"], settings.training_encoding(line["encoding"]), line["seconds"])
             for line in lines
         }

@@ -1,13 +1,12 @@
-"""Time PosGen's training step beside PyTorch, seeds together beside one after the other, and the making of the data.
+"""Time PosGen's training step and the making of its data beside PyTorch and a loop.
 
-    python benchmarks/posgen_step.py [--preset laptop] [--rounds 5] [--steps 10] [--threads 2] [--seeds 5]
+    python benchmarks/posgen_step.py [--preset laptop] [--rounds 5] [--steps 10] [--threads 2]
 
 The same model, weights and batch in MLX (`mlx_resonance.training.train`, whose step is compiled, with OneCycleAdamW)
-and in PyTorch (tests/posgen_torch.py with AdamW and OneCycleLR): written out, with torch's own attention and fused
-AdamW, and with --torch-compile also that compiled. All take turns; figures are medians of the rounds, ratios medians
-of the rounds' ratios. PyTorch runs on the kind of device that MLX runs on. Then --seeds decoders stacked in one model
-against the same ones after each other, and the official table of sequences against a loop over its rows in Python.
-Last line: one JSON object.
+and in PyTorch (AdamW and OneCycleLR): with attention written out; with torch's own attention and fused AdamW; and, with
+--torch-compile, that one compiled. They take turns; figures are medians of the rounds, ratios medians of the rounds'
+ratios. PyTorch runs on the same kind of device as MLX. Then the official table of sequences, against a Python loop over
+its rows. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -19,13 +18,13 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
+from functools import partial
 from itertools import combinations, cycle, islice
-from pathlib import Path
 from typing import Any
 
 from mlx_resonance.posgen.data import make_table, tokens
-from mlx_resonance.posgen.model import Decoder
+from mlx_resonance.posgen.model import Decoder, ModelConfig
 from mlx_resonance.posgen.settings import DROPOUT_KEYS, PRESETS, Settings
 from mlx_resonance.posgen.tasks import SUBTASKS, Task
 from mlx_resonance.posgen.train import Run
@@ -40,17 +39,83 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.table import Table
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import oracle
-import posgen_torch
-
 TASK, ENCODING = Task("cot"), "rope"
 WARM_UP = 3  # steps before the clock starts: MLX traces and compiles in the first one
-SCHEDULE = 10_000  # steps that the learning rate is planned for; a benchmark does fewer
+SCHEDULE = 10_000  # steps of the learning-rate schedule; a benchmark does fewer
 ROWS, LENGTH = 12_000, 512  # of the official table
 
-# Trains for some steps and gives the seconds that one took.
+# Trains for some steps and returns the seconds per step.
 Contender = Callable[[int], float]
+
+
+class TorchLayer(torch.nn.Module):
+    """A layer of the decoder in PyTorch: self-attention, then a feed-forward, each after a norm."""
+
+    def __init__(self, shape: ModelConfig, fused: bool) -> None:
+        super().__init__()
+        self.shape, self.fused = shape, fused
+        dims, inner = shape.hidden_size, shape.heads * shape.head_dim
+        self.attention_norm, self.feed_forward_norm = (torch.nn.RMSNorm(dims, eps=1e-6) for _ in range(2))
+        self.q, self.k, self.v = (torch.nn.Linear(dims, inner, bias=False) for _ in range(3))
+        self.o = torch.nn.Linear(inner, dims, bias=False)
+        self.wi = torch.nn.Linear(dims, shape.intermediate_size, bias=False)
+        self.wo = torch.nn.Linear(shape.intermediate_size, dims, bias=False)
+
+    def forward(self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+        """x and the result of shape (B, L, D); cos and sin of shape (L, pairs)."""
+        rate = self.shape.dropout if self.training else 0.0
+        normed = self.attention_norm(x)
+        q, k, v = (
+            layer(normed).unflatten(-1, (self.shape.heads, -1)).transpose(1, 2) for layer in (self.q, self.k, self.v)
+        )
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if self.fused:
+            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=rate, is_causal=True, scale=1.0)
+        else:
+            future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
+            weights = F.softmax((q @ k.transpose(-1, -2)).masked_fill(future, -torch.inf), dim=-1)
+            mixed = F.dropout(weights, rate) @ v
+        x = x + F.dropout(self.o(mixed.transpose(1, 2).flatten(2)), rate)
+        return x + F.dropout(self.wo(F.dropout(F.relu(self.wi(self.feed_forward_norm(x))), rate)), rate)
+
+
+class TorchDecoder(torch.nn.Module):
+    """The decoder in PyTorch, with the weights of ours and the angles of `ENCODING`."""
+
+    def __init__(self, settings: Settings, ours: Decoder, fused: bool) -> None:
+        super().__init__()
+        self.shape = shape = settings.model
+        self.embedding = torch.nn.Embedding(*ours.embedding.shape)
+        self.layers = torch.nn.ModuleList(TorchLayer(shape, fused) for _ in range(shape.layers))
+        self.norm = torch.nn.RMSNorm(shape.hidden_size, eps=1e-6)
+        weights = {}
+        for name, array in tree_flatten(ours.parameters()):
+            name = name.replace("attention.", "").replace("feed_forward.", "").removesuffix(".weight")
+            tensor = torch.tensor(np.array(array))
+            is_linear = name.rpartition(".")[-1] in ("q", "k", "v", "o", "wi", "wo")
+            weights[f"{name}.weight"] = tensor.T.contiguous() if is_linear else tensor
+        self.load_state_dict(weights)
+        for layer in self.layers if not shape.train_feed_forward else ():
+            for part in (layer.feed_forward_norm, layer.wi, layer.wo):
+                part.requires_grad_(False)
+        turns = np.arange(settings.train_length)[:, None] / settings.frequencies(ENCODING, scaled=False).wavelengths
+        self.register_buffer("cos", torch.tensor(np.cos(2 * np.pi * turns)).float(), persistent=False)
+        self.register_buffer("sin", torch.tensor(np.sin(2 * np.pi * turns)).float(), persistent=False)
+
+    def forward(self, tokens: torch.Tensor, start: int) -> torch.Tensor:
+        """Logits after tokens of shape (B, L), from position `start` on."""
+        drop = partial(F.dropout, p=self.shape.dropout, training=self.training)
+        x = drop(self.embedding(tokens))
+        for layer in self.layers:
+            x = layer(x, self.cos, self.sin)
+        x = drop(self.norm(x[:, start:]))
+        return F.linear(x * x.shape[-1] ** -0.5, self.embedding.weight)
+
+
+def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Turn neighbouring features (2i, 2i + 1) of x, shape (B, H, L, D)."""
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack((even * cos - odd * sin, odd * cos + even * sin), dim=-1).flatten(-2)
 
 
 def batch(settings: Settings) -> np.ndarray:
@@ -58,19 +123,19 @@ def batch(settings: Settings) -> np.ndarray:
     return tokens(make_table(TASK, "disjoint", settings.batch_size, settings.train_length), TASK.modulus)
 
 
-def ours(settings: Settings, seeds: Sequence[int], ids: np.ndarray) -> tuple[Contender, Decoder]:
-    """Our training, as `posgen.train.run_training` sets it up, on one batch over and over."""
-    run = Run(TASK, settings, (ENCODING,), tuple(seeds))
+def ours(settings: Settings, ids: np.ndarray) -> tuple[Contender, Decoder]:
+    """Our training, as `posgen.train.run_training` sets it up, on one batch again and again."""
+    run = Run(TASK, settings, (ENCODING,), 0)
     model, rope, start = run.model(), run.rope(ENCODING, scaled=False), TASK.seed_length
     optimizer = OneCycleAdamW(settings.learning_rate, SCHEDULE, weight_decay=settings.weight_decay)
-    stacked = mx.array(np.broadcast_to(ids, (len(seeds), *ids.shape)))
+    rows = mx.array(ids)
 
-    def loss(model: Decoder, ids: mx.array, keys: mx.array) -> mx.array:
-        logits = model(ids[..., :-1], rope, dropout_keys=keys, start=start)
-        return nn.losses.cross_entropy(logits, ids[..., start + 1 :]).mean(axis=(1, 2)).sum()
+    def loss(model: Decoder, ids: mx.array, key: mx.array) -> mx.array:
+        logits = model(ids[:, :-1], rope, dropout_key=key, start=start)
+        return nn.losses.cross_entropy(logits, ids[:, start + 1 :], reduction="mean")
 
     def data(step: int) -> tuple[mx.array, mx.array]:
-        return stacked, mx.array(np.array([[seed, DROPOUT_KEYS * step] for seed in seeds], dtype=np.uint32))
+        return rows, mx.array([run.seed, DROPOUT_KEYS * step], dtype=mx.uint32)
 
     def contender(steps: int) -> float:
         ends: list[float] = []
@@ -85,9 +150,7 @@ def ours(settings: Settings, seeds: Sequence[int], ids: np.ndarray) -> tuple[Con
 
 def theirs(settings: Settings, ours: Decoder, ids: np.ndarray, device: str, fused: bool, compiled: bool) -> Contender:
     """The same in PyTorch, from the same weights."""
-    model = posgen_torch.Decoder(settings.model, TASK.modulus + 5, fused)
-    model.load_state_dict(posgen_torch.translated(tree_flatten(ours.parameters()), 0))
-    model.to(device)
+    model = TorchDecoder(settings, ours, fused).to(device)
     optimizer = torch.optim.AdamW(
         [weight for weight in model.parameters() if weight.requires_grad],
         lr=settings.learning_rate, weight_decay=settings.weight_decay, fused=fused,
@@ -97,15 +160,13 @@ def theirs(settings: Settings, ours: Decoder, ids: np.ndarray, device: str, fuse
     start = TASK.seed_length
     inputs = torch.tensor(ids[:, :-1]).to(device)
     targets = torch.tensor(ids[:, start + 1 :]).long().flatten().to(device)
-    wavelengths = oracle.rope_wavelengths(settings.model.head_dim, settings.base)
-    cos, sin = (table.to(device) for table in posgen_torch.tables(oracle.angles(range(inputs.shape[1]), wavelengths)))
 
     def contender(steps: int) -> float:
         for step in range(WARM_UP + steps):
             if step == WARM_UP:
                 begin = time.perf_counter()
             optimizer.zero_grad()
-            loss = F.cross_entropy(forward(inputs, cos, sin, start).flatten(0, 1), targets)
+            loss = F.cross_entropy(forward(inputs, start).flatten(0, 1), targets)
             loss.backward()
             optimizer.step()
             schedule.step()
@@ -116,23 +177,21 @@ def theirs(settings: Settings, ours: Decoder, ids: np.ndarray, device: str, fuse
 
 
 def first_losses(settings: Settings, ours: Decoder, ids: np.ndarray) -> list[float]:
-    """The loss before any step without dropout, ours and PyTorch's: the two are the same model."""
+    """The loss before any step without dropout, of ours and of both in PyTorch: they are the same model."""
     start = TASK.seed_length
-    rope = Run(TASK, settings, (ENCODING,), (0,)).rope(ENCODING, scaled=False)
-    logits = ours(mx.array(ids[None, :, :-1]), rope, start=start)
-    mine = nn.losses.cross_entropy(logits, mx.array(ids[None, :, start + 1 :])).mean().item()
-    model = posgen_torch.Decoder(settings.model, TASK.modulus + 5).eval()
-    model.load_state_dict(posgen_torch.translated(tree_flatten(ours.parameters()), 0))
-    wavelengths = oracle.rope_wavelengths(settings.model.head_dim, settings.base)
-    with torch.no_grad():
-        cos, sin = posgen_torch.tables(oracle.angles(range(ids.shape[1] - 1), wavelengths))
-        logits = model(torch.tensor(ids[:, :-1]), cos, sin, start)
-        other = F.cross_entropy(logits.flatten(0, 1), torch.tensor(ids[:, start + 1 :]).long().flatten()).item()
-    return [mine, other]
+    rope = Run(TASK, settings, (ENCODING,), 0).rope(ENCODING, scaled=False)
+    logits = ours(mx.array(ids[:, :-1]), rope, start=start)
+    losses = [nn.losses.cross_entropy(logits, mx.array(ids[:, start + 1 :]), reduction="mean").item()]
+    for fused in (False, True):
+        model = TorchDecoder(settings, ours, fused).eval()
+        with torch.no_grad():
+            other = model(torch.tensor(ids[:, :-1]), start).flatten(0, 1)
+            losses.append(F.cross_entropy(other, torch.tensor(ids[:, start + 1 :]).long().flatten()).item())
+    return losses
 
 
 def in_turns(contenders: dict[str, Contender], rounds: int, steps: int) -> dict[str, list[float]]:
-    """Seconds of a step, by contender and round; every other round goes the other way round."""
+    """Seconds per step, by contender and round; every other round takes them in reverse."""
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(rounds):
         for name in list(contenders)[:: 1 if turn % 2 else -1]:
@@ -145,12 +204,12 @@ def ratio(above: list[float], below: list[float]) -> float:
 
 
 def steps_per_second(settings: Settings, arguments: argparse.Namespace, device: str) -> dict[str, Any]:
-    """Ours beside PyTorch, one decoder."""
+    """Ours beside PyTorch."""
     ids = batch(settings)
-    mlx, model = ours(settings, [0], ids)
+    mlx, model = ours(settings, ids)
     losses = first_losses(settings, model, ids)
-    if abs(losses[0] - losses[1]) > 1e-5 * losses[1]:
-        raise SystemExit(f"the two models differ: their first losses are {losses[0]} and {losses[1]}")
+    if max(losses) - min(losses) > 1e-5 * max(losses):
+        raise SystemExit(f"the models differ: their first losses are {losses}")
     contenders = {"mlx": mlx, "torch": theirs(settings, model, ids, device, fused=False, compiled=False)}
     contenders["torch_fused"] = theirs(settings, model, ids, device, fused=True, compiled=False)
     if arguments.torch_compile:
@@ -162,21 +221,8 @@ def steps_per_second(settings: Settings, arguments: argparse.Namespace, device: 
     return report
 
 
-def together(settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Decoders stacked in one model against one after the other, in steps per second and decoder."""
-    count, ids = arguments.seeds, batch(settings)
-    alone = [ours(settings, [seed], ids)[0] for seed in range(count)]
-    contenders = {
-        "stacked": ours(settings, range(count), ids)[0],
-        "one_after_the_other": lambda steps: sum(contender(steps) for contender in alone),
-    }
-    seconds = in_turns(contenders, arguments.rounds, arguments.steps)  # until each of the decoders has done a step
-    report: dict[str, Any] = {name: round(count / statistics.median(values), 3) for name, values in seconds.items()}
-    return {"seeds": count} | report | {"ratio": ratio(seconds["one_after_the_other"], seconds["stacked"])}
-
-
 def row_by_row(subtask: str, rows: int) -> list[list[int]]:
-    """The first rows of the official table, a token after the other, as the task is defined."""
+    """The first rows of the official table, token by token, as the task is defined."""
     table, near, far = [], TASK.near, TASK.far
     for seed in islice(cycle(combinations(range(TASK.modulus), near + far)), rows):
         row = list(seed)
@@ -189,7 +235,7 @@ def row_by_row(subtask: str, rows: int) -> list[list[int]]:
 
 
 def data(rounds: int, loop_rows: int) -> dict[str, Any]:
-    """Seconds for the whole official table; the loop's are scaled up from its rows."""
+    """Seconds for the whole official table; those of the loop are extrapolated from its rows."""
     report: dict[str, Any] = {"rows": ROWS, "length": LENGTH, "loop_rows": loop_rows}
     for subtask in SUBTASKS:
         seconds: dict[str, list[float]] = {"vectorised": [], "loop_scaled": []}
@@ -208,7 +254,7 @@ def data(rounds: int, loop_rows: int) -> dict[str, Any]:
 
 
 def with_threads(threads: int) -> None:
-    """Start anew where the BLAS has another number of threads: it reads it when it is loaded, before this runs."""
+    """Restart the process if the BLAS has another number of threads: it reads the number when it is loaded."""
     wanted = {name: str(threads) for name in ("OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")}
     if any(os.environ.get(name) != value for name, value in wanted.items()):
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | wanted)
@@ -219,11 +265,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preset", choices=["laptop", "paper", "official"], default="laptop")
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=10, help="steps of a round that are timed")
-    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of PyTorch and of OpenBLAS")
-    parser.add_argument("--seeds", type=int, default=5, help="decoders to train side by side; 0 leaves this out")
-    parser.add_argument("--loop-rows", type=int, default=300, help="rows of the table that the loop makes")
-    parser.add_argument("--torch-compile", action="store_true", help="PyTorch compiled, too")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps per round")
+    parser.add_argument("--threads", type=int, default=os.cpu_count() or 1, help="of PyTorch and OpenBLAS")
+    parser.add_argument("--loop-rows", type=int, default=300, help="rows that the loop makes")
+    parser.add_argument("--torch-compile", action="store_true", help="time compiled PyTorch, too")
     arguments = parser.parse_args()
     with_threads(arguments.threads)
     settings = PRESETS[arguments.preset]
@@ -241,12 +286,6 @@ def main() -> None:
     for name, value in speed["steps_per_second"].items():
         table.add_row(name.replace("_", " "), f"{value:.3g}", str(speed["mlx_to"].get(name, "")))
     console.print(table)
-    if arguments.seeds:
-        report["together"] = found = together(settings, arguments)
-        console.print(
-            f"{found['seeds']} decoders, steps/s, each one's counted: stacked {found['stacked']:.3g}, one after the "
-            f"other {found['one_after_the_other']:.3g}; stacked is {found['ratio']} times as fast"
-        )
     report["data"] = made = data(arguments.rounds, arguments.loop_rows)
     for subtask in SUBTASKS:
         row = made[subtask]

@@ -14,58 +14,56 @@ import mlx.optimizers as optim
 import numpy as np
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from .whole import disk_errors, whole_file
+from .errors import UsageError, check_option
+from .storage import atomic_file, disk_errors
+
+Schedule = Callable[[mx.array], mx.array]
 
 
-def warmup_cosine(peak: float, steps: int, warmup_steps: int) -> Callable[[mx.array], mx.array]:
+def warmup_cosine(peak: float, steps: int, warmup_steps: int) -> Schedule:
     """Learning rate that rises linearly to `peak` and falls to 0 along a half cosine.
 
     Args:
         peak: the highest learning rate.
-        steps: number of steps in all.
+        steps: total number of steps.
         warmup_steps: number of steps of the rise, fewer than `steps`.
 
     Returns:
         A schedule for any `mlx.optimizers` optimizer: step number to learning rate.
 
     Raises:
-        ValueError: `warmup_steps` does not lie in [0, steps).
+        UsageError: `warmup_steps` is not in [0, steps).
     """
-    if not 0 <= warmup_steps < steps:
-        raise ValueError(f"[warmup_cosine] warmup_steps must lie in [0, {steps}), got {warmup_steps}")
-    return _after_warmup(peak, warmup_steps, optim.cosine_decay(peak, steps - warmup_steps))
+    return _after_warmup(peak, steps, warmup_steps, lambda rest: optim.cosine_decay(peak, rest))
 
 
-def warmup_linear(peak: float, steps: int, warmup_steps: int) -> Callable[[mx.array], mx.array]:
-    """Learning rate that rises linearly to `peak` and falls linearly to 0: arguments as of `warmup_cosine`.
+def warmup_linear(peak: float, steps: int, warmup_steps: int) -> Schedule:
+    """Learning rate that rises linearly to `peak` and falls linearly to 0; arguments as in `warmup_cosine`.
 
-    The first step has a part of the peak, where transformers' schedule wastes it at 0.
+    The first step has a learning rate above 0; transformers' schedule wastes that step.
 
     Source: jquesnelle/yarn `finetune.py`, get_linear_schedule_with_warmup; its DeepSpeed settings have WarmupDecayLR.
     """
-    if not 0 <= warmup_steps < steps:
-        raise ValueError(f"[warmup_linear] warmup_steps must lie in [0, {steps}), got {warmup_steps}")
-    return _after_warmup(peak, warmup_steps, optim.linear_schedule(peak, 0.0, steps - warmup_steps))
+    return _after_warmup(peak, steps, warmup_steps, lambda rest: optim.linear_schedule(peak, 0.0, rest))
 
 
-def _after_warmup(
-    peak: float, warmup_steps: int, schedule: Callable[[mx.array], mx.array]
-) -> Callable[[mx.array], mx.array]:
+def _after_warmup(peak: float, steps: int, warmup_steps: int, fall: Callable[[int], Schedule]) -> Schedule:
+    check_option("warmup_steps", 0 <= warmup_steps < steps, f"in [0, {steps})", warmup_steps)
+    schedule = fall(steps - warmup_steps)
     if warmup_steps == 0:
         return schedule
-    return optim.join_schedules(
-        [optim.linear_schedule(peak / warmup_steps, peak, warmup_steps), schedule], [warmup_steps]
-    )
+    rise = optim.linear_schedule(peak / warmup_steps, peak, warmup_steps)
+    return optim.join_schedules([rise, schedule], [warmup_steps])
 
 
-def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0.1) -> Callable[[mx.array], mx.array]:
-    """A value that goes from `start` to `peak` and on to `end`, along half a cosine each.
+def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0.1) -> Schedule:
+    """A value that rises from `start` to `peak` and falls to `end`, along half a cosine each.
 
     Args:
-        start, peak, end: the values of the first step, of the turn, of the last step. There is no rise where
-            `rise` is no more than one step.
-        steps: number of steps in all.
-        rise: part of the steps before the turn, below 1.
+        start, peak, end: the values at the first step, at the turn, at the last step. Without a rise of more than one
+            step, the value starts at `peak`.
+        steps: total number of steps.
+        rise: the part of the steps before the turn, below 1.
 
     Returns:
         A schedule: step number to value.
@@ -86,12 +84,12 @@ def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0
 
 
 class OneCycleAdamW(optim.AdamW):
-    """AdamW under torch's one-cycle policy: as the learning rate rises, the momentum beta_1 falls, and back.
+    """AdamW under torch's one-cycle policy: while the learning rate rises, the momentum beta_1 falls, and back.
 
     Args:
         peak: the highest learning rate; the first is a 25th of it, the last a 250 000th.
-        steps: number of steps in all.
-        weight_decay: decoupled, times the learning rate.
+        steps: total number of steps.
+        weight_decay: decoupled; multiplied by the learning rate.
 
     Source: torch `optim/adamw.py` with `optim/lr_scheduler.py`, OneCycleLR and its defaults; but
         pct_start is 0.1 as in sheryc/resonance_rope `configs/experiment/sweep.yaml`.
@@ -103,31 +101,31 @@ class OneCycleAdamW(optim.AdamW):
         self._maybe_schedule("beta_1", one_cycle(0.95, 0.85, 0.95, steps))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
-        """One parameter's update, with the momentum of this step."""
+        """Update one parameter with this step's momentum."""
         fixed, self.betas = self.betas, [self.state["beta_1"], self.betas[1]]
         updated = super().apply_single(gradient, parameter, state)
-        self.betas = fixed  # what the compiler traced must not stay
+        self.betas = fixed  # not the array that the compiler traced
         return updated
 
 
 def save_checkpoint(
     path: Path, step: int, model: nn.Module, optimizer: optim.Optimizer, carried: Mapping[str, mx.array] | None = None
 ) -> None:
-    """Write everything the next step depends on, atomically: weights, optimizer state, step number.
+    """Write atomically what the next step depends on: weights, optimizer state, step number.
 
     Args:
-        path: a `.safetensors` file; its old content stays whole until the new one is.
-        step: number of steps that are done.
+        path: a `.safetensors` file.
+        step: number of steps done.
         model: the model being trained.
         optimizer: its optimizer.
         carried: other arrays that belong to the run.
 
     Raises:
-        OSError: the disk is full, or another fault of it; the file is as before.
+        OSError: the file cannot be written, e.g. because the disk is full; an older one stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = _state(model, optimizer, carried)
-    with whole_file(path) as partial_path, disk_errors("train", path):
+    with atomic_file(path) as partial_path, disk_errors(path):
         mx.save_safetensors(str(partial_path), arrays, metadata={"step": str(step)})
 
 
@@ -137,20 +135,20 @@ def load_checkpoint(
     """Restore what `save_checkpoint` wrote, `carried` in place.
 
     Returns:
-        The number of steps that were done.
+        The number of steps done.
 
     Raises:
-        ValueError: the file is damaged, or belongs to another model or optimizer.
+        UsageError: the file is damaged, or belongs to another model or optimizer.
     """
     try:
         loaded: Any = mx.load(str(path), return_metadata=True)
     except RuntimeError as error:
-        raise ValueError(f"[load_checkpoint] {path} is damaged, remove it to begin anew: {error}") from None
+        raise UsageError(f"{path} is damaged, delete it to start again: {error}") from None
     arrays, metadata = loaded
     for name, value in _state(model, optimizer, carried).items():
         if name not in arrays or arrays[name].shape != value.shape:
             found = arrays[name].shape if name in arrays else "nothing"
-            raise ValueError(f"[load_checkpoint] {path}: expected {name} of shape {value.shape}, found {found}")
+            raise UsageError(f"{path}: expected {name} of shape {value.shape}, found {found}")
     state: Any = tree_unflatten(list(arrays.items()))
     model.update(state["model"])
     optimizer.state = state["optimizer"]
@@ -179,29 +177,29 @@ def train(
     carried: dict[str, mx.array] | None = None,
     accumulate: int = 1,
 ) -> None:
-    """Train `model` in place for `steps` steps, going on from `checkpoint` when that file exists.
+    """Train `model` in place for `steps` steps, or resume from `checkpoint` if that file exists.
 
-    A batch is a function of the step number alone, so a killed and resumed run sees the same data and ends
-    bit-identical to an uninterrupted one on the CPU.
+    A batch is a function of the step number alone, so a run that was killed and resumed sees the same data as an
+    uninterrupted one and, on the CPU, ends bit-identical to it.
 
     Args:
         model: the model; only its trainable parameters change.
         optimizer: an `mlx.optimizers` optimizer, its schedules counting steps.
         loss: `loss(model, *batch)`, a scalar.
         batch: the arrays of one step, by step number from 0.
-        steps: number of steps in all, those before a resume counted in.
+        steps: total number of steps, those before a resume included.
         seed: MLX's random state at step n is a function of this and n (dropout, sampling inside the loss).
-        checkpoint: a `.safetensors` file to write and to resume from; None to keep nothing.
+        checkpoint: a `.safetensors` file to write and to resume from; None writes none.
         checkpoint_every: steps between two checkpoints; the last step always writes one.
         max_grad_norm: gradients are scaled down to this global norm; None leaves them.
         on_step: called after every step with the number of steps done and the step's loss, before a checkpoint.
-        carried: arrays that belong to the run, such as the best weights so far: `on_step` may put others of the same
-            shape in their place, and checkpoints keep them.
-        accumulate: cut a batch along its first axis into so many equal parts that go through the model one after the
-            other; the loss and its gradients are the means of theirs.
+        carried: arrays that belong to the run, such as the best weights so far. Checkpoints keep them; `on_step` may
+            replace them by others of the same shape.
+        accumulate: number of equal parts that a batch is split into along its first axis. They pass through the model
+            one after another; loss and gradients are the means over them.
 
     Raises:
-        ValueError: a batch cannot be cut so.
+        UsageError: `accumulate` does not divide a batch, or the checkpoint is not of this run.
         FloatingPointError: the loss became NaN or infinite.
     """
     optimizer.init(model.trainable_parameters())
@@ -215,7 +213,7 @@ def train(
         mx.eval(value, state)
         done += 1
         if not mx.isfinite(value).item():
-            raise FloatingPointError(f"[train] the loss is {value.item()} at step {done}")
+            raise FloatingPointError(f"the loss is {value.item()} at step {done}")
         if on_step:
             on_step(done, float(np.array(value)))
         if checkpoint and (done % checkpoint_every == 0 or done == steps):
@@ -231,7 +229,7 @@ def _step(
     max_grad_norm: float | None,
     accumulate: int,
 ) -> Callable[..., mx.array]:
-    """One update from the arrays of one batch, compiled: in one piece, or its parts and the update."""
+    """One update from the arrays of one batch: compiled as a whole, or part by part."""
     loss_and_grad = nn.value_and_grad(model, loss)
 
     def update(gradients: Any) -> None:
@@ -252,7 +250,9 @@ def _step(
     def in_parts(*arrays: mx.array) -> mx.array:
         if any(array.shape[0] % accumulate for array in arrays):
             shapes = ", ".join(str(array.shape) for array in arrays)
-            raise ValueError(f"[train] accumulate = {accumulate} does not divide the first axis of {shapes}")
+            raise UsageError(
+                f"accumulate = {accumulate} does not divide the first axis of {shapes}", option="accumulate"
+            )
         mean: Any = (mx.array(0.0), tree_map(mx.zeros_like, model.trainable_parameters()))
         for part in zip(*(mx.split(array, accumulate) for array in arrays), strict=True):
             mean = add(mean, *part)

@@ -20,7 +20,7 @@ def plain_result(arithmetic, total, modulus):
         return total % modulus
     if arithmetic == "pow_sin":
         return math.floor(math.sin(total) ** 2 * modulus)
-    # In this order: of 12 digits and 7, a half turn and a twelfth, another one gives 6, not 5.
+    # The order of operations matters: with modulus 12, 7 gives 5, in another order 6.
     return math.floor(abs(math.sin(2 * math.pi * (total % modulus) / modulus)) * modulus)
 
 

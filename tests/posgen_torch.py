@@ -1,7 +1,7 @@
-"""The decoder that PosGen's official code trains, in PyTorch: the other side of the model's tests and benchmark.
+"""The decoder that PosGen's official code trains, in PyTorch: the other side of the model's tests.
 
 Written from the description of sheryc/resonance_rope `src/models/` and of T5 (arXiv 1910.10683), not from ours, and it
-imports nothing of ours: one seed, (L, L) scores, cosines and sines from angles in float64.
+imports nothing of ours: (L, L) scores, cosines and sines from angles in float64.
 """
 
 from collections.abc import Iterable, Mapping
@@ -47,21 +47,18 @@ class Layer(nn.Module):
         self.o = nn.Linear(heads * head_dim, dims, bias=False)
         self.wi, self.wo = nn.Linear(dims, inner, bias=False), nn.Linear(inner, dims, bias=False)
 
-    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, dropout: float, fused: bool) -> Tensor:
+    def attention(self, x: Tensor, cos: Tensor, sin: Tensor, dropout: float) -> Tensor:
         q, k, v = (
             F.linear(x, w.weight).unflatten(-1, (self.heads, -1)).transpose(1, 2) for w in (self.q, self.k, self.v)
         )
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
-        if fused:
-            mixed = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=1.0)
-        else:
-            future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool, device=x.device).triu(1)
-            weights = F.softmax((q @ k.transpose(-1, -2)).masked_fill(future, -torch.inf), dim=-1)
-            mixed = F.dropout(weights, dropout) @ v
+        future = torch.ones(x.shape[1], x.shape[1], dtype=torch.bool).triu(1)
+        weights = F.softmax((q @ k.transpose(-1, -2)).masked_fill(future, -torch.inf), dim=-1)
+        mixed = F.dropout(weights, dropout) @ v
         return F.linear(mixed.transpose(1, 2).flatten(2), self.o.weight)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, dropout: float, fused: bool) -> Tensor:
-        x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, dropout, fused), dropout)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, dropout: float) -> Tensor:
+        x = x + F.dropout(self.attention(self.attention_norm(x), cos, sin, dropout), dropout)
         hidden = F.dropout(F.relu(F.linear(self.feed_forward_norm(x), self.wi.weight)), dropout)
         return x + F.dropout(F.linear(hidden, self.wo.weight), dropout)
 
@@ -72,12 +69,11 @@ class Decoder(nn.Module):
     Args:
         shape: layers, hidden_size, heads, head_dim, intermediate_size, dropout and train_feed_forward.
         vocabulary: number of token ids.
-        fused: attention by torch's own kernel, which computes the same.
     """
 
-    def __init__(self, shape: Any, vocabulary: int, fused: bool = False) -> None:
+    def __init__(self, shape: Any, vocabulary: int) -> None:
         super().__init__()
-        self.rate, self.fused = shape.dropout, fused
+        self.rate = shape.dropout
         self.embedding = nn.Embedding(vocabulary, shape.hidden_size)
         sizes = (shape.hidden_size, shape.heads, shape.head_dim, shape.intermediate_size)
         self.layers = nn.ModuleList(Layer(*sizes) for _ in range(shape.layers))
@@ -92,16 +88,16 @@ class Decoder(nn.Module):
         dropout = self.rate if self.training else 0.0
         x = F.dropout(F.embedding(tokens, self.embedding.weight), dropout)
         for layer in self.layers:
-            x = layer(x, cos, sin, dropout, self.fused)
+            x = layer(x, cos, sin, dropout)
         x = F.dropout(self.norm(x[:, start:]), dropout)
         return F.linear(x * x.shape[-1] ** -0.5, self.embedding.weight)
 
 
-def translated(arrays: Iterable[tuple[str, Any]], index: int) -> Mapping[str, Tensor]:
-    """Our parameters, or their gradients, of one seed under the names and in the layout of this file's `Decoder`."""
+def translated(arrays: Iterable[tuple[str, Any]]) -> Mapping[str, Tensor]:
+    """Our parameters, or their gradients, under the names and in the layout of this file's `Decoder`."""
     result = {}
     for name, array in arrays:
-        tensor = torch.tensor(np.array(array)[index])
+        tensor = torch.tensor(np.array(array))
         name = name.replace("attention.", "").replace("feed_forward.", "").removesuffix(".weight")
         if name.rpartition(".")[-1] in ("q", "k", "v", "o", "wi", "wo"):
             tensor = tensor.T.contiguous()

@@ -1,4 +1,4 @@
-"""PosGen's commands, on the preset that takes a second: what they write, what they refuse, what a fault leaves."""
+"""PosGen's commands, on the preset that takes a second: what they write, refuse, and leave behind after a fault."""
 
 import json
 import math
@@ -39,8 +39,8 @@ def test_train_and_eval_commands(run, tmp_path) -> None:
     folder = str(tmp_path / "run")
     arguments = ("--subtask", "recursive", "--encoding", "resonance_yarn", "--preset", "smoke", "--output", folder)
     first = run("posgen", "train", *arguments)
-    assert first[0] == 0 and "The paper has 98.3" in first[1]
-    assert sorted(os.listdir(folder)) == ["model.safetensors", "run.json"]
+    assert first[0] == 0 and "The paper reports 98.3" in first[1]
+    assert sorted(os.listdir(folder)) == ["model.safetensors", "run.jsonl"]
     again = json.loads(run("posgen", "train", *arguments, "--json")[1])
     same = json.loads(run("posgen", "eval", folder, "--json")[1])
     for name in ("id", "ood", "correct", "generated", "continued", "step"):
@@ -50,12 +50,13 @@ def test_train_and_eval_commands(run, tmp_path) -> None:
     assert run("posgen", "eval", folder)[0] == 0
 
 
-def test_train_command_goes_on(run, tmp_path, monkeypatch) -> None:
+def test_train_command_resumes(run, tmp_path, monkeypatch) -> None:
     whole = json.loads(run(*TRAIN, tmp_path / "whole")[1])
     with monkeypatch.context() as patch:
         patch.setattr(runs, "results", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert run(*TRAIN, tmp_path / "part")[0] == 130
-    assert run("posgen", "eval", str(tmp_path / "part"))[0] == 2  # not finished
+    code, _, err = run("posgen", "eval", str(tmp_path / "part"))
+    assert code == 2 and "part has no finished run" in err
     assert "checkpoint.safetensors" in os.listdir(tmp_path / "part")
     found, train = [], runs.run_training
 
@@ -65,7 +66,7 @@ def test_train_command_goes_on(run, tmp_path, monkeypatch) -> None:
 
     monkeypatch.setattr(runs, "run_training", noted)
     part = json.loads(run(*TRAIN, tmp_path / "part")[1])
-    assert found == [True]  # it goes on from the checkpoint
+    assert found == [True]  # it resumes from the checkpoint
     assert {**part, "output": ""} == {**whole, "output": ""}
     assert (tmp_path / "part/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
@@ -96,8 +97,8 @@ def test_every_result_says_its_split(run, tmp_path, monkeypatch) -> None:
         shown, found = run("posgen", *command), run("posgen", *command, "--json")
         assert shown[0] == found[0] == 0, command
         assert "official split" in shown[1] and json.loads(found[1])["split"] == "official", command
-    assert json.loads((tmp_path / "r/run.json").read_text())["settings"]["split"] == "official"
-    assert json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])["settings"]["split"] == "official"
+    for name in ("r/run.jsonl", "s.jsonl"):
+        assert json.loads((tmp_path / name).read_text().splitlines()[0])["settings"]["split"] == "official"
 
 
 def test_the_bar_shows_loss_accuracies_and_steps() -> None:
@@ -139,83 +140,114 @@ def test_weights_that_do_not_fit_on_the_disk(run, tmp_path, monkeypatch) -> None
         patch.setattr(runs, "results", lambda *_: patch.setattr(mx, "save_safetensors", full) or [{}])
         code, out, err = run(*TRAIN, tmp_path / "r")
     assert (code, out) == (1, "") and "model.safetensors cannot be written" in err.splitlines()[-1]
-    assert sorted(os.listdir(tmp_path / "r")) == ["checkpoint.safetensors", "run.json"]
+    assert sorted(os.listdir(tmp_path / "r")) == ["checkpoint.safetensors", "run.jsonl"]
     again = json.loads(run(*TRAIN, tmp_path / "r")[1])
     assert {**again, "output": ""} == {**json.loads(whole), "output": ""}
-    assert sorted(os.listdir(tmp_path / "r")) == ["model.safetensors", "run.json"]
+    assert sorted(os.listdir(tmp_path / "r")) == ["model.safetensors", "run.jsonl"]
 
 
 def test_a_run_that_was_killed_between_two_files(run, tmp_path) -> None:
-    """Before its record was whole, and before its checkpoint was gone."""
+    """Before its header was written, and before its checkpoint was deleted."""
     folder = tmp_path / "r"
     folder.mkdir()
-    (folder / "run.partial.json").write_text("{")
+    (folder / "run.jsonl").write_text('{"posgen": 1, "pre')
     assert run(*TRAIN, folder)[0] == 0
-    assert sorted(os.listdir(folder)) == ["model.safetensors", "run.json"]
+    assert sorted(os.listdir(folder)) == ["model.safetensors", "run.jsonl"]
     (folder / "checkpoint.safetensors").touch()
     assert run(*TRAIN, folder)[0] == 0
-    assert sorted(os.listdir(folder)) == ["model.safetensors", "run.json"]
+    assert sorted(os.listdir(folder)) == ["model.safetensors", "run.jsonl"]
 
 
 def test_a_broken_run_is_refused(run, tmp_path) -> None:
     folder = tmp_path / "r"
     assert run(*TRAIN, folder)[0] == 0
-    record, weights = json.loads((folder / "run.json").read_text()), (folder / "model.safetensors").read_bytes()
-    for change, wrong in (
-        ({"task": {}, "settings": {}}, "does not say the settings"),
-        ({"subtask": 3}, "does not say the settings"),
-        ({"seed": None}, "does not say what a run gave"),
-        ({"result": {}}, "does not say what a run gave"),
+    log, weights = (folder / "run.jsonl").read_text(), (folder / "model.safetensors").read_bytes()
+    header, result = map(json.loads, log.splitlines())
+    for line, change, wrong in (
+        (0, {"task": {}, "settings": {}}, "does not say the settings"),
+        (1, {"subtask": 3}, "line 2 has no 'subtask' that is a string (DIR)"),
+        (1, {"seed": None}, "line 2 has no 'seed' that is an integer (DIR)"),
+        (1, {"validation_id": 2.0}, "line 2: validation_id cannot be 2.0 (DIR)"),
     ):
-        (folder / "run.json").write_text(json.dumps(record | change))
+        lines = [header, result]
+        lines[line] = lines[line] | change
+        (folder / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
         code, out, err = run("posgen", "eval", folder)
         assert (code, out, len(err.splitlines())) == (2, "", 1) and wrong in err, err
-    (folder / "run.json").write_text(json.dumps(record))
-    for length, wrong in (("12", "must be more than the training length 12"), ("8193", "at most 8192")):
+    (folder / "run.jsonl").write_text(log)
+    for length, wrong in (("12", "must be more than the training length 12"), ("8193", "8192")):
         code, out, err = run("posgen", "eval", folder, "--length", length)
         assert (code, out) == (2, "") and wrong in err
     (folder / "model.safetensors").write_bytes(weights[:-1])
     code, out, err = run("posgen", "eval", folder)
-    assert (code, out) == (2, "") and "truncated" in err
+    assert (code, out) == (2, "") and "is not a whole safetensors file" in err
     (folder / "model.safetensors").unlink()
     assert run("posgen", "eval", folder)[0] == 2
 
 
+def test_another_run_in_the_folder_is_refused(run, tmp_path) -> None:
+    arguments = "posgen train --subtask cot --encoding yarn --preset smoke --output".split()
+    assert run(*arguments, tmp_path / "r")[0] == 0
+    before = (tmp_path / "r/run.jsonl").read_bytes()
+    for change, wrong in (
+        ("--seed 1", "seed is 42 there and 1 here"),
+        ("--encoding rope", 'encoding is "yarn" there and "rope" here'),
+        ("--subtask recursive", 'subtask is "cot" there and "recursive" here'),
+        ("--epochs 3", "epochs is 2 there and 3 here"),
+        ("--preset laptop", 'preset is "smoke" there and "laptop" here'),
+    ):
+        code, out, err = run(*arguments, tmp_path / "r", *change.split())
+        assert (code, out, len(err.splitlines())) == (2, "", 1) and wrong in err, err
+        assert err.rstrip().endswith("write to another file: give another --output")
+    assert (tmp_path / "r/run.jsonl").read_bytes() == before
+
+
+def test_a_run_is_read_as_a_sweep_of_one(run, tmp_path) -> None:
+    assert run(*TRAIN, tmp_path / "r")[0] == 0
+    found = json.loads(run("posgen", "report", tmp_path / "r/run.jsonl", "--json")[1])
+    assert list(found["table"]["cot"]) == ["yarn"]
+
+
+TINY = "--subtask cot --encoding rope --preset smoke"
 BAD = {
-    "data --subtask cot --modulus 1 --output {}/x.npy": "modulus must be at least 2",
-    "data --subtask cot --near 9 --far 9 --output {}/x.npy": "at most the modulus 17",
-    "data --subtask cot --length 3 --output {}/x.npy": "length must be at least near + far = 4",
-    "data --subtask nested --output {}/x.npy": "subtask must be one of recursive, cot, semi-recursive, got 'nested'",
-    "data --subtask cot --arithmetic sum --output {}/x.npy": "arithmetic must be one of",
-    "data --subtask cot --output {}/x.txt": "suffix must be .npy",
+    "data --subtask cot --modulus 1 --output {}/x.npy": "greater than or equal to 2",
+    "data --subtask cot --near 9 --far 9 --output {}/x.npy": "at most the modulus 17, got 9 + 9: give --split disjoint",
+    "data --subtask cot --length 3 --output {}/x.npy": "must be at least near + far = 4 tokens, got 3 (--length)",
+    "data --subtask nested --output {}/x.npy": "'nested' is not one of recursive, cot, semi-recursive",
+    "data --subtask cot --arithmetic sum --output {}/x.npy": "not one of mod_addition, pow_sin, pow_sin_2pi",
+    "data --subtask cot --output {}/x.txt": "output must be a name that ends in .npy",
     "data --subtask cot --output {}/none/x.npy": "no folder",
-    "data --subtask cot --rows 1000000000000 --output {}/x.npy": "at most 2**31",
-    "data --subtask cot --split random --output {}/x.npy": "split must be one of",
-    "train --subtask cot --encoding alibi --output {}/r": "encoding must be one of rope, linear, ntk, yarn",
-    "train --subtask cot --encoding rope --preset huge --output {}/r": "preset must be one of",
-    "train --subtask cot --encoding rope --preset smoke --epochs 0 --output {}/r": "epochs must be at least 1",
-    "data --subtask cot --modulus 99999999999999999999 --output {}/x.npy": "at most 2**20",
-    "data --subtask cot --near 99999999999999999999 --split disjoint --output {}/x.npy": "at most 2**20",
-    "data --subtask cot --output {}/folder.npy": "folder.npy is a folder",
-    "data --subtask cot --far -1 --output {}/x.npy": "far must be at least 0",
-    "data --subtask cot --rows -5 --output {}/x.npy": "rows must be at least 1",
+    "data --subtask cot --rows 1000000000000 --output {}/x.npy": "less than or equal to 2147483648",
+    "data --subtask cot --rows 10000000 --output {}/x.npy": "at most 2**31, got 10000000 times 512 (--rows)",
+    "data --subtask cot --split random --output {}/x.npy": "not one of official, disjoint",
+    "train --subtask cot --encoding alibi --output {}/r": "not one of rope, linear, ntk, yarn",
+    "train --subtask cot --encoding rope --preset huge --output {}/r": "not one of official, paper, laptop, smoke",
+    f"train {TINY} --epochs 0 --output {{}}/r": "Invalid value for '--epochs'",
+    "data --subtask cot --modulus 99999999999999999999 --output {}/x.npy": "less than or equal to 1048576",
+    "data --subtask cot --modulus 1000000 --output {}/x.npy": "at most 2**20, got 1000000 times 4 (--modulus)",
+    "data --subtask cot --near 99999999999999999999 --split disjoint --output {}/x.npy": "Invalid value for '--near'",
+    "data --subtask cot --output {}/folder.npy": "folder.npy is a folder: a file is needed: give another --output",
+    "data --subtask cot --far -1 --output {}/x.npy": "greater than or equal to 0",
+    "data --subtask cot --rows -5 --output {}/x.npy": "greater than or equal to 1",
     "data --subtask cot --rows nan --output {}/x.npy": "Invalid value for '--rows'",
-    "train --subtask cot --encoding rope --preset smoke --epochs 99999999999999999999 --output {}/r": "epochs must be",
-    "train --subtask cot --encoding rope --preset smoke --seed 4294967296 --output {}/r": "seed must lie in",
-    "sweep --preset smoke --seeds 99999999999999999999 --output {}/s.jsonl": "at most 1000",
-    "train --subtask cot --encoding rope --preset smoke --seed -1 --output {}/r": "seed must lie in",
-    "train --subtask cot --encoding rope --preset smoke --near 11 --output {}/r": "need near + far = 12 < train_length",
-    "train --subtask cot --encoding rope --preset smoke --output {}": "has no run.json",
-    "sweep --preset smoke --seeds 0 --output {}/s.jsonl": "--seeds must be at least 1",
-    "sweep --preset smoke --together 0 --output {}/s.jsonl": "--together must be at least 1",
-    "sweep --preset smoke --encoding alibi --output {}/s.jsonl": "encoding must be one of",
-    "sweep --preset smoke --subtask nested --output {}/s.jsonl": "subtask must be one of",
+    f"train {TINY} --epochs 99999999999999999999 --output {{}}/r": "Invalid value for '--epochs'",
+    f"train {TINY} --epochs 4194304 --output {{}}/r": "epochs must be at least 1 and at most 1398101",
+    f"train {TINY} --seed 4294967296 --output {{}}/r": "less than or equal to 4294967295",
+    "sweep --preset smoke --seeds 99999999999999999999 --output {}/s.jsonl": "less than or equal to 1000",
+    f"train {TINY} --seed -1 --output {{}}/r": "Invalid value for '--seed'",
+    f"train {TINY} --near 11 --output {{}}/r": "near + far = 12 < train_length",
+    f"train {TINY} --output {{}}": "has no run.jsonl: give another --output",
+    f"train {TINY} --output {{}}/notes.txt": "has no run.jsonl: give another --output",
+    "sweep --preset smoke --seeds 0 --output {}/s.jsonl": "Invalid value for '--seeds'",
+    "sweep --preset smoke --encoding alibi --output {}/s.jsonl": "not one of rope, linear",
+    "sweep --preset smoke --subtask nested --output {}/s.jsonl": "not one of recursive, cot",
     "sweep --preset smoke --modulus 3 --near 2 --output {}/s.jsonl": "as many different seeds",
-    "sweep --preset smoke --output {}/notes.txt": "no file of posgen results",
-    "report {}/none.jsonl": "none.jsonl",
-    "report {}/notes.txt": "no file of posgen results",
-    "eval {}/none": "none",
-    "eval {}": "run.json",
+    "sweep --preset smoke --output {}/notes.txt": "not a file of posgen results",
+    "sweep --preset smoke --output  ": "the path is empty",
+    "report {}/none.jsonl": "none.jsonl: no such file (FILE.jsonl)",
+    "report {}/notes.txt": "not a file of posgen results",
+    "eval {}/none": "none/run.jsonl: no such file (DIR)",
+    "eval {}": "run.jsonl: no such file (DIR)",
 }
 
 
@@ -223,7 +255,7 @@ BAD = {
 def test_bad_input(run, tmp_path, command) -> None:
     (tmp_path / "notes.txt").write_text("buy milk\n")
     (tmp_path / "folder.npy").mkdir()
-    code, out, err = run("posgen", *command.format(tmp_path).split())
+    code, out, err = run("posgen", *command.format(tmp_path).split(" "))
     assert (code, out) == (2, "")
     assert len(err.splitlines()) == 1 and err.startswith("error: ") and BAD[command] in err
     assert (

@@ -1,4 +1,4 @@
-"""PosGen's tables and official split: against the authors' figures, byte by byte."""
+"""PosGen's tables and official split against the authors' figures, byte by byte."""
 
 import json
 from itertools import combinations, cycle, islice
@@ -75,7 +75,7 @@ def test_first_example_equals_that_of_the_authors(golden, splits, name):
     expected, task = golden["splits"][name], golden_task(golden)
     ids, start = tokens(splits[name][:1], task.modulus), 1 + task.seed_length
     assert ids.shape == (1, expected["n_labels"])
-    # Theirs reads all of a training row, of the others what comes before the first label.
+    # Their model reads a whole training row; of other rows, what precedes the first label.
     assert expected["n_input"] == (ids.shape[1] if name == "train" else start)
     assert ids[0, : expected["n_input"]][:12].tolist() == expected["input_ids_first"]
     assert [-100] * start + ids[0, start:12].tolist() == expected["labels_first"]
@@ -113,7 +113,7 @@ def test_official_seeds_are_the_combinations_over_and_over(modulus, near, far, r
 @pytest.mark.parametrize("rows", [1, 10, 34, 35, 36, 200])
 @pytest.mark.parametrize("subtask", SUBTASKS)
 def test_official_table_of_any_size(subtask, rows):
-    """Fewer rows than there are seeds, as many, and more."""
+    """Fewer rows than seeds, as many, and more."""
     task = Task(subtask, modulus=7, near=2, far=1)
     table = make_table(task, "official", rows, 40)
     assert table.dtype == np.int32

@@ -1,4 +1,4 @@
-"""PosGen's disjoint split: no two rows share a seed, and the seeds are spread over all there are."""
+"""PosGen's disjoint split: no two rows share a seed, and the seeds are spread over all possible ones."""
 
 import os
 import subprocess
@@ -130,6 +130,6 @@ def test_presets_with_disjoint_seeds(name):
 
 
 def test_the_disjoint_rows_are_those_of_the_committed_results() -> None:
-    """NumPy does not promise its random streams for ever: should this fail, the results are of other rows."""
+    """NumPy does not promise stable random streams: if this fails, the committed results are of other rows."""
     table = make_table(Task("cot"), "disjoint", 10600, 256)
     assert sha256(table) == "4c420998f1d2deaa81860ebad4084d65f16226053cd5be3139aafbb64dd42ab2"

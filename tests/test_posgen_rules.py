@@ -1,4 +1,4 @@
-"""PosGen's sequences against a plain loop over the paper's definition, and what a model reads of them."""
+"""PosGen's sequences against a plain loop over the paper's definition, and the token ids that a model reads."""
 
 from mlx_resonance.posgen.data import SPLITS, make_table, random_seeds, tokens
 from mlx_resonance.posgen.tasks import ARITHMETICS, SUBTASKS, Task
@@ -84,7 +84,7 @@ def test_without_far_tokens_all_subtasks_are_one(arithmetic):
 
 @pytest.mark.parametrize(("subtask", "every"), [("recursive", 1), ("cot", 1), ("semi-recursive", 2)])
 def test_a_rule_of_two_terms_serves_all_but_the_first_token(subtask: str, every: int) -> None:
-    """Two sums that follow one another share all terms but two, so x[n] = 2·x[n - 1] - x[n - 1 - window] mod modulus.
+    """Two consecutive sums share all terms but two, so x[n] = 2·x[n - 1] - x[n - 1 - window] mod modulus.
 
     The window is near + far tokens in a recursive sequence and near tokens where the far ones stay the same: always
     in a chain of thought, at every second token of a semi-recursive sequence. A model that learns this instead of the

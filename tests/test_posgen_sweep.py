@@ -9,6 +9,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+from mlx_resonance.errors import UsageError
 from mlx_resonance.plots import plot_posgen
 from mlx_resonance.posgen import sweep
 from mlx_resonance.posgen.report import PAPER, accuracy_curves, paired_bootstrap, summarize
@@ -57,8 +58,8 @@ def test_a_sweep_does_what_is_missing(swept, tmp_path) -> None:
     part.write_text("".join(kept) + text[-1][:50])  # and a line that a killed run did not finish
     runs = []
     again = run_sweep(part, "smoke", SMOKE, TASK, seeds=(1, 2), on_run=lambda run, *_: runs.append(run))
-    assert [(run.task.subtask, run.encodings, run.seeds) for run in runs] == [
-        ("semi-recursive", ("ntk",), (1,)), ("semi-recursive", ("ntk",), (2,)),
+    assert [(run.task.subtask, run.encodings, run.seed) for run in runs] == [
+        ("semi-recursive", ("ntk",), 1), ("semi-recursive", ("ntk",), 2),
     ]  # fmt: skip
     assert without(again) == without(lines)
 
@@ -67,13 +68,15 @@ def test_a_sweep_of_other_settings_is_refused(swept) -> None:
     output, _ = swept
     before = output.read_bytes()
     for settings, task, name in (
-        (replace(SMOKE, epochs=3), TASK, "epochs is 2 there, 3 now"),
-        (replace(SMOKE, train_scaled=True), TASK, "train_scaled is False there, True now"),
-        (replace(SMOKE, model=replace(SMOKE.model, layers=2)), TASK, "layers is 1 there, 2 now"),
-        (SMOKE, replace(TASK, modulus=16), "modulus is 17 there, 16 now"),
+        (replace(SMOKE, epochs=3), TASK, "epochs is 2 there and 3 here"),
+        (replace(SMOKE, train_scaled=True), TASK, "train_scaled is false there and true here"),
+        (replace(SMOKE, model=replace(SMOKE.model, layers=2)), TASK, "layers is 1 there and 2 here"),
+        (SMOKE, replace(TASK, modulus=16), "modulus is 17 there and 16 here"),
     ):
-        with pytest.raises(ValueError, match=name):
+        with pytest.raises(UsageError, match=name):
             run_sweep(output, "smoke", settings, task, seeds=(1,))
+    with pytest.raises(UsageError, match='preset is "smoke" there and "laptop" here'):
+        run_sweep(output, "laptop", SMOKE, TASK, seeds=(1,))
     assert output.read_bytes() == before
 
 
@@ -100,11 +103,11 @@ def test_a_sweep_survives_being_killed(swept, tmp_path) -> None:
 
 
 def test_a_sweep_clears_what_was_left_after_its_last_line(swept, tmp_path) -> None:
-    """Killed between a training's results and the end of its checkpoint, a sweep has no use for it any more."""
+    """A sweep that was killed after it wrote a training's results and before it deleted the checkpoint."""
     output, lines = swept
     again = tmp_path / output.name
     again.write_bytes(output.read_bytes())
-    for run in sweep.runs_left(SMOKE, TASK, SUBTASKS, ENCODINGS, (1, 2), 1, []):
+    for run in sweep.runs_left(SMOKE, TASK, SUBTASKS, ENCODINGS, (1, 2)):
         sweep._checkpoint(again, run).touch()
     assert len(os.listdir(tmp_path)) == 1 + 12
     assert run_sweep(again, "smoke", SMOKE, TASK, seeds=(1, 2)) == lines
@@ -115,21 +118,38 @@ def test_what_is_asked_for_twice_runs_once(tmp_path) -> None:
     runs = []
     lines = run_sweep(
         tmp_path / "twice.jsonl", "smoke", SMOKE, TASK, subtasks=("cot", "cot"), encodings=("rope", "yarn", "rope"),
-        seeds=(1, 2, 1), together=3, on_run=lambda run, *_: runs.append(run),
+        seeds=(1, 2, 1), on_run=lambda run, *_: runs.append(run),
     )  # fmt: skip
-    assert [(run.encodings, run.seeds) for run in runs] == [(("rope", "yarn"), (1, 2))]
+    assert [(run.encodings, run.seed) for run in runs] == [(("rope", "yarn"), 1), (("rope", "yarn"), 2)]
     assert sorted((line["encoding"], line["seed"]) for line in lines) == [
         ("rope", 1), ("rope", 2), ("yarn", 1), ("yarn", 2),
     ]  # fmt: skip
 
 
-# What a line, or the header, has that no run gave.
+def test_two_sweeps_write_one_file(tmp_path) -> None:
+    """At the same time, of different subtasks; a result that both have is written once."""
+    output = tmp_path / "shared.jsonl"
+
+    def other(run, number, count) -> None:
+        for subtask in ("cot", "recursive"):
+            run_sweep(output, "smoke", SMOKE, TASK, subtasks=(subtask,), encodings=("rope",), seeds=(1,))
+
+    lines = run_sweep(
+        output, "smoke", SMOKE, TASK, subtasks=("recursive",), encodings=("yarn", "rope"), seeds=(1,), on_run=other
+    )
+    keys = [(line["subtask"], line["encoding"]) for line in read_results(output)[1]]
+    assert sorted(keys) == [("cot", "rope"), ("recursive", "rope"), ("recursive", "yarn")]
+    assert len(lines) == 3 and os.listdir(tmp_path) == [output.name]
+
+
+# Changes of a line, or of the header, to what no run gives.
 BROKEN = {
     "nan": {"ood": float("nan")}, "infinite": {"id": float("inf")}, "above one": {"generated_ood": 1.5},
     "below zero": {"continued_ood": -0.1}, "a text": {"generated_id": "0.5"}, "nothing": {"ood": None},
     "a list for a seed": {"seed": [1]}, "a list for an encoding": {"encoding": ["rope"]},
     "another subtask": {"subtask": "nested"}, "another encoding": {"encoding": "alibi"}, "no rows": {"rows": 0},
     "more right than there are": {"rows": 1, "correct": [2] * 20}, "fewer positions": {"correct": [1] * 19},
+    "no correct": {"correct": ...}, "no step": {"step": ...}, "a large seed": {"seed": 2**32},
     "no list": {"correct": 20}, "counts of text": {"correct": ["1"] * 20}, "negative": {"correct": [-1] * 20},
 }  # fmt: skip
 HEADERS = {
@@ -141,7 +161,7 @@ HEADERS = {
 
 
 def broken(path, output, change: dict, number: int):
-    """A copy of a results file with a change of one line; ... takes a field away."""
+    """A copy of a results file with one line changed; ... removes a field."""
     texts = output.read_text().splitlines()
     line = {name: value for name, value in (json.loads(texts[number]) | change).items() if value is not ...}
     texts[number] = json.dumps(line)
@@ -155,7 +175,7 @@ def test_a_broken_line_is_named(swept, tmp_path, name) -> None:
     before = path.read_bytes()
     wrong = list(BROKEN[name])[-1]
     for call in (lambda: read_results(path), lambda: run_sweep(path, "smoke", SMOKE, TASK, seeds=(1,))):
-        with pytest.raises(ValueError, match=f"line 4: {wrong} is missing or wrong"):
+        with pytest.raises(UsageError, match=rf"line 4(: {wrong} cannot be| has no '{wrong}' that is) "):
             call()
     assert path.read_bytes() == before
 
@@ -163,7 +183,7 @@ def test_a_broken_line_is_named(swept, tmp_path, name) -> None:
 @pytest.mark.parametrize("name", HEADERS)
 def test_a_broken_header_is_refused(swept, tmp_path, name) -> None:
     path = broken(tmp_path / "broken.jsonl", swept[0], HEADERS[name], 0)
-    with pytest.raises(ValueError, match=r"broken\.jsonl does not say the settings of a run"):
+    with pytest.raises(UsageError, match=r"broken\.jsonl does not say the settings of a run"):
         read_results(path)
 
 
@@ -209,7 +229,7 @@ def test_summary() -> None:
 
 
 def test_bootstrap_covers_as_it_says() -> None:
-    """Of many experiments whose true difference is 1, about 95 % of the intervals hold it (fewer with few seeds)."""
+    """Of many experiments whose true difference is 1, about 95 % of the intervals hold it (with few seeds, fewer)."""
     random = np.random.default_rng(11)
     held = 0
     for _ in range(400):

@@ -1,4 +1,4 @@
-"""The training loop: it learns, it resumes to the bit, it refuses what is not its own."""
+"""The training loop: it learns, resumes bit-identically and refuses checkpoints of other runs."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def test_a_damaged_checkpoint_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "checkpoint.safetensors"
     train(model(), optim.Adam(0.01), loss, batch, 1, checkpoint=path)
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(ValueError, match="is damaged, remove it"):
+    with pytest.raises(ValueError, match="is damaged, delete it"):
         train(model(), optim.Adam(0.01), loss, batch, 2, checkpoint=path)
 
 

@@ -2,62 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
+import numpy as np
 import typer
 from rich.table import Table
-from typer import Argument, Option
+from typer import Argument, BadParameter, Option
 
-from .options import Json
+from ..errors import MissingFileError, UsageError, check_option
+from ..posgen.data import LARGEST, SPLITS, make_table
+from ..posgen.report import PAPER, accuracy_curves, summarize
+from ..posgen.settings import ENCODINGS, LONGEST, MOST_SEEDS, MOST_STEPS, PRESETS, Settings, settings_from, sweep_seeds
+from ..posgen.tasks import ARITHMETICS, LARGEST_SUM, SUBTASKS, Task
+from ..storage import atomic_file, check_output
+from .errors import Command
+from .options import Json, path
 from .output import count_bar, print_json, stderr, stdout
-
-if TYPE_CHECKING:
-    from ..posgen.settings import Settings
-    from ..posgen.tasks import Task
 
 app = typer.Typer(help="PosGen: train on short sequences, test on long ones.", no_args_is_help=True)
 
-Subtask = Annotated[str, Option(help="recursive, cot or semi-recursive.")]
-Arithmetic = Annotated[str, Option(help="mod_addition, pow_sin or pow_sin_2pi.")]
-Modulus = Annotated[int, Option(help="Number of digits.")]
-Near = Annotated[int, Option(help="Tokens just before the next that it depends on.")]
-Far = Annotated[int, Option(help="Tokens further back that it depends on.")]
-Preset = Annotated[str, Option(help="laptop, paper, official, or smoke (seconds, for tests).")]
-Split = Annotated[str | None, Option(help="official or disjoint. Default: the preset's.")]
+
+def _choice(names: Collection[str], metavar: str | None = None) -> dict[str, Any]:
+    """For Typer: one of some names, with - or _ in them."""
+
+    def parse(text: str) -> str:
+        for name in names:
+            if text.replace("-", "_") == name.replace("-", "_"):
+                return name
+        raise BadParameter(f"{text!r} is not one of {', '.join(names)}")
+
+    return {"parser": parse, "metavar": metavar or "|".join(names)}
+
+
+_encoding = _choice(ENCODINGS, "[resonance_]rope|linear|ntk|yarn")
+Subtask = Annotated[str, Option(**_choice(SUBTASKS), help="Where the far tokens lie.")]
+Arithmetic = Annotated[str, Option(**_choice(ARITHMETICS), help="Function of the sum of near and far tokens.")]
+Modulus = Annotated[int, Option(min=2, max=LARGEST_SUM, help="Number of digits.")]
+Near = Annotated[int, Option(min=1, max=LARGEST_SUM, help="Number of tokens just before the next one that decide it.")]
+Far = Annotated[int, Option(min=0, max=LARGEST_SUM, help="Number of tokens further back that decide it.")]
+Preset = Annotated[str, Option(**_choice(PRESETS), help="Model and training; smoke takes seconds, for tests.")]
+Split = Annotated[str | None, Option(**_choice(SPLITS), help="Seeds of the rows. Default: the preset's.")]
 TrainScaled = Annotated[
-    bool | None, Option("--train-scaled/--no-train-scaled", help="Scale while training, too. Default: the preset's.")
+    bool | None, Option("--train-scaled/--no-train-scaled", help="Scale in training, too. Default: the preset's.")
 ]
-Epochs = Annotated[int | None, Option(help="Passes over the training rows. Default: the preset's.")]
+Epochs = Annotated[
+    int | None, Option(min=1, max=MOST_STEPS, help="Passes over the training rows. Default: the preset's.")
+]
 
 
-@app.command()
+@app.command(cls=Command)
 def data(
     subtask: Subtask,
-    output: Annotated[Path, Option(metavar="FILE.npy", help="The int32 table, one sequence per row.")],
+    output: Annotated[Path, Option(**path, metavar="FILE.npy", help="The int32 table, one sequence per row.")],
     arithmetic: Arithmetic = "mod_addition", modulus: Modulus = 17, near: Near = 3, far: Far = 1,
-    rows: Annotated[int, Option(help="Number of sequences.")] = 12000,
-    length: Annotated[int, Option(help="Tokens of a sequence.")] = 512,
-    split: Annotated[str, Option(help="official: as the paper's code; disjoint: random seeds.")] = "official",
+    rows: Annotated[int, Option(min=1, max=LARGEST, help="Number of sequences.")] = 12000,
+    length: Annotated[int, Option(min=1, max=LARGEST, help="Number of tokens in a sequence.")] = 512,
+    split: Annotated[
+        str, Option(**_choice(SPLITS), help="official: seeds as in the paper's code; disjoint: random ones.")
+    ] = "official",
     json: Json = False,
 ) -> None:  # fmt: skip
     """Write a table of sequences."""
-    import numpy as np
-
-    from ..files import user_path
-    from ..posgen.data import make_table
-    from ..whole import whole_file
-
-    output = user_path(output)
-    if output.is_dir():
-        raise ValueError(f"[posgen] {output} is a folder")
+    check_output(output)
     if not output.parent.is_dir():
-        raise ValueError(f"[posgen] {output}: there is no folder {output.parent}")
-    if output.suffix != ".npy":
-        raise ValueError(f"[posgen] {output}: the suffix must be .npy")
-    table = make_table(_task(subtask, arithmetic, modulus, near, far), split, rows, length)
-    with whole_file(output) as partial:
+        raise MissingFileError(f"{output}: there is no folder {output.parent}", option="output")
+    check_option("output", output.suffix == ".npy", "a name that ends in .npy", output)
+    table = make_table(Task(subtask, arithmetic, modulus, near, far), split, rows, length)
+    with atomic_file(output) as partial:
         np.save(partial, table)
     if json:
         print_json({"output": str(output), "split": split, "rows": rows, "length": length})
@@ -65,21 +79,23 @@ def data(
         stdout.print(f"wrote {output}: {rows} rows of {length} tokens, {split} split")
 
 
-@app.command()
+@app.command(cls=Command)
 def train(
     subtask: Subtask,
-    encoding: Annotated[str, Option(help="rope, linear, ntk or yarn, or resonance_ before one of them.")],
+    encoding: Annotated[str, Option(**_encoding, help="Rotary encoding.")],
     preset: Preset = "laptop",
-    seed: Annotated[int, Option(help="Of weights, order of rows and dropout.")] = 42,
-    output: Annotated[Path | None, Option(metavar="DIR", help="Default: posgen-SUBTASK-ENCODING-PRESET-SEED.")] = None,
+    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of weights, order of rows and dropout.")] = 42,
+    output: Annotated[
+        Path | None, Option(**path, metavar="DIR", help="Folder. Default: posgen-SUBTASK-ENCODING-PRESET-SEED.")
+    ] = None,
     arithmetic: Arithmetic = "mod_addition", modulus: Modulus = 17, near: Near = 3, far: Far = 1,
     split: Split = None, train_scaled: TrainScaled = None, epochs: Epochs = None, json: Json = False,
 ) -> None:  # fmt: skip
-    """Train one model and test it; a run that was stopped goes on."""
+    """Train one model and test it, or resume a run that was stopped."""
     from ..posgen.runs import train_into
 
     settings = _settings(preset, split, train_scaled, epochs)
-    task = _task(subtask, arithmetic, modulus, near, far)
+    task = Task(subtask, arithmetic, modulus, near, far)
     folder = output or Path(f"posgen-{task.subtask}-{encoding}-{preset}-{seed}")
     with count_bar() as bar:
         result = train_into(folder, preset, settings, task, encoding, seed, _progress(bar, encoding, settings))
@@ -90,16 +106,19 @@ def train(
         stdout.print(f"wrote {folder}")
 
 
-@app.command("eval")
+@app.command("eval", cls=Command)
 def evaluate(
-    model: Annotated[Path, Argument(metavar="DIR", help="What `posgen train` wrote.")],
-    encoding: Annotated[str | None, Option(help="Another one than the weights were chosen for.")] = None,
-    length: Annotated[int | None, Option(help="Digits of a test row; scaling goes with it.")] = None,
+    model: Annotated[Path, Argument(**path, metavar="DIR", help="Folder that `posgen train` wrote.")],
+    encoding: Annotated[
+        str | None, Option(**_encoding, help="Another encoding than the weights were chosen for.")
+    ] = None,
+    length: Annotated[
+        int | None, Option(min=1, max=LONGEST, help="Number of digits in a test row; the scaling follows it.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Test a trained model at another length, with another encoding."""
     from ..posgen.runs import evaluate_from
-    from ..posgen.settings import settings_from
 
     result = evaluate_from(model, encoding, length)
     settings = settings_from(result["settings"])
@@ -109,43 +128,36 @@ def evaluate(
         _print_result(result, settings)
 
 
-@app.command()
+@app.command(cls=Command)
 def sweep(
     preset: Preset = "laptop",
-    seeds: Annotated[int, Option(help="How many: the paper's five first.")] = 5,
+    seeds: Annotated[int, Option(min=1, max=MOST_SEEDS, help="Number of seeds, the paper's five first.")] = 5,
     output: Annotated[
         Path | None,
-        Option(metavar="FILE.jsonl", help="Default: posgen-PRESET.jsonl, or posgen-PRESET-train-scaled.jsonl."),
+        Option(**path, metavar="FILE.jsonl", help="Run log. Default: posgen-PRESET[-train-scaled].jsonl."),
     ] = None,
-    subtask: Annotated[list[str] | None, Option(help="Only this one; may be repeated.")] = None,
-    encoding: Annotated[list[str] | None, Option(help="Only this one; may be repeated.")] = None,
-    together: Annotated[
-        int | None, Option(help="Seeds trained side by side. Default: 1 on a CPU, all on a GPU.")
-    ] = None,
+    subtask: Annotated[list[str] | None, Option(**_choice(SUBTASKS), help="Only this one; may be repeated.")] = None,
+    encoding: Annotated[list[str] | None, Option(**_encoding, help="Only this one; may be repeated.")] = None,
     arithmetic: Arithmetic = "mod_addition", modulus: Modulus = 17, near: Near = 3, far: Far = 1,
     split: Split = None, train_scaled: TrainScaled = None, epochs: Epochs = None, json: Json = False,
 ) -> None:  # fmt: skip
-    """Train and test what the results file does not have yet."""
-    from ..posgen.report import summarize
-    from ..posgen.settings import ENCODINGS, sweep_seeds
+    """Train and test what the run log does not have yet."""
     from ..posgen.sweep import run_sweep
-    from ..posgen.tasks import SUBTASKS
 
     settings = _settings(preset, split, train_scaled, epochs)
-    subtasks = [name.replace("_", "-") for name in subtask or SUBTASKS]
-    task = _task(subtasks[0], arithmetic, modulus, near, far)
+    subtasks = subtask or SUBTASKS
+    task = Task(subtasks[0], arithmetic, modulus, near, far)
     output = output or Path(f"posgen-{preset}{'-train-scaled' if train_scaled else ''}.jsonl")
     with count_bar() as bar:
 
         def on_run(run: Any, number: int, count: int) -> Callable[..., None]:
-            seeds = ", ".join(map(str, run.seeds))
-            text = f"{number} of {count}: {run.task.subtask}, {', '.join(run.encodings)}, seed {seeds}"
+            text = f"{number} of {count}: {run.task.subtask}, {', '.join(run.encodings)}, seed {run.seed}"
             stderr.print(text, soft_wrap=True)
             return _progress(bar, run.encodings[-1], settings)
 
         lines = run_sweep(
             output, preset, settings, task, subtasks=subtasks, encodings=encoding or ENCODINGS,
-            seeds=sweep_seeds(seeds), together=together, on_run=on_run,
+            seeds=sweep_seeds(seeds), on_run=on_run,
         )  # fmt: skip
     if json:
         print_json({"output": str(output), "split": settings.split, "results": len(lines), **summarize(lines)})
@@ -155,26 +167,24 @@ def sweep(
         stdout.print(text, soft_wrap=True)
 
 
-@app.command()
+@app.command(cls=Command)
 def report(
-    results: Annotated[Path, Argument(metavar="FILE.jsonl", help="What `posgen sweep` wrote.")],
-    plot: Annotated[Path | None, Option(metavar="FILE.png", help="Draw accuracy over the position.")] = None,
+    results: Annotated[Path, Argument(**path, metavar="FILE.jsonl", help="Run log that `posgen sweep` wrote.")],
+    plot: Annotated[Path | None, Option(**path, metavar="FILE.png", help="Draw accuracy over the position.")] = None,
     json: Json = False,
 ) -> None:
     """Show a sweep's table beside the paper's."""
-    from ..files import user_path
-    from ..posgen.report import accuracy_curves, summarize
     from ..posgen.sweep import read_results
 
-    header, lines = read_results(user_path(results))
+    header, lines = read_results(results)
     if not lines:
-        raise ValueError(f"[posgen] {results} has no results yet")
+        raise UsageError(f"{results} has no results yet", option="results")
     summary = summarize(lines)
     if plot is not None:
         from ..plots import plot_posgen
 
         seed_length = header["task"]["near"] + header["task"]["far"]
-        plot_posgen(accuracy_curves(lines), seed_length, header["settings"]["train_length"], user_path(plot))
+        plot_posgen(accuracy_curves(lines), seed_length, header["settings"]["train_length"], plot)
         stderr.print(f"wrote {plot}")
     if json:
         common = {name: header[name] for name in ("preset", "task", "settings")}
@@ -183,19 +193,7 @@ def report(
         _print_report(header, summary)
 
 
-def _task(subtask: str, arithmetic: str, modulus: int, near: int, far: int) -> Task:
-    from ..posgen.tasks import Task
-
-    return Task(subtask.replace("_", "-"), arithmetic, modulus, near, far)
-
-
 def _settings(preset: str, split: str | None, train_scaled: bool | None, epochs: int | None) -> Settings:
-    from dataclasses import replace
-
-    from ..posgen.settings import PRESETS
-
-    if preset not in PRESETS:
-        raise ValueError(f"[posgen] preset must be one of {', '.join(PRESETS)}, got {preset!r}")
     changes: dict[str, Any] = {"split": split, "train_scaled": train_scaled, "epochs": epochs}
     return replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
 
@@ -215,13 +213,11 @@ def _progress(bar: Any, encoding: str, settings: Settings) -> Callable[[int, flo
 
 
 def _print_result(result: dict[str, Any], settings: Settings) -> None:
-    from ..posgen.report import PAPER
-
     inside, outside = f"up to {settings.train_length}", f"{settings.train_length + 1} to {settings.test_length}"
     table = Table("accuracy, %", inside, outside, box=None, pad_edge=False)
     table.add_row("teacher-forced", *(f"{100 * result[name]:.2f}" for name in ("id", "ood")))
     table.add_row("written from the seed", *(f"{100 * result[name]:.2f}" for name in ("generated_id", "generated_ood")))
-    table.add_row(f"written from {settings.train_length} tokens on", "", f"{100 * result['continued_ood']:.2f}")
+    table.add_row(f"written from a prompt of {settings.train_length}", "", f"{100 * result['continued_ood']:.2f}")
     stdout.print(
         f"{result['subtask']}, {result['encoding']}, seed {result['seed']}, {settings.split} split, "
         f"weights of step {result['step']} of {settings.steps}",
@@ -230,18 +226,19 @@ def _print_result(result: dict[str, Any], settings: Settings) -> None:
     stdout.print(table)
     paper = PAPER[result["subtask"]].get(result["encoding"])
     if paper is not None:
-        text = f"The paper has {paper} past the training length (teacher-forced, 5 seeds, a larger model)."
+        text = f"The paper reports {paper} past the training length (teacher-forced, 5 seeds, a larger model)."
         stdout.print(text, soft_wrap=True)
 
 
 def _print_report(header: dict[str, Any], summary: dict[str, Any]) -> None:
     task, settings = header["task"], header["settings"]
-    scaled = "scaled while training, too" if settings["train_scaled"] else "trained unscaled"
+    scaled = "scaled in training, too" if settings["train_scaled"] else "trained unscaled"
     rule = f"modulus {task['modulus']}, near {task['near']}, far {task['far']}"
     stdout.print(f"{header['preset']}: {task['arithmetic']}, {rule}, {settings['split']} split")
     stdout.print(f"{settings['train_length']} digits to train on, {settings['test_length']} to test on; {scaled}")
     stdout.print("Accuracy in %, mean over seeds. in, out: teacher-forced up to and past the")
-    stdout.print("training length; written, continued: past it in free text from the seed, from it.")
+    stdout.print("training length; written, continued: past it, in text generated from the seed")
+    stdout.print("and from a prompt of the training length.")
     for subtask, encodings in summary["table"].items():
         counts = sorted({row["seeds"] for row in encodings.values()})
         table = Table(box=None, pad_edge=False)
@@ -254,7 +251,7 @@ def _print_report(header: dict[str, Any], summary: dict[str, Any]) -> None:
         stdout.print(table)
     if not any(summary["pairs"].values()):
         return
-    stdout.print("What resonance adds out of distribution; 95 % interval: paired bootstrap, seeds.")
+    stdout.print("What resonance adds out of distribution; 95 % interval: bootstrap over seeds.")
     pairs = Table(box=None, pad_edge=False)
     pairs.add_column("", min_width=22)
     for name in ("encoding", "seeds", "difference", "interval"):

@@ -1,4 +1,4 @@
-"""PosGen's data: a table of sequences, cut into training, validation and test rows, and the tokens a model reads."""
+"""PosGen's data: a table of sequences, split into training, validation and test rows, and the tokens of a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from math import comb
 
 import numpy as np
 
+from ..errors import UsageError, check_option
 from .tasks import Int32Array, Task
 
 SPLITS = ("official", "disjoint")
@@ -16,7 +17,7 @@ LARGEST = 2**31  # tokens of a table: 8 GB
 
 @dataclass(frozen=True)
 class Splits:
-    """Rows to train on, to choose a checkpoint by, and to report.
+    """Rows for training, for the choice of the best weights, and for the results.
 
     Attributes:
         train: int32, shape (rows, train_length), digits without [EOS].
@@ -29,20 +30,21 @@ class Splits:
 
 
 def official_seeds(task: Task, rows: int) -> Int32Array:
-    """The seeds of the official code: increasing tuples of different digits, over and over.
+    """The seeds of the official code: increasing tuples of distinct digits, repeated in order.
 
     Returns:
         int32, shape (rows, near + far).
 
     Raises:
-        ValueError: there are no near + far different digits.
+        UsageError: there are fewer than near + far digits.
 
     Source: sheryc/resonance_rope `src/data/components/base_sequence_dataset.py`.
     """
     if task.seed_length > task.modulus:
-        raise ValueError(
-            f"[posgen] near + far must be at most the modulus {task.modulus}, got {task.near} + {task.far}: "
-            "a seed of the official split is that many different digits"
+        raise UsageError(
+            f"near + far of the official split must be at most the modulus {task.modulus}, "
+            f"got {task.near} + {task.far}",
+            remedies=[{"split": "disjoint"}],
         )
     distinct = min(rows, comb(task.modulus, task.seed_length))
     digits = chain.from_iterable(combinations(range(task.modulus), task.seed_length))
@@ -51,26 +53,26 @@ def official_seeds(task: Task, rows: int) -> Int32Array:
 
 
 def random_seeds(task: Task, rows: int) -> Int32Array:
-    """Seeds drawn at random without a repeat, the same ones at every call.
+    """Distinct random seeds, the same ones at every call.
 
     Returns:
         int32, shape (rows, near + far).
 
     Raises:
-        ValueError: there are fewer seeds than rows.
+        UsageError: there are fewer seeds than rows.
 
     Source: arXiv 2403.00071, section 5.
     """
     possible = task.modulus**task.seed_length
     if rows > possible:
-        raise ValueError(
-            f"[posgen] {rows} rows of the disjoint split need as many different seeds; {task.seed_length} digits "
-            f"of modulus {task.modulus} give {possible}"
+        raise UsageError(
+            f"{rows} rows of the disjoint split need as many different seeds; {task.seed_length} digits of modulus "
+            f"{task.modulus} give {possible}"
         )
     if possible >= 2**63:
-        raise ValueError(
-            f"[posgen] near + far = {task.seed_length} digits of modulus {task.modulus} are too many: "
-            "modulus^(near + far) must be below 2^63"
+        raise UsageError(
+            "modulus to the power of near + far must be less than 2**63 for the disjoint split, "
+            f"got {task.modulus}**{task.seed_length}"
         )
     drawn = np.random.default_rng(0).choice(possible, size=rows, replace=False)
     digits = [drawn // task.modulus**i % task.modulus for i in range(task.seed_length)]
@@ -78,11 +80,11 @@ def random_seeds(task: Task, rows: int) -> Int32Array:
 
 
 def make_table(task: Task, split: str, rows: int, length: int) -> Int32Array:
-    """All sequences of a split, before it is cut.
+    """All sequences of a split.
 
     Args:
         task: the rule.
-        split: `official` (as the code) or `disjoint` (as the paper says).
+        split: `official` (as in the code) or `disjoint` (as in the paper's text).
         rows: number of sequences.
         length: tokens of a sequence, at least near + far.
 
@@ -90,17 +92,15 @@ def make_table(task: Task, split: str, rows: int, length: int) -> Int32Array:
         int32, shape (rows, length).
 
     Raises:
-        ValueError: an unknown split, too few seeds, or a length shorter than the seed.
+        UsageError: an unknown split, too few seeds, a length shorter than the seed, or a table of more than 2³¹ tokens.
     """
-    if split not in SPLITS:
-        raise ValueError(f"[posgen] split must be one of {', '.join(SPLITS)}, got {split!r}")
-    if rows < 1:
-        raise ValueError(f"[posgen] rows must be at least 1, got {rows}")
+    check_option("split", split in SPLITS, f"one of {', '.join(SPLITS)}", repr(split))
+    check_option("rows", rows >= 1, "at least 1", rows)
     if rows * length > LARGEST:
-        raise ValueError(f"[posgen] rows times length must be at most 2**31, got {rows} times {length}")
+        raise UsageError(f"rows times length must be at most 2**31, got {rows} times {length}", option="rows")
     if split == "disjoint":
         return task.extend(random_seeds(task, rows), length)
-    # The rows repeat: each distinct one is made once.
+    # The rows repeat: extend each distinct seed once.
     distinct = min(rows, comb(task.modulus, task.seed_length))
     return np.resize(task.extend(official_seeds(task, distinct), length), (rows, length))
 
@@ -108,10 +108,11 @@ def make_table(task: Task, split: str, rows: int, length: int) -> Int32Array:
 def make_splits(
     task: Task, split: str, sizes: tuple[int, int, int], train_length: int = 64, test_length: int = 256
 ) -> Splits:
-    """Cut a table into training, validation and test rows.
+    """Split a table into training, validation and test rows.
 
-    In the `official` split validation is the first rows of the training set and test the rows after them, so that, of
-    its sizes, a model has seen the beginning of every test sequence; in the `disjoint` one no two rows share a seed.
+    In the `official` split, validation takes the first rows of the training set and test the rows after them: with the
+    official sizes, a model has seen the beginning of every test sequence. In the `disjoint` split, no two rows share a
+    seed.
 
     Args:
         task: the rule.
@@ -123,15 +124,14 @@ def make_splits(
         The rows.
 
     Raises:
-        ValueError: lengths not near + far < train_length <= test_length, or as `make_table`.
+        UsageError: not near + far < train_length <= test_length, an empty part, or as in `make_table`.
     """
     if not task.seed_length < train_length <= test_length:
-        raise ValueError(
-            f"[posgen] need near + far = {task.seed_length} < train_length <= test_length, "
-            f"got {train_length} and {test_length}"
+        raise UsageError(
+            f"near + far = {task.seed_length} < train_length <= test_length must hold, got {train_length} and "
+            f"{test_length}"
         )
-    if min(sizes) < 1:
-        raise ValueError(f"[posgen] sizes of train, validation and test must be at least 1, got {sizes}")
+    check_option("sizes", min(sizes) >= 1, "at least 1 each", sizes)
     train, validation, test = sizes
     table = make_table(task, split, sum(sizes), test_length)
     first = 0 if split == "official" else train
@@ -140,7 +140,7 @@ def make_splits(
 
 
 def tokens(rows: Int32Array, modulus: int) -> Int32Array:
-    """What the model reads: [EOS], then the digits.
+    """The token ids of rows: [EOS], then the digits.
 
     The ids are those of the official tokenizer: digits 0 … modulus - 1, then [UNK], [PAD], [CLS], [SEP], [EOS].
 

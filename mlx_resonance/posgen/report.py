@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..records import Record
+from ..storage import Record
 from .settings import BASES, ENCODINGS
 from .tasks import SUBTASKS
 
@@ -22,16 +22,16 @@ RESAMPLES = 10_000
 
 
 def summarize(lines: Sequence[Record]) -> dict[str, Any]:
-    """Figures of one results file, accuracies in %.
+    """Summarize one results file, accuracies in %.
 
     Args:
         lines: of `read_results`.
 
     Returns:
-        `table`: per subtask and encoding the number of seeds, the mean accuracy in distribution, mean, standard
-        deviation and variance (of a sample) out of distribution, mean accuracies of generated text, the paper's mean.
-        `pairs`: per subtask and base encoding the mean over seeds of resonance minus plain, out of distribution,
-        with the ends of a 95 % interval. None stands for what one seed does not give.
+        `table`: per subtask and encoding, the number of seeds, the mean accuracy in distribution; mean, sample standard
+        deviation and sample variance out of distribution; mean accuracies of generated text; the paper's mean.
+        `pairs`: per subtask and base encoding, the mean over seeds of resonance minus plain, out of distribution,
+        with the ends of a 95 % interval. What needs two seeds is None with one.
     """
     table: dict[str, Any] = {}
     pairs: dict[str, Any] = {}
@@ -58,13 +58,13 @@ def summarize(lines: Sequence[Record]) -> dict[str, Any]:
 
 
 def paired_bootstrap(differences: NDArray[np.float64]) -> dict[str, Any]:
-    """Mean difference with the ends of its 95 % percentile interval, from drawing seeds with replacement.
+    """The mean difference and its 95 % percentile interval, by resampling the seeds with replacement.
 
     Args:
         differences: one per seed, shape (N,).
 
     Returns:
-        `seeds`, `difference`, and `low` and `high`, None where there are fewer than two seeds.
+        `seeds`, `difference`, `low` and `high`; the last two are None with fewer than two seeds.
     """
     seeds = len(differences)
     result: dict[str, Any] = {"seeds": seeds, "difference": float(differences.mean()), "low": None, "high": None}
@@ -76,7 +76,7 @@ def paired_bootstrap(differences: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def accuracy_curves(lines: Sequence[Record]) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Teacher-forced accuracy per predicted position, mean over seeds, by subtask and encoding; in [0, 1]."""
+    """Teacher-forced accuracy per predicted position in [0, 1], mean over seeds, by subtask and encoding."""
     curves: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
     for line in lines:
         curve = np.array(line["correct"]) / line["rows"]

@@ -1,4 +1,4 @@
-"""PosGen's settings: what a run depends on besides its task and seed, the presets, and the rotary encodings."""
+"""PosGen's settings and presets, and its rotary encodings."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from ..errors import UsageError, check_option
 from ..frequencies import (
     RotaryFrequencies,
     default_frequencies,
@@ -18,9 +19,10 @@ from .model import ModelConfig
 BASES = ("rope", "linear", "ntk", "yarn")
 ENCODINGS = (*BASES, *(f"resonance_{base}" for base in BASES))
 OFFICIAL_SEEDS = (5549, 4955, 42, 3701, 49)
-DROPOUT_KEYS = 1024  # numbers that a step may use for dropout, once for each of 2 + 4·layers
-MOST_STEPS = 2**32 // DROPOUT_KEYS  # they are uint32
+DROPOUT_KEYS = 1024  # draws of dropout that a step may use; it needs 2 + 4·layers
+MOST_STEPS = 2**32 // DROPOUT_KEYS  # keys are uint32
 MOST_SEEDS = 1000
+LONGEST = 2**13  # digits of a test row; attention takes memory for their square
 
 
 @dataclass(frozen=True)
@@ -31,14 +33,14 @@ class Settings:
         model: shape of the decoder.
         split: `official` or `disjoint`, see `make_splits`.
         sizes: rows of training, validation and test.
-        train_length, test_length: digits of a training row, and of a longer one to validate and test on.
+        train_length, test_length: digits of a training row, and of a validation or test row, which is longer.
         epochs: passes over the training rows.
         batch_size: rows of a step.
-        learning_rate: the highest one of the one-cycle schedule.
+        learning_rate: the peak of the one-cycle schedule.
         weight_decay: AdamW's.
-        validate_every: steps between two validations; the last step is followed by one, too.
-        train_scaled: train with the scaled frequencies, too, not only evaluate with them.
-        original_max_position_embeddings: tokens that YaRN's ramp counts turns in.
+        validate_every: steps between two validations; another one follows the last step.
+        train_scaled: scale the frequencies in training, too, not only in validation and test.
+        original_max_position_embeddings: tokens over which YaRN's ramp counts turns.
         base, beta_fast, beta_slow: of the rotary embedding, as in `yarn_frequencies`.
         generated_rows: test rows that are also generated freely.
     """
@@ -61,40 +63,36 @@ class Settings:
     beta_slow: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.epochs < 1:
-            raise ValueError(f"[posgen] epochs must be at least 1, got {self.epochs}")
-        if self.steps > MOST_STEPS:
-            most = MOST_STEPS // self.steps_per_epoch
-            raise ValueError(f"[posgen] epochs must be at most {most}, got {self.epochs}")
+        most = MOST_STEPS // max(1, self.steps_per_epoch)
+        check_option("epochs", 1 <= self.epochs <= most, f"at least 1 and at most {most}", self.epochs)
         if self.test_length <= self.train_length:
-            raise ValueError(
-                f"[posgen] the test length must be more than the training length {self.train_length}, "
-                f"got {self.test_length}"
+            raise UsageError(
+                f"the test length must be more than the training length {self.train_length}, got {self.test_length}",
+                option="length",
             )
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one pass; the last one may have fewer rows."""
+        """Number of steps of one epoch; the last one may have fewer rows."""
         return -(-self.sizes[0] // self.batch_size)
 
     @property
     def steps(self) -> int:
-        """Steps of the training."""
+        """Number of steps of the training."""
         return self.epochs * self.steps_per_epoch
 
     @property
     def factor(self) -> float:
-        """How many times the context grows, [EOS] counted in."""
+        """How many times the context grows, with [EOS]."""
         return (self.test_length + 1) / (self.train_length + 1)
 
     def frequencies(self, encoding: str, scaled: bool) -> RotaryFrequencies:
         """The rotary frequencies of an encoding, scaled to the test length or not.
 
         Raises:
-            ValueError: an unknown encoding.
+            UsageError: an unknown encoding.
         """
-        if encoding not in ENCODINGS:
-            raise ValueError(f"[posgen] encoding must be one of {', '.join(ENCODINGS)}, got {encoding!r}")
+        check_option("encoding", encoding in ENCODINGS, f"one of {', '.join(ENCODINGS)}", repr(encoding))
         base = encoding.removeprefix("resonance_")
         dims = self.model.head_dim
         if base == "rope" or not scaled:
@@ -110,7 +108,7 @@ class Settings:
         return result.resonate() if encoding != base else result
 
     def training_encoding(self, encoding: str) -> str:
-        """The encoding whose training gives this one's weights: several share one where training is unscaled."""
+        """The encoding whose training gives this one's weights: unscaled, several encodings share one training."""
         if self.train_scaled:
             return encoding
         return "resonance_rope" if encoding.startswith("resonance_") else "rope"
@@ -136,7 +134,7 @@ PRESETS = {
         generated_rows=1000,
         original_max_position_embeddings=257,
     ),
-    # What the paper says: two layers, all of it trained, seeds of their own for every split, scaled while training.
+    # What the paper says: two layers, all trained, no seed in two parts of the data, scaled in training.
     "paper": Settings(
         model=replace(T5_SMALL, layers=2),
         split="disjoint",
@@ -159,7 +157,7 @@ PRESETS = {
         validate_every=200,
         generated_rows=100,
     ),
-    # Seconds: for tests of the machinery; it learns nothing.
+    # Takes seconds and learns nothing: for tests of the machinery.
     "smoke": Settings(
         model=ModelConfig(layers=1, hidden_size=16, heads=2, head_dim=8, intermediate_size=16, dropout=0.1),
         split="disjoint",
@@ -177,7 +175,7 @@ PRESETS = {
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
-    """The settings that `Settings.to_dict` gave."""
+    """The settings that `Settings.to_dict` describes."""
     return Settings(**values | {"model": ModelConfig(**values["model"]), "sizes": tuple(values["sizes"])})
 
 
@@ -185,9 +183,8 @@ def sweep_seeds(count: int) -> tuple[int, ...]:
     """The paper's five seeds, then 1, 2, 3 … without them.
 
     Raises:
-        ValueError: `count` does not lie in [1, 1000].
+        UsageError: `count` is not in [1, 1000].
     """
-    if not 1 <= count <= MOST_SEEDS:
-        raise ValueError(f"[posgen] --seeds must be at least 1 and at most {MOST_SEEDS}, got {count}")
+    check_option("seeds", 1 <= count <= MOST_SEEDS, f"at least 1 and at most {MOST_SEEDS}", count)
     others = (seed for seed in range(1, MOST_SEEDS + 1) if seed not in OFFICIAL_SEEDS)
     return tuple(islice((*OFFICIAL_SEEDS, *others), count))

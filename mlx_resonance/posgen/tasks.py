@@ -8,29 +8,32 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UsageError, check_option
+
 Int32Array = NDArray[np.int32]
 
 SUBTASKS = ("recursive", "cot", "semi-recursive")
 ARITHMETICS = ("mod_addition", "pow_sin", "pow_sin_2pi")
-LARGEST_SUM = 2**20  # of near and far tokens: each sum has its entry in a table
+LARGEST_SUM = 2**20  # of near and far tokens: each sum has an entry in a table
 
 
 @dataclass(frozen=True)
 class Task:
     """A rule that makes the next token from the last `near` tokens and `far` tokens further back.
 
-    The far tokens are, in a `recursive` sequence, those just before the near ones; in a `cot` (chain of thought)
-    sequence the first of the sequence; in a `semi-recursive` one a window that moves on by one token after every two.
+    The far tokens of a `recursive` sequence are those just before the near ones; those of a `cot` (chain of thought)
+    sequence are its first ones; those of a `semi-recursive` sequence are a window that moves by one token after every
+    two.
 
     Args:
         subtask: one of `SUBTASKS`.
-        arithmetic: one of `ARITHMETICS`: what is done with the sum of the near and far tokens.
-        modulus: number of digits, at least 2; times near + far at most 2^20.
+        arithmetic: one of `ARITHMETICS`, applied to the sum of the near and far tokens.
+        modulus: number of digits, at least 2; modulus · (near + far) is at most 2²⁰.
         near: number of near tokens (k in the paper), at least 1.
         far: number of far tokens (j in the paper), at least 0.
 
     Raises:
-        ValueError: an argument is none of these.
+        UsageError: an argument is none of these.
 
     Source: arXiv 2403.00071, section 5; sheryc/resonance_rope `src/data/components/`.
     """
@@ -46,19 +49,18 @@ class Task:
             ("subtask", self.subtask, SUBTASKS),
             ("arithmetic", self.arithmetic, ARITHMETICS),
         ):
-            if value not in known:
-                raise ValueError(f"[posgen] {name} must be one of {', '.join(known)}, got {value!r}")
+            check_option(name, value in known, f"one of {', '.join(known)}", repr(value))
         for name, number, least in (("modulus", self.modulus, 2), ("near", self.near, 1), ("far", self.far, 0)):
-            if number < least:
-                raise ValueError(f"[posgen] {name} must be at least {least}, got {number}")
+            check_option(name, number >= least, f"at least {least}", number)
         if self.modulus * self.seed_length > LARGEST_SUM:
-            raise ValueError(
-                f"[posgen] modulus times near + far must be at most 2**20, got {self.modulus} times {self.seed_length}"
+            raise UsageError(
+                f"modulus times near + far must be at most 2**20, got {self.modulus} times {self.seed_length}",
+                option="modulus",
             )
 
     @property
     def seed_length(self) -> int:
-        """Number of tokens that a sequence starts from, near + far."""
+        """Number of tokens that a sequence starts from: near + far."""
         return self.near + self.far
 
     def results(self) -> Int32Array:
@@ -70,12 +72,12 @@ class Task:
                 abs(math.sin(2 * math.pi * (s % self.modulus) / self.modulus)) * self.modulus
             ),
         }
-        # pow_sin_2pi of a quarter turn is the modulus itself: no digit, but [UNK], as in the official tables.
+        # pow_sin_2pi of a quarter turn is the modulus itself: not a digit but [UNK], as in the official tables.
         largest = self.seed_length * self.modulus
         return np.array([functions[self.arithmetic](s) for s in range(largest + 1)], dtype=np.int32)
 
     def extend(self, seeds: Int32Array, length: int) -> Int32Array:
-        """Sequences from their first tokens on.
+        """Extend seeds to sequences.
 
         Args:
             seeds: shape (N, near + far), tokens in [0, modulus).
@@ -85,11 +87,10 @@ class Task:
             int32, shape (N, length).
 
         Raises:
-            ValueError: the length is shorter than the seed.
+            UsageError: the length is shorter than the seed.
         """
         start, near, far = self.seed_length, self.near, self.far
-        if length < start:
-            raise ValueError(f"[posgen] length must be at least near + far = {start} tokens, got {length}")
+        check_option("length", length >= start, f"at least near + far = {start} tokens", length)
         results = self.results()
         # Positions first: a step reads and writes whole rows of memory.
         tokens = np.empty((length, len(seeds)), dtype=np.int32)

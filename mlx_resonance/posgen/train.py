@@ -13,6 +13,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten, tree_unflatten
 
+from ..errors import UsageError, check_option
 from ..rope import ResonanceRoPE
 from ..training import OneCycleAdamW, train
 from .data import Splits, make_splits, tokens
@@ -21,37 +22,35 @@ from .model import Decoder
 from .settings import DROPOUT_KEYS, Settings
 from .tasks import Task
 
-# Steps done, loss per seed, and the accuracies of the last validation, in and out of distribution (NaN before it).
+# Steps done, loss, and the accuracies of the last validation, in and out of distribution (NaN before the first).
 Progress = Callable[[int, float, float, float], None]
 
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a task, seeds whose decoders train side by side, and the encodings to choose weights for.
+    """One training: a task, a seed, and the encodings to choose weights for.
 
     Args:
         task: the rule to learn.
-        settings: everything else.
+        settings: everything else that the result depends on.
         encodings: all with the same `settings.training_encoding`.
-        seeds: one decoder each; a decoder's result depends on its own seed alone.
+        seed: decides the initial values, the order of the rows and the dropout.
 
     Raises:
-        ValueError: an unknown encoding, or encodings that do not share a training.
+        UsageError: an unknown encoding, encodings that do not share a training, or a wrong seed.
     """
 
     task: Task
     settings: Settings
     encodings: tuple[str, ...]
-    seeds: tuple[int, ...]
+    seed: int
 
     def __post_init__(self) -> None:
         for encoding in self.encodings:
             self.settings.frequencies(encoding, scaled=True)
         if len({self.settings.training_encoding(encoding) for encoding in self.encodings}) != 1:
-            raise ValueError(f"[posgen] {', '.join(self.encodings)} are trained with different angles")
-        for seed in self.seeds:
-            if not 0 <= seed < 2**32:
-                raise ValueError(f"[posgen] seed must lie in [0, 2**32), got {seed}")
+            raise UsageError(f"{', '.join(self.encodings)} are trained with different angles")
+        check_option("seed", 0 <= self.seed < 2**32, "in [0, 2**32)", self.seed)
 
     def splits(self) -> Splits:
         """The rows to train on, validate on and test on."""
@@ -59,8 +58,8 @@ class Run:
         return make_splits(self.task, settings.split, settings.sizes, settings.train_length, settings.test_length)
 
     def model(self) -> Decoder:
-        """The decoders as they are before the first step."""
-        return Decoder(self.settings.model, self.task.modulus + 5, self.seeds)
+        """The decoder before the first step."""
+        return Decoder(self.settings.model, self.task.modulus + 5, self.seed)
 
     def rope(self, encoding: str, scaled: bool) -> ResonanceRoPE:
         """The rotary op of an encoding; pairs are neighbours, as in the official code."""
@@ -68,29 +67,27 @@ class Run:
 
 
 class Best:
-    """For each encoding and decoder: the weights with the best in-distribution validation accuracy, the earliest of
-    equals. Its arrays, by encoding and name, are what a checkpoint carries.
+    """For each encoding, the weights with the best in-distribution validation accuracy; of equals, the earliest.
+
+    Attributes:
+        arrays: by encoding and name; checkpoints carry them.
     """
 
     def __init__(self, run: Run, model: Decoder) -> None:
-        self.run = run
         self.arrays: dict[str, mx.array] = {}
         for encoding in run.encodings:
-            self.arrays[f"{encoding}.accuracy"] = mx.full((len(run.seeds),), -1.0)
-            self.arrays[f"{encoding}.step"] = mx.zeros((len(run.seeds),), dtype=mx.int32)
-            for name, value in _trainable(model).items():
-                self.arrays[f"{encoding}.weights.{name}"] = value
+            self.keep(encoding, 0, -1.0, model)
 
-    def consider(self, encoding: str, step: int, accuracy: np.ndarray, model: Decoder) -> None:
-        """Keep the weights of those decoders that are better now than before; accuracy is of shape (S,)."""
-        now = mx.array(accuracy.astype(np.float32))
-        better = now > self.arrays[f"{encoding}.accuracy"]
-        news = {"accuracy": now, "step": mx.full(now.shape, step, dtype=mx.int32)}
-        news |= {f"weights.{name}": value for name, value in _trainable(model).items()}
-        for name, value in news.items():
-            chosen = better.reshape(-1, *[1] * (value.ndim - 1))
-            self.arrays[f"{encoding}.{name}"] = mx.where(chosen, value, self.arrays[f"{encoding}.{name}"])
-        mx.eval(self.arrays)
+    def consider(self, encoding: str, step: int, accuracy: float, model: Decoder) -> None:
+        """Keep the model's weights if they are better than those before."""
+        if np.float32(accuracy) > self.arrays[f"{encoding}.accuracy"].item():
+            self.keep(encoding, step, accuracy, model)
+
+    def keep(self, encoding: str, step: int, accuracy: float, model: Decoder) -> None:
+        """Keep the model's weights, those after a step, with their accuracy."""
+        weights: Any = tree_flatten(model.trainable_parameters())
+        self.arrays |= {f"{encoding}.weights.{name}": value for name, value in weights}
+        self.arrays |= {f"{encoding}.accuracy": mx.array(accuracy), f"{encoding}.step": mx.array(step)}
 
     def load_into(self, model: Decoder, encoding: str) -> None:
         """Give the model the best weights for an encoding."""
@@ -100,18 +97,18 @@ class Best:
 
 
 def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress | None = None) -> tuple[Decoder, Best]:
-    """Train, going on from `checkpoint` when that file exists.
+    """Train, or resume from `checkpoint` if that file exists.
 
     Args:
         run: what to train.
-        checkpoint: a `.safetensors` file, written at every validation; None to keep nothing.
+        checkpoint: a `.safetensors` file, written at every validation; None writes none.
         on_progress: called after every step.
 
     Returns:
-        The decoders after the last step, and the best weights for each encoding.
+        The decoder after the last step, and the best weights for each encoding.
 
     Raises:
-        ValueError: the checkpoint belongs to another run.
+        UsageError: the checkpoint belongs to another run.
         FloatingPointError: the loss became NaN or infinite.
     """
     settings, task = run.settings, run.task
@@ -122,22 +119,20 @@ def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress
     inside = settings.train_length - task.seed_length
     shown = [float("nan"), float("nan")]
 
-    def loss(model: Decoder, ids: mx.array, keys: mx.array) -> mx.array:
-        logits = model(ids[..., :-1], training_rope, dropout_keys=keys, start=task.seed_length)
-        losses = nn.losses.cross_entropy(logits, ids[..., task.seed_length + 1 :])
-        return losses.mean(axis=(1, 2)).sum()  # the decoders share nothing: each gets the gradient of its own loss
+    def loss(model: Decoder, ids: mx.array, key: mx.array) -> mx.array:
+        logits = model(ids[:, :-1], training_rope, dropout_key=key, start=task.seed_length)
+        return nn.losses.cross_entropy(logits, ids[:, task.seed_length + 1 :], reduction="mean")
 
     def on_step(step: int, value: float) -> None:
         if step % settings.validate_every == 0 or step == settings.steps:
             model.eval()
             for encoding, rope in ropes.items():
                 counts = teacher_forced(model, rope, splits.validation, task)
-                accuracies = in_and_out(counts, len(splits.validation), inside)
-                best.consider(encoding, step, accuracies[0], model)
-                shown[:] = [float(accuracy.mean()) for accuracy in accuracies]
+                shown[:] = in_and_out(counts, len(splits.validation), inside)
+                best.consider(encoding, step, shown[0], model)
             model.train()
         if on_progress:
-            on_progress(step, value / len(run.seeds), *shown)
+            on_progress(step, value, *shown)
 
     train(
         model,
@@ -155,16 +150,16 @@ def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress
 
 
 def results(run: Run, model: Decoder, best: Best) -> list[dict[str, Any]]:
-    """Test the best weights of every encoding and decoder.
+    """Test the best weights of every encoding.
 
     Args:
         run: what was trained.
         model, best: from `run_training`; the model ends with the best weights of the last encoding.
 
     Returns:
-        One dictionary per encoding and seed, for JSON. `correct` counts, for every predicted position, the test rows
-        with the right token; `generated` does for text written from the seed alone, `continued` for text written
-        from a prompt of the training length.
+        One dictionary per encoding, for JSON. `correct` counts, for every predicted position, the test rows with the
+        right token; `generated` counts them in text written from the seed alone, `continued` in text written from a
+        prompt of the training length.
     """
     settings, task, rows = run.settings, run.task, run.splits().test
     some = rows[: settings.generated_rows]
@@ -176,39 +171,25 @@ def results(run: Run, model: Decoder, best: Best) -> list[dict[str, Any]]:
         counts = teacher_forced(model, rope, rows, task)
         free = generated(model, rope, some, task, task.seed_length)
         continued = generated(model, rope, some, task, settings.train_length)
-        accuracies = in_and_out(counts, len(rows), inside)
-        free_accuracies = in_and_out(free, len(some), inside)
-        for i, seed in enumerate(run.seeds):
-            line = {
-                "subtask": task.subtask,
-                "encoding": encoding,
-                "seed": seed,
-                "step": int(best.arrays[f"{encoding}.step"][i]),
-                "validation_id": float(best.arrays[f"{encoding}.accuracy"][i]),
-                "id": accuracies[0][i],
-                "ood": accuracies[1][i],
-                "generated_id": free_accuracies[0][i],
-                "generated_ood": free_accuracies[1][i],
-                "continued_ood": continued[i].mean() / len(some),
-            }
-            line = {name: round(float(value), 6) if isinstance(value, float) else value for name, value in line.items()}
-            line["correct"], line["rows"] = counts[i].tolist(), len(rows)
-            line["generated"], line["continued"] = free[i].tolist(), continued[i].tolist()
-            lines.append(line | {"generated_rows": len(some)})
+        accuracies = {"validation_id": float(best.arrays[f"{encoding}.accuracy"])}
+        accuracies["id"], accuracies["ood"] = in_and_out(counts, len(rows), inside)
+        accuracies["generated_id"], accuracies["generated_ood"] = in_and_out(free, len(some), inside)
+        accuracies["continued_ood"] = float(continued.mean() / len(some))
+        step = int(best.arrays[f"{encoding}.step"])
+        line: dict[str, Any] = {"subtask": task.subtask, "encoding": encoding, "seed": run.seed, "step": step}
+        line |= {name: round(value, 6) for name, value in accuracies.items()}
+        line |= {"correct": counts.tolist(), "rows": len(rows)}
+        line |= {"generated": free.tolist(), "continued": continued.tolist(), "generated_rows": len(some)}
+        lines.append(line)
     return lines
 
 
-def _trainable(model: Decoder) -> dict[str, mx.array]:
-    return dict(tree_flatten(model.trainable_parameters()))
-
-
 def _batch(run: Run, rows: np.ndarray, step: int) -> tuple[mx.array, mx.array]:
-    """Rows of a step, shape (S, B, 1 + L), and keys for dropout, (S, 2): functions of the seeds and the step."""
+    """The rows of a step, shape (B, 1 + L), and its key for dropout, (2,): functions of the seed and the step."""
     epoch, i = divmod(step, run.settings.steps_per_epoch)
     size = run.settings.batch_size
-    chosen = np.stack([_order(seed, epoch, len(rows))[i * size : (i + 1) * size] for seed in run.seeds])
-    keys = [[seed, DROPOUT_KEYS * step] for seed in run.seeds]
-    return mx.array(rows[chosen]), mx.array(np.array(keys, dtype=np.uint32))
+    chosen = _order(run.seed, epoch, len(rows))[i * size : (i + 1) * size]
+    return mx.array(rows[chosen]), mx.array([run.seed, DROPOUT_KEYS * step], dtype=mx.uint32)
 
 
 @lru_cache(maxsize=8)
