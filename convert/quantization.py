@@ -10,8 +10,8 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-from mlx_resonance.validation import QUANTIZATIONS
 from mlx_resonance.errors import UsageError
+from mlx_resonance.validation import QUANTIZATIONS
 
 import mlx.core as mx
 import mlx.nn as nn

@@ -15,7 +15,7 @@ from typing import Any
 from mlx_resonance import load, plan_memory, stream_generate
 from mlx_resonance.errors import UsageError
 from mlx_resonance.generation.batch import Request, answer_requests, generate_batch, open_answers, read_requests
-from mlx_resonance.storage import json_lines
+from mlx_resonance.run_log import json_lines
 
 import mlx.core as mx
 import pytest

@@ -12,7 +12,7 @@ from typing import Any
 
 from mlx_resonance import Checkpoint, RopeConfig, files, generate, load
 from mlx_resonance.generation.batch import Request, generate_batch
-from mlx_resonance.storage import read_run_log
+from mlx_resonance.run_log import read_run_log
 
 import mlx.core as mx
 import mlx_lm

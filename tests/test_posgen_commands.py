@@ -198,7 +198,7 @@ def test_another_run_in_the_folder_is_refused(run, tmp_path) -> None:
     ):
         code, out, err = run(*arguments, tmp_path / "r", *change.split())
         assert (code, out, len(err.splitlines())) == (2, "", 1) and wrong in err, err
-        assert err.rstrip().endswith("write to another file: give another --output")
+        assert err.rstrip().endswith("give another --output")
     assert (tmp_path / "r/run.jsonl").read_bytes() == before
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from mlx_resonance.storage import RunLog
+from mlx_resonance.run_log import RunLog
 
 import pytest
 

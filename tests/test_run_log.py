@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance.errors import UsageError
-from mlx_resonance.storage import RunLog, read_run_log
+from mlx_resonance.run_log import RunLog, read_run_log
 
 import pytest
 

@@ -18,7 +18,7 @@ from .output import count_bar, print_json, stdout
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..evaluation.answers import Answers
-    from ..storage import Record
+    from ..run_log import Record
 
 FILE: dict[str, Any] = path | {"metavar": "FILE.jsonl"}
 Data = Annotated[list[Path], Option(**FILE, help="File of a task; may be given several times.")]

@@ -17,7 +17,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint import Checkpoint
 from ..generation import stream_generate
-from ..storage import Record, RunLog
+from ..run_log import Record, RunLog
 from .prompts import Limits, Prompt, fit
 
 FIELDS = {"task": str, "id": str, "metric": str, "digest": str, "prediction": str, "max_tokens": int, "truncated": bool}

@@ -38,7 +38,7 @@ from ..generation import prompt_tokens
 from ..generation.cache import make_cache
 from ..generation.prefill import prefill
 from ..rope import expect
-from ..storage import Record
+from ..run_log import Record
 from .answers import greedy
 from .responses import Response, Responses, temperature
 

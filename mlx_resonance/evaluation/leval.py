@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import fmean
 
 from ..errors import UsageError
-from ..storage import Record
+from ..run_log import Record
 from . import scorers
 from .answers import summarize
 from .prompts import Prompt, read_lines

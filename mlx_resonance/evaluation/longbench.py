@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import UsageError
-from ..storage import Record, check_field
+from ..run_log import Record, check_field
 from . import scorers
 from .answers import summarize
 from .prompts import Prompt, read_lines

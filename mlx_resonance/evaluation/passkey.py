@@ -15,8 +15,8 @@ from ..checkpoint import Checkpoint
 from ..errors import UsageError, check_option
 from ..generation import generate
 from ..rope_config import LONGEST
+from ..run_log import Record, RunLog
 from ..scaling import check_context
-from ..storage import Record, RunLog
 
 KIND = "passkey"
 KEY = ("length", "depth", "repetition")

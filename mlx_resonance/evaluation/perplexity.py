@@ -31,8 +31,8 @@ from ..attention import set_rope
 from ..checkpoint import Checkpoint
 from ..errors import ANOTHER, UsageError, check_option
 from ..rope_config import RopeConfig
+from ..run_log import Record, RunLog
 from ..scaling import check_context, factor_for
-from ..storage import Record, RunLog
 from .windows import Document, Job, Options, Protocol
 
 KIND = "perplexity"

@@ -10,7 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from ..storage import Record, RunLog, check_output, not_a_run_log
+from ..run_log import Record, RunLog, not_a_run_log
+from ..storage import check_output
 
 KIND = "harness"
 KEY = ("request", "digest", "repeat")

@@ -13,7 +13,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import MissingFileError, UsageError, check_option
 from ..rope_config import LONGEST
-from ..storage import Record, check_field
+from ..run_log import Record, check_field
 from .answers import Answers, summarize
 from .prompts import Limits, Prompt, read_lines
 from .ruler import DOWNLOADED, TASKS, made_essay

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import MissingFileError, UsageError
-from ..storage import check_field, json_lines, sha256
+from ..run_log import check_field, json_lines
+from ..storage import sha256
 
 TEXT, LINES, TABLE = (".txt", ".md", ".tex", ".py"), (".jsonl", ".ndjson"), (".parquet",)
 

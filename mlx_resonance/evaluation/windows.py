@@ -18,7 +18,7 @@ from ..errors import check_option
 from ..generation.memory import require_memory
 from ..generation.prefill import PREFILL_BATCH, STEP
 from ..rope_config import LONGEST
-from ..storage import Record
+from ..run_log import Record
 from .losses import token_losses
 
 

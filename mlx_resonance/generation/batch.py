@@ -15,7 +15,7 @@ from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import MissingFileError, UsageError
-from ..storage import Record, RunLog, json_lines
+from ..run_log import Record, RunLog, json_lines
 from .prefill import PREFILL_BATCH, STEP
 from .prompt_cache import refuse_changing_angles
 from .stream import check_length, check_options, prompt_tokens

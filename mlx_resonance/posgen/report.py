@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..storage import Record
+from ..run_log import Record
 from .settings import BASES, ENCODINGS
 from .tasks import SUBTASKS
 

@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 
 from ..errors import ANOTHER, FileInTheWayError, UsageError, check_option
 from ..files import read_header
-from ..storage import RunLog, atomic_file, disk_errors
+from ..run_log import RunLog
+from ..storage import atomic_file, disk_errors
 from .settings import LONGEST, Settings
 from .sweep import FIELDS, KEY, KIND, from_header, header, read_results
 from .tasks import Task

@@ -13,7 +13,7 @@ from pathlib import Path
 import mlx.core as mx
 
 from ..errors import UsageError
-from ..storage import Record, RunLog, check_field, read_run_log
+from ..run_log import Record, RunLog, check_field, read_run_log
 from .settings import ENCODINGS, Settings, settings_from
 from .tasks import SUBTASKS, Task
 from .train import Progress, Run, results, run_training
