@@ -40,9 +40,16 @@ def in_float32(folder: Path, target: Path) -> Path:
 
 
 def random_checkpoint(
-    folder: Path, hidden: int, feed_forward: int, layers: int, heads: int, kv_heads: int, vocabulary: int, dtype: Any,
+    folder: Path,
+    hidden: int,
+    feed_forward: int,
+    layers: int,
+    heads: int,
+    kv_heads: int,
+    vocabulary: int,
+    dtype: Any,
     file: Any = llama,
-) -> Path:  # fmt: skip
+) -> Path:
     """A random model of one of mlx-lm's files, with 16384 tokens of context and the tokenizer of stdlib-llama."""
     config = {
         "model_type": file.__name__.split(".")[-1], "head_dim": hidden // heads, "hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": layers,

@@ -127,7 +127,8 @@ def test_text_of_every_language_and_halves_of_characters(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     "content",
     [
-        b"{}\n", b"[1]\n", b"not JSON\n", b"not JSON", b"[" * 100_000 + b"\n", b"\xff\xfe\n", b'{"passkey": 2}\n', b"\n",
+        b"{}\n", b"[1]\n", b"not JSON\n", b"not JSON", b"[" * 100_000 + b"\n", b"\xff\xfe\n",
+        b'{"passkey": 2}\n', b"\n",
     ],
     ids=["no header", "list", "not JSON", "without an end", "deep", "not text", "another version", "blank"],
 )  # fmt: skip
