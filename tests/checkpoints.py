@@ -52,8 +52,9 @@ def random_checkpoint(
 ) -> Path:
     """A random model of one of mlx-lm's files, with 16384 tokens of context and the tokenizer of stdlib-llama."""
     config = {
-        "model_type": file.__name__.split(".")[-1], "head_dim": hidden // heads, "hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": layers,
-        "num_attention_heads": heads, "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
+        "model_type": file.__name__.split(".")[-1], "head_dim": hidden // heads, "hidden_size": hidden,
+        "intermediate_size": feed_forward, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "max_position_embeddings": 16384, "tie_word_embeddings": True,
     }  # fmt: skip
     folder.mkdir(parents=True)
