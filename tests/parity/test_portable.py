@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.convert import convert
-from mlx_resonance.loading import load_model
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -63,11 +63,11 @@ def test_stock_runtimes_agree(tmp_path: Path, kind: str, rope: str) -> None:
     convert(tmp_path / "source", tmp_path / "ours", tokenizer=False, **ROPES[rope])
     convert(tmp_path / "source", tmp_path / "portable", portable=True, tokenizer=False, **ROPES[rope])
     assert "refuses this checkpoint" not in (tmp_path / "portable" / "README.md").read_text()
-    ours, _ = load_model(tmp_path / "ours")
+    ours = Checkpoint.open(tmp_path / "ours").load()
     expected = np.array(ours(mx.array(tokens)[None])[0])
     mlx, _ = mlx_lm.utils.load_model(tmp_path / "portable")
     torch_model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "portable", dtype=torch.float32)
-    again, _ = load_model(tmp_path / "portable")
+    again = Checkpoint.open(tmp_path / "portable").load()
     with torch.no_grad():
         logits = {
             "mlx-lm": np.array(mlx(mx.array(tokens)[None])[0]),
@@ -92,8 +92,8 @@ def test_the_same_file_without_the_scale_is_another_model(tmp_path: Path) -> Non
         convert(tmp_path / "source", tmp_path / "portable", portable=True, tokenizer=False, rope="yarn", factor=32)
     convert(tmp_path / "source", tmp_path / "ours", tokenizer=False, rope="yarn", factor=32)
     tokens = mx.array(TOKENS[:500])[None]
-    expected = np.array(load_model(tmp_path / "ours")[0](tokens))
-    error = np.abs(np.array(load_model(tmp_path / "portable")[0](tokens)) - expected).max() / np.abs(expected).max()
+    expected = np.array(Checkpoint.open(tmp_path / "ours").load()(tokens))
+    error = np.abs(np.array(Checkpoint.open(tmp_path / "portable").load()(tokens)) - expected).max() / np.abs(expected).max()
     assert error > 0.02
 
 
