@@ -87,7 +87,7 @@ def read_text(path: Path, checkpoint: Checkpoint) -> list[int]:
         raise UsageError(f"{path} is not UTF-8 text: {error}", option="quant_report") from None
     ids: list[int] = checkpoint.tokenizer.encode(text)[: WINDOW * WINDOWS]
     if len(ids) < 2:
-        raise UsageError(f"{path} has {len(ids)} tokens: at least two are needed", option="quant_report")
+        raise UsageError(f"{path} is too short: at least two tokens are needed", option="quant_report")
     return ids
 
 
@@ -145,12 +145,12 @@ class OnDemand:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
-    def __call__(self, states: mx.array, *arguments: Any) -> mx.array:
+    def __call__(self, states: mx.array, *arguments: Any, **options: Any) -> mx.array:
         """The layer's output, one row at a time."""
         self._owner._load(self._layer, self._names, prefix=".".join(self._names[0].split(".")[:3]) + ".")
         rows = []
         for i in range(states.shape[0]):
-            rows.append(self._layer(states[i : i + 1], *arguments))
+            rows.append(self._layer(states[i : i + 1], *arguments, **options))
             mx.eval(rows[-1])
         self._layer.update(self._empty)
         mx.clear_cache()

@@ -156,6 +156,7 @@ class Source:
                 self.left_out[tensor] = "computed from config.json"
         if HEAD in self.stored and config.get("tie_word_embeddings"):
             self.left_out[HEAD] = f"tied to {EMBEDDING}"
+        self.left_out = dict(sorted(self.left_out.items()))
         self._file = {tensor: file for file in files for tensor in file.tensors}
         self.scales = {scale.name for scale in self._scales.values()}
         taken = set(self.stored) - self.scales - set(self.left_out)

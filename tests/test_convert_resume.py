@@ -251,13 +251,17 @@ def test_a_finished_file_that_was_damaged_is_made_again(
 
 
 def test_what_verification_has_refused_is_not_published_by_another_run(
-    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    command = ("convert", random_llama, "--mlx-path", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["mlx_resonance.convert.verify"], "CLOSE", -1)
-        with pytest.raises(VerificationError, match="--restart"):
+        with pytest.raises(VerificationError, match="is not right: the logits") as failed:
             convert(random_llama, tmp_path / "out", verify=True)
-    for verify in (False, True):
-        with pytest.raises(ValueError, match=r"was refused \(the logits.*--restart"):
-            convert(random_llama, tmp_path / "out", verify=verify)
+        assert "--" not in str(failed.value)
+        code, _, stderr = run(*command, "--verify", "--restart")
+        assert code == 1 and "is not right: the logits" in stderr and "--restart" in stderr
+    for flags in ((), ("--verify",)):
+        code, _, stderr = run(*command, *flags)
+        assert code == 2 and "failed its verification (the logits" in stderr and "give --restart" in stderr
     convert(random_llama, tmp_path / "out", verify=True, restart=True)

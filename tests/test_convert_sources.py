@@ -187,6 +187,7 @@ def test_8_bit_floats_are_multiplied_by_their_scales(
         save_file(state, folder / "model.safetensors")
     done = convert(folder, tmp_path / "out", resonance=False, verify=True)
     assert done.checks is not None and done.checks["problems"] == []
+    assert set(done.left_out) == {name for name in state if name.endswith("input_scale")}
     found = weights(tmp_path / "out")
     assert found.keys() == expected.keys()
     for name, value in expected.items():

@@ -87,8 +87,8 @@ def test_one_layer_is_in_memory(stdlib_llama: Path, tmp_path: Path, monkeypatch:
     present: list[int] = []
     call = report.OnDemand.__call__
 
-    def watched(self: Any, *arguments: Any) -> mx.array:
-        result = call(self, *arguments)
+    def watched(self: Any, *arguments: Any, **options: Any) -> mx.array:
+        result = call(self, *arguments, **options)
         present.append(mx.get_active_memory())
         return result
 
@@ -104,10 +104,10 @@ def test_one_layer_is_in_memory(stdlib_llama: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("content", "options", "named"),
     [
-        (None, {"quantize": True}, "no file"),
+        (None, {"quantize": True}, "text: no such file (--quant-report)"),
         (b"\xff\xfe", {"quantize": True}, "not UTF-8"),
         (b"", {"quantize": True}, "at least two tokens"),
-        (b"text", {}, "needs --quantize"),
+        (b"text", {}, "what quantization costs: give --quantize"),
     ],
 )
 def test_what_cannot_be_reported_is_one_line(
