@@ -1,4 +1,4 @@
-"""Ways to break a checkpoint, and what `CASES` says that a refusal must name; the tests are in test_hostile.py."""
+"""Ways to break a checkpoint, and what the refusal of each must name (`CASES`); the tests are in test_hostile.py."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The converter: what it writes, and that it writes all of it or nothing."""
+"""The converter: what it writes, and which arguments and config.json it refuses."""
 
 from __future__ import annotations
 
@@ -184,7 +184,7 @@ def test_a_partial_rotary_factor_is_kept(random_llama: Path, tmp_path: Path, cop
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_models_of_mlx_lm_rotate_as_the_config_says(tmp_path: Path, model_type: str) -> None:
-    """`attention_factor` is a key that mlx-lm's own rotary module ignores."""
+    """mlx-lm's own rotary module ignores `attention_factor`."""
     import torch
     import transformers
 
@@ -300,7 +300,7 @@ def test_a_size_of_files_may_be_a_number(random_llama: Path, tmp_path: Path) -> 
 
 
 def test_the_commands_choices_are_the_librarys() -> None:
-    """They are written out there: `--help` imports no mlx-lm."""
+    """The command repeats them, so that `--help` need not import mlx-lm."""
     parameters = get_type_hints(convert_command.command)
     choices = {name: get_args(parameters[name]) for name in ("rope", "dtype", "q_mode", "quant_predicate")}
     choices = {name: get_args(types[0]) or types for name, types in choices.items()}

@@ -1,4 +1,4 @@
-"""A conversion that is killed, refused or out of space: nothing half made, nothing lost, the same bytes in the end."""
+"""A conversion that is killed, refused or out of space: no partial result, nothing lost, the same bytes in the end."""
 
 from __future__ import annotations
 

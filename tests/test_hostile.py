@@ -1,4 +1,4 @@
-"""Hostile and broken checkpoints: one line, exit code 2, nothing written, nothing run, no memory taken."""
+"""Hostile and broken checkpoints: one line, exit code 2; nothing is written or run, and memory stays small."""
 
 from __future__ import annotations
 

@@ -302,6 +302,6 @@ def test_chat_templates_in_a_folder_are_copied_and_hashed(random_llama: Path, tm
     assert any("tools.jinja has changed" in problem for problem in verify(tmp_path / "out").problems)
 
 
-def test_a_config_that_transformers_does_not_take_is_said(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
+def test_a_config_that_transformers_refuses_is_reported(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
     done = convert(copy_of(random_llama, pad_token_id=10**9), tmp_path / "out", verify=True)
     assert done.checks is not None and "transformers cannot build it" in done.checks["logits"]

@@ -50,36 +50,14 @@ def command(
     json: Json = False,
 ) -> None:
     """Convert a checkpoint to MLX with Resonance RoPE."""
+    arguments = {name: value for name, value in locals().items() if name != "json"}  # named as in Python
+
     from ..convert import VerificationError, convert
 
     try:
         with bytes_bar() as bar:
             task = bar.add_task("converting", total=None)
-            done = convert(
-                src,
-                mlx_path,
-                progress=lambda part, total: bar.update(task, completed=part, total=total),
-                rope=rope,
-                factor=factor,
-                original_max_position_embeddings=original_max_position_embeddings,
-                resonance=resonance,
-                dtype=dtype,
-                quantize=quantize,
-                q_bits=q_bits,
-                q_group_size=q_group_size,
-                q_mode=q_mode,
-                quant_predicate=quant_predicate,
-                revision=revision,
-                max_shard_size=max_shard_size,
-                portable=portable,
-                verify=verify,
-                quant_report=quant_report,
-                dry_run=dry_run,
-                consume_source=consume_source,
-                tokenizer=tokenizer,
-                allow_nan=allow_nan,
-                restart=restart,
-            )
+            done = convert(**arguments, progress=lambda part, total: bar.update(task, completed=part, total=total))
     except VerificationError as error:
         fail(f"{error}: --restart converts again", 1)
     (report_plan if dry_run else report)(done)
