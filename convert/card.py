@@ -35,7 +35,7 @@ The rotary wavelengths are whole numbers of tokens (arXiv 2403.00071). A runtime
 
 
 def read_card(folder: Path) -> dict[str, Any]:
-    """Licence, language, tags and base models of a checkpoint's card: texts, or lists of texts, that are there.
+    """Licence, language, tags and base models that a checkpoint's card has: texts, or lists of texts.
 
     Raises:
         UsageError: README.md is a link out of the folder.
@@ -45,7 +45,7 @@ def read_card(folder: Path) -> dict[str, Any]:
         return {}
     try:
         content = path.read_text(encoding="utf-8")
-        if not content.startswith("---"):  # no front matter, of which huggingface_hub would warn
+        if not content.startswith("---"):  # no front matter: huggingface_hub would warn
             return {}
         data = ModelCard(content).data
     except (ValueError, TypeError, YAMLError):  # front matter that the hub would refuse
@@ -60,7 +60,7 @@ def _is_text(value: Any) -> bool:
 
 
 def base_models(folder: Path) -> list[str]:
-    """What the card of a checkpoint names as the models that it was made from."""
+    """The models from which a checkpoint was made, as its card says."""
     base = read_card(folder).get("base_model", [])
     return base if isinstance(base, list) else [base]
 
@@ -72,8 +72,8 @@ def write_card(folder: Path, source: str, is_hub_id: bool, card: dict[str, Any],
         folder: where to write; its name, less `.partial`, is the title.
         source: name of the folder, or hub id, that was converted.
         is_hub_id: which of them it is.
-        card: from `read_card` of the source.
-        rope: the settings that were written.
+        card: of the source, as `read_card` returns it.
+        rope: the settings of the result.
     """
     data = ModelCardData(**{key: value for key, value in card.items() if key != "base_model"})
     data.library_name = "mlx"
@@ -94,5 +94,5 @@ def write_card(folder: Path, source: str, is_hub_id: bool, card: dict[str, Any],
 
 
 def _quotient(context: int | None, trained: int | None) -> float:
-    """By how much LongRoPE, which states no factor, lengthens the context; 1 where it is not known."""
+    """How many times LongRoPE, which states no factor, lengthens the context; 1 where it is not known."""
     return round(context / trained, 3) if context and trained else 1

@@ -1,7 +1,8 @@
-"""Weights in 8-bit floating point with scales, as trained or released by their authors: back to 16 bits."""
+"""Weights in 8-bit floating point with scales, as their authors trained or released them: back to 16 bits."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -11,9 +12,9 @@ from mlx_resonance.files import TensorInfo
 
 import mlx.core as mx
 
-METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors")  # of these, weights in E4M3
+METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors")  # those of their weights that are E4M3
 SCALES = ("_scale_inv", "_scale")  # after the name of the weight
-OF_ACTIVATIONS = (".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")
+ACTIVATIONS = (".input_scale", ".input_scale_ub", ".activation_scale", ".output_scale", ".k_scale", ".v_scale")
 AT_ONCE = 2**22  # elements that are in float32 at once
 
 
@@ -54,42 +55,39 @@ Scales = dict[str, Scale]
 
 def scales(
     quantization: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], originals: list[str]
-) -> tuple[Scales, dict[str, TensorInfo]]:
+) -> Scales:
     """Which tensors are scaled, and how.
 
     Args:
         quantization: `quantization_config` of config.json.
-        config: the whole of it.
+        config: the whole object.
         tensors: of the checkpoint.
         originals: what its card names as the model before quantization.
 
     Returns:
-        The scale of each weight in 8-bit floating point, and the tensors without those scales.
+        The scale of each weight that is an 8-bit float, by the weight's name.
 
     Raises:
         UsageError: another kind of quantization, or scales that do not fit.
     """
     method = quantization.get("quant_method") if isinstance(quantization, Mapping) else f"{quantization!r:.40}"
     original = f", {' or '.join(originals)}" if originals else ""
-    refusal = f"the weights are quantized with {method}, which is not read: convert the original{original}"
     block = _block(method, quantization) if method in METHODS else ()
     if block == ():
-        raise UsageError(refusal)
+        raise UsageError(f"the weights are quantized with {method}, which is not read: convert the original{original}")
     dtype = {"float16": "F16", "float32": "F32"}.get(str(config.get("dtype") or config.get("torch_dtype")), "BF16")
     found: Scales = {}
     for name, info in tensors.items():
         if info.dtype == "F8_E4M3":
             scale = next((name + suffix for suffix in SCALES if name + suffix in tensors), None)
             if scale is None or len(info.shape) != 2:
-                raise UsageError(f"{name} is in 8-bit float without a scale: convert the original{original}")
+                raise UsageError(f"{name} is an 8-bit float without a scale: convert the original{original}")
             found[name] = Scale(scale, _fit(name, info, tensors[scale], block), dtype)
-    used = {scale.name for scale in found.values()}
-    rest = {name: info for name, info in tensors.items() if name not in used and not name.endswith(OF_ACTIVATIONS)}
-    return found, rest
+    return found
 
 
 def _block(method: str, quantization: Mapping[str, Any]) -> tuple[int, ...] | None:
-    """Rows and columns of a block; None for a scale per row or tensor; empty where it is no 8-bit float."""
+    """Rows and columns of a block; None for a scale per row or tensor; empty where it is not an 8-bit float."""
     block = quantization.get("weight_block_size")
     if method == "compressed-tensors":
         groups = quantization.get("config_groups")
@@ -110,12 +108,10 @@ def _block(method: str, quantization: Mapping[str, Any]) -> tuple[int, ...] | No
 
 
 def _fit(name: str, weight: TensorInfo, scale: TensorInfo, block: tuple[int, ...] | None) -> tuple[int, int]:
+    """The block of a weight that shares a scale. Raises UsageError where the scales have another shape or type."""
     rows, columns = weight.shape
-    count = 1
-    for size in scale.shape:
-        count *= size
     if scale.dtype in ("F32", "F16", "BF16"):
-        if count == 1:
+        if math.prod(scale.shape) == 1:
             return 1, columns
         if block is not None and scale.shape == (-(-rows // block[0]), -(-columns // block[1])):
             return block[0], block[1]

@@ -1,7 +1,7 @@
-"""Where a conversion is made: OUT.partial/ with a journal. A killed run is gone on with; no half is ever a result.
+"""Where a conversion is made: OUT.partial/ with a journal, from which a killed run resumes.
 
-The journal is conversion.json. It names the source, the settings and the finished weight files with their SHA-256; in
-the result it stays as the record of how it was made.
+The journal is conversion.json. It names the source, the settings and the finished weight files with their SHA-256; it
+stays in the result as the record of how that was made.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Journal:
 
     Args:
         folder: OUT.partial.
-        record: what is written: `source`, `settings`, and `weights`, the finished files' bytes and SHA-256.
+        record: its content: `source`, `settings`, and `weights`, the finished files' bytes and SHA-256.
     """
 
     folder: Path
@@ -45,12 +45,12 @@ class Journal:
         return weights
 
     def finish(self, name: str, entry: dict[str, Any]) -> None:
-        """Note that a weight file is whole."""
+        """Record a finished weight file."""
         self.finished[name] = entry
         self.write()
 
     def write(self) -> None:
-        """Write the journal, whole or not at all."""
+        """Write the journal, in one rename."""
         ordered = self.record | {"weights": dict(sorted(self.finished.items()))}
         with atomic_file(self.folder / NAME) as partial, partial.open("w", encoding="utf-8") as file:
             file.write(json.dumps(ordered, indent=2, allow_nan=False) + "\n")
@@ -70,24 +70,24 @@ def workspace(
 
     Args:
         target: the folder to make.
-        source: what the weights come from: its name, and its commit or what `fingerprint` says of its files.
-        settings: what decides every byte of the result.
-        restart: drop what an earlier run has left.
-        keep: name of a folder in OUT.partial that an earlier run may have left and this one goes on with.
+        source: its name, and its commit or the `fingerprint` of its files.
+        settings: everything else that decides the bytes of the result.
+        restart: delete what an earlier run has left.
+        keep: name of a folder in OUT.partial that an earlier run may have left and this one uses again.
 
     Yields:
         The journal: new, or that of the earlier run with the same source and settings.
 
     Raises:
-        FileExistsError: the target exists, another run is at it, or OUT.partial is none of ours.
-        UsageError: the earlier run had another source or other settings.
+        FileInTheWayError: the target exists, another run is writing it, or OUT.partial is not a conversion's.
+        UsageError: the earlier run had another source or other settings, or its result failed verification.
     """
     with atomic_folder(target) as partial:
         yield _open(partial, {"source": dict(source), "settings": dict(settings), "weights": {}}, restart, keep)
 
 
 def fingerprint(files: list[Path]) -> dict[str, str]:
-    """What tells whether files have changed, without reading weights: size, time, and the hash of their beginning."""
+    """For each file its size, time and the hash of its beginning, which tell whether it has changed."""
     result = {}
     for path in files:
         status = path.stat()
@@ -111,12 +111,14 @@ def _open(partial: Path, wanted: dict[str, Any], restart: bool, keep: str | None
             for part in ("source", "settings"):
                 _compare(partial, part, earlier[part], wanted[part])
             if "refused" in earlier:
-                raise UsageError(f"{partial} was refused ({earlier['refused']}): --restart begins anew")
+                raise UsageError(
+                    f"{partial} failed its verification ({earlier['refused']})", remedies=[{"restart": True}]
+                )
             for name, entry in earlier["weights"].items():
                 path = partial / name
                 if path.is_file() and path.stat().st_size == entry["bytes"] and sha256(path) == entry["sha256"]:
                     journal.finished[name] = entry
-    for path in partial.iterdir():  # what a killed run had not finished
+    for path in partial.iterdir():  # unfinished files of a killed run
         if path.name not in journal.finished and path.name != NAME and (restart or path.name != keep):
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     journal.write()
@@ -128,30 +130,29 @@ def read_record(folder: Path) -> dict[str, Any]:
 
     Raises:
         MissingFileError: there is none.
-        UsageError: it is not one that a run has written. They write it whole: it is somebody else's, or was edited.
+        UsageError: it is not one that `convert` has written, or it was edited.
     """
     path = folder / NAME
     if path.is_symlink() or not path.is_file():
         raise MissingFileError(f"{folder} has no {NAME}: expected a folder that convert has written")
     record = read_json(path, MAX_RECORD)
-    wrong = UsageError(f"{path} is no record of a conversion")
-    if not all(isinstance(record.get(part), dict) for part in ("source", "settings", "weights")):
-        raise wrong
-    for name, entry in record["weights"].items():
-        if (
-            not isinstance(entry, dict)
-            or type(entry.get("bytes")) is not int
-            or not isinstance(entry.get("sha256"), str)
-        ):
-            raise wrong
-        errors = entry.get("quantization_error", {})
-        if not fnmatch(name, WEIGHTS) or Path(name).name != name:
-            raise wrong
-        if not isinstance(errors, dict):
-            raise wrong
-        if not all(error is None or isinstance(error, (int, float)) for error in errors.values()):
-            raise wrong
+    right = all(isinstance(record.get(part), dict) for part in ("source", "settings", "weights"))
+    if not right or not all(_is_entry(name, entry) for name, entry in record["weights"].items()):
+        raise UsageError(f"{path} is not the record of a conversion")
     return record
+
+
+def _is_entry(name: str, entry: Any) -> bool:
+    """Whether this can be what a record says of a weight file."""
+    if not fnmatch(name, WEIGHTS) or Path(name).name != name or not isinstance(entry, dict):
+        return False
+    errors = entry.get("quantization_error", {})
+    return (
+        type(entry.get("bytes")) is int
+        and isinstance(entry.get("sha256"), str)
+        and isinstance(errors, dict)
+        and all(error is None or isinstance(error, (int, float)) for error in errors.values())
+    )
 
 
 def _compare(partial: Path, part: str, earlier: dict[str, Any], wanted: dict[str, Any]) -> None:
@@ -159,6 +160,7 @@ def _compare(partial: Path, part: str, earlier: dict[str, Any], wanted: dict[str
         before, now = earlier.get(key), wanted.get(key)
         if before != now:
             raise UsageError(
-                f"{partial} was begun with {part} {key} = {json.dumps(before)}, now it is {json.dumps(now)}: "
-                "use the same as before, or --restart to begin anew"
+                f"{partial} was started with {part} {key} = {json.dumps(before)}, now it is {json.dumps(now)}; "
+                "repeat the former or start again",
+                remedies=[{"restart": True}],
             )

@@ -1,4 +1,4 @@
-"""What a conversion will write: what becomes of each tensor of the source, and which file it goes into."""
+"""What a conversion will write: what each tensor of the source becomes, and which file it goes into."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from mlx_resonance.checkpoint import LOADING_ERRORS, Checkpoint
 from mlx_resonance.errors import UsageError
 from mlx_resonance.files import TensorInfo
 from mlx_resonance.rope_config import RopeConfig
@@ -14,23 +15,21 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from . import quantization
 from .portable import portable_rope, scaled_by
+from .quantization import PARTS, QuantizationArguments, arguments_of, decide
 from .source import Source
 
-TYPES = {
-    "F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8,
-}  # fmt: skip
+TYPES = {"F32": mx.float32, "F16": mx.float16, "BF16": mx.bfloat16, "U32": mx.uint32, "U8": mx.uint8}
 PROCESS = 300_000_000  # bytes of Python, MLX and the libraries, without any tensor
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What becomes of one tensor of the source.
+    """What one tensor of the source becomes.
 
     Args:
         name: of the tensor.
-        dtype: what it is cast to, if it is of floating point; None keeps its own.
+        dtype: what it is cast to if it is a float; None keeps its own.
         factor: what it is multiplied by before, in float32.
         quantization: arguments of mx.quantize; None for no quantization.
     """
@@ -38,7 +37,7 @@ class Recipe:
     name: str
     dtype: mx.Dtype | None = None
     factor: float = 1.0
-    quantization: quantization.Settings | None = None
+    quantization: QuantizationArguments | None = None
 
     def cast(self, value: mx.array) -> mx.array:
         """The tensor as it is written, or quantized; lazy."""
@@ -48,15 +47,15 @@ class Recipe:
 
     @property
     def names(self) -> list[str]:
-        """Of the tensors that are written."""
+        """The names of the tensors that are written."""
         layer = self.name.removesuffix("weight")
         if self.quantization is None:
             return [self.name]
-        parts = quantization.PARTS if self.quantization["mode"] == "affine" else quantization.PARTS[:2]
+        parts = PARTS if self.quantization["mode"] == "affine" else PARTS[:2]
         return [layer + part for part in parts]
 
     def nbytes(self, info: TensorInfo) -> int:
-        """How many bytes are written for a tensor of this type and shape."""
+        """Bytes that are written for a tensor of this type and shape."""
         value = self.cast(mx.zeros(info.shape, TYPES[info.dtype]))  # lazy: never made
         parts = [value] if self.quantization is None else mx.quantize(value, **self.quantization)
         return sum(part.nbytes for part in parts)
@@ -64,7 +63,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Plan:
-    """A conversion before it is done.
+    """A conversion before it is made.
 
     Args:
         config: config.json of the result.
@@ -72,8 +71,7 @@ class Plan:
         factor: what queries and keys are multiplied by, for a portable checkpoint.
         files: the recipes of each weight file, in order.
         sizes: bytes of tensors in each of them.
-        memory: bytes of memory that the conversion needs, about.
-        unused: tensors of the source that no model has.
+        memory: bytes that the conversion needs, an estimate.
     """
 
     config: dict[str, Any]
@@ -82,7 +80,6 @@ class Plan:
     files: dict[str, list[Recipe]]
     sizes: dict[str, int]
     memory: int
-    unused: list[str]
 
 
 def make_plan(
@@ -107,34 +104,34 @@ def make_plan(
     Raises:
         UsageError: config.json and the weights do not fit together, or the settings do not fit them.
     """
-    config, model, names = check_tensors(source, rope)
+    checkpoint = source.checkpoint.with_rope(rope)
+    model, tensors, config = check_tensors(checkpoint), checkpoint.tensors, checkpoint.mlx_config
     config = {key: value for key, value in config.items() if value is not None or not key.startswith("quantization")}
     if dtype is not None:
         config |= {"dtype": dtype, "torch_dtype": dtype}
-    settings: dict[str, quantization.Settings] = {}
+    arguments: dict[str, QuantizationArguments] = {}
     if quantize is not None:
         if config.get("quantization"):
-            raise UsageError(f"{source.name} is quantized already: convert the original checkpoint")
-        settings, config = quantization.decide(model, config, *quantize)
+            raise UsageError(f"{checkpoint.name} is quantized already: convert the original checkpoint")
+        arguments, config = decide(model, config, *quantize)
     written, factor, scaled = rope, 1.0, set[str]()
     if portable:
         if config.get("rope_traditional"):
-            raise UsageError("--portable: mlx-lm's longrope does not read rope_traditional")
+            raise UsageError("mlx-lm's longrope does not read rope_traditional of config.json", option="portable")
         written, factor = portable_rope(rope)
         config |= written.to_hf("4")
-        scaled = scaled_by(names)
+        scaled = scaled_by(tensors)
     target = None if dtype is None else getattr(mx, dtype)
-    recipes = [Recipe(name, target, factor if name in scaled else 1.0, settings.get(name)) for name in names]
-    sizes = {recipe.name: recipe.nbytes(source.tensors[recipe.name]) for recipe in recipes}
+    recipes = [Recipe(name, target, factor if name in scaled else 1.0, arguments.get(name)) for name in tensors]
+    sizes = {recipe.name: recipe.nbytes(tensors[recipe.name]) for recipe in recipes}
     files = plan_files(recipes, sizes, shard_bytes)
     totals = {name: sum(sizes[recipe.name] for recipe in file) for name, file in files.items()}
-    largest = max(info.nbytes for name, info in source.tensors.items() if name in sizes)
-    memory = PROCESS + max(totals.values()) + largest
-    return Plan(config, written, factor, files, totals, memory, sorted(set(source.tensors) - set(names)))
+    memory = PROCESS + max(totals.values()) + max(info.nbytes for info in tensors.values())
+    return Plan(config, written, factor, files, totals, memory)
 
 
 def plan_files(recipes: list[Recipe], sizes: Mapping[str, int], shard_bytes: int) -> dict[str, list[Recipe]]:
-    """Which recipes go into which file: in their order, no file of more than `shard_bytes` unless one tensor is."""
+    """Which recipes go into which file: in their order, no file larger than `shard_bytes` unless one tensor is."""
     shards: list[list[Recipe]] = []
     room = 0
     for recipe in recipes:
@@ -149,51 +146,41 @@ def plan_files(recipes: list[Recipe], sizes: Mapping[str, int], shard_bytes: int
     return dict(zip(names, shards, strict=True))
 
 
-def model_tensors(source: Source) -> tuple[RopeConfig, list[str]]:
-    """A checkpoint's own rope settings, and which of its tensors its model has. Raises as `check_tensors`."""
-    rope = source.checkpoint.rope
-    return rope, check_tensors(source, rope)[2]
-
-
-def check_tensors(source: Source, rope: RopeConfig) -> tuple[dict[str, Any], nn.Module, list[str]]:
-    """Compare a checkpoint's config.json with the types and shapes of its tensors.
+def check_tensors(checkpoint: Checkpoint) -> nn.Module:
+    """Compare a checkpoint's config.json with the names, types and shapes of its tensors.
 
     Returns:
-        config.json with these rope settings, its model without any weights, and which of the tensors the model has, in
-        the order of the files.
+        Its model without any weights, quantized as config.json says.
 
     Raises:
         UsageError: they do not fit together.
     """
-    checkpoint = source.checkpoint.with_rope(rope)
-    config, kind, tensors = checkpoint.mlx_config, checkpoint.config["model_type"], source.tensors
-    model = checkpoint.build()
-    try:
-        lazy = {name: mx.zeros(info.shape, TYPES[info.dtype]) for name, info in tensors.items()}
-        names = set(model.sanitize(lazy))
-        if own := config.get("quantization"):
-            settings = quantization.settings_of(list(names), own)
-            common = {key: own[key] for key in ("group_size", "bits")} | {"mode": own.get("mode", "affine")}
-            nn.quantize(model, **common, class_predicate=lambda path, _: settings.get(f"{path}.weight", False))
-    except (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError) as error:
-        raise UsageError(f"no {kind} model is like this config.json: {error!r}") from None
+    model, kind, tensors = checkpoint.build(), checkpoint.config["model_type"], checkpoint.tensors
+    if own := checkpoint.config.get("quantization"):
+        arguments = arguments_of(tensors, own)
+        common = {key: own[key] for key in ("group_size", "bits")} | {"mode": own.get("mode", "affine")}
+        try:
+            nn.quantize(model, **common, class_predicate=lambda path, _: arguments.get(f"{path}.weight", False))
+        except LOADING_ERRORS as error:
+            raise UsageError(f"no {kind} model is like this config.json: {error!r}") from None
     wanted = dict(tree_flatten(model.parameters()))
-    for name in sorted(set(wanted) - names):
+    for name in sorted(set(wanted) - set(tensors)):
         raise UsageError(f"{name} is missing, which the {kind} model of config.json has")
-    for name in sorted(names):
+    for name, found in sorted(tensors.items()):
         if name not in wanted:
             raise UsageError(f"{name} is in the weights, but not in the {kind} model of config.json")
-        asked, found = wanted[name], tensors[name]
+        asked = wanted[name]
         if asked.shape != found.shape:
             raise UsageError(f"{name} has shape {found.shape}, config.json asks for {tuple(asked.shape)}")
         if mx.issubdtype(asked.dtype, mx.floating) == found.dtype.startswith("U"):
             raise UsageError(f"{name} is of type {found.dtype}, a {kind} model has {asked.dtype} there")
-    return config, model, [name for name in tensors if name in names]
+    return model
 
 
 def disk_needed(plan: Plan, source: Source, consume: bool) -> tuple[int, int]:
-    """Bytes that the result takes, and bytes that must be downloaded to be on the disk at once."""
+    """Bytes of the result, and of the downloads that are on the disk at once."""
     downloads = [file.download for file in source.files]
     headers = 200 * sum(len(recipe.names) for file in plan.files.values() for recipe in file)
-    small = sum(path.stat().st_size for path in source.folder.iterdir() if path.is_file() and path.suffix == ".json")
+    folder = source.checkpoint.folder
+    small = sum(path.stat().st_size for path in folder.iterdir() if path.is_file() and path.suffix == ".json")
     return sum(plan.sizes.values()) + headers + small, max(downloads, default=0) if consume else sum(downloads)

@@ -1,4 +1,4 @@
-"""Quantization: what mlx-lm decides for each layer, done a few rows at a time, and how far it may be off."""
+"""Quantization as mlx-lm decides it for each layer, a few rows at a time; and the largest error it may have."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
-from mlx_resonance.errors import UsageError
+from mlx_resonance.errors import UsageError, check_option
 from mlx_resonance.validation import QUANTIZATIONS
 
 import mlx.core as mx
@@ -21,41 +21,37 @@ from mlx.utils import tree_flatten
 from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 MODES = tuple(QUANTIZATIONS)
-AFFINE_BITS, AFFINE_GROUPS = QUANTIZATIONS["affine"]
+BITS, GROUP_SIZES = QUANTIZATIONS["affine"]
 AT_ONCE = 2**20  # elements; in a 4-bit float MLX on the CPU needs 70 bytes for each
-SAMPLE = 4  # of so many rows of a large weight one is dequantized for its error: all would take as long as quantizing
+SAMPLE = 4  # the error of a large weight is measured in every 4th row: all rows would take as long as quantizing
 PARTS = ("weight", "scales", "biases")
-# Half the distance of neighbours around 1, and what rounding the smallest numbers, or flushing them to 0, may cost.
+# Half the distance of neighbours around 1, and the error of rounding the smallest numbers or flushing them to 0.
 ROUNDOFF = {mx.float32: (2.0**-24, 2.0**-126), mx.float16: (2.0**-11, 2.0**-25), mx.bfloat16: (2.0**-8, 2.0**-126)}
 
 _thread = threading.local()
 
-Settings = dict[str, Any]  # group_size, bits, mode: the arguments of mx.quantize
+QuantizationArguments = dict[str, Any]  # group_size, bits, mode: the arguments of mx.quantize
 
 
-def check_arguments(quantize: bool, bits: int | None, group_size: int | None, mode: str, predicate: str | None) -> None:
-    """Raise ValueError where they contradict each other, or mlx-lm has no such value."""
+def check_arguments(quantize: bool, bits: int | None, group_size: int | None, mode: str, recipe: str | None) -> None:
+    """Raise UsageError where they contradict each other, or mlx-lm has no such value."""
+    given = {"q_bits": bits, "q_group_size": group_size, "quant_predicate": recipe}
+    given = {name: value for name, value in given.items() if value is not None}
+    check_option("q_mode", mode in MODES, f"one of {', '.join(MODES)}", mode)
     if not quantize:
-        if bits is not None or group_size is not None or predicate is not None or mode != "affine":
-            raise UsageError("quantization settings need --quantize (-q)")
-        return
-    if mode not in MODES:
-        raise UsageError(f"q_mode must be one of {', '.join(MODES)}, got {mode!r}")
+        for name, value in (given | ({} if mode == "affine" else {"q_mode": mode})).items():
+            raise UsageError(f"{name} = {value} is a setting of quantization", remedies=[{"quantize": True}])
     if mode != "affine":
-        if bits or group_size or predicate:
-            raise UsageError(f"q_mode {mode} has its own bits and group size: leave the others out")
-        return
-    for name, value, allowed in (("q_bits", bits, AFFINE_BITS), ("q_group_size", group_size, AFFINE_GROUPS)):
-        if value is not None and value not in allowed:
-            raise UsageError(f"{name} must be one of {', '.join(map(str, allowed))}, got {value}")
-    if predicate is not None and predicate not in QUANT_RECIPES:
-        recipes = ", ".join(QUANT_RECIPES)
-        raise UsageError(f"quant_predicate must be one of {recipes}, got {predicate!r}")
+        for name, value in given.items():
+            raise UsageError(f"{name} = {value}: q_mode {mode} has its own, leave it out", option=name)
+    for name, allowed in (("q_bits", BITS), ("q_group_size", GROUP_SIZES), ("quant_predicate", QUANT_RECIPES)):
+        right = name not in given or given[name] in allowed
+        check_option(name, right, f"one of {', '.join(map(str, allowed))}", given.get(name))
 
 
 def decide(
     model: nn.Module, config: dict[str, Any], bits: int | None, group_size: int | None, mode: str, recipe: str | None
-) -> tuple[dict[str, Settings], dict[str, Any]]:
+) -> tuple[dict[str, QuantizationArguments], dict[str, Any]]:
     """Have mlx-lm decide which layers are quantized, and how.
 
     Args:
@@ -64,7 +60,7 @@ def decide(
         bits, group_size, mode, recipe: mlx-lm's; None for its defaults.
 
     Returns:
-        Settings by the name of the weight, and the config with the key `quantization`.
+        Arguments by the name of the weight, and the config with the key `quantization`.
 
     Raises:
         UsageError: no layer can be quantized.
@@ -76,26 +72,27 @@ def decide(
         result: tuple[nn.Module, dict[str, Any]] = mlx_lm.utils.quantize_model(
             model, config, group_size, bits, mode=mode, quant_predicate=predicate
         )
-    names = list(dict(tree_flatten(result[0].parameters())))
-    settings = settings_of(names, result[1]["quantization"])
-    if not settings:
-        raise UsageError(f"no layer is as wide as a multiple of q_group_size {group_size}: nothing to quantize")
-    return settings, result[1]
+    arguments = arguments_of(dict(tree_flatten(result[0].parameters())), result[1]["quantization"])
+    if not arguments:
+        size = result[1]["quantization"]["group_size"]
+        raise UsageError(f"no layer's width is a multiple of the group size {size}", option="q_group_size")
+    return arguments, result[1]
 
 
-def settings_of(names: list[str], quantization: dict[str, Any]) -> dict[str, Settings]:
+def arguments_of(names: Iterable[str], quantization: Mapping[str, Any] | None) -> dict[str, QuantizationArguments]:
     """How each quantized weight of a model is quantized.
 
     Args:
         names: of its tensors.
-        quantization: of its config.json.
+        quantization: of its config.json; None where nothing is quantized.
     """
+    quantization = quantization or {}
     common = {key: quantization.get(key, "affine") for key in ("group_size", "bits", "mode")}
     layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
     return {f"{layer}.weight": common | _as_dict(quantization.get(layer)) for layer in layers}
 
 
-def group_parts(names: list[str], quantized: dict[str, Settings]) -> dict[str, list[str]]:
+def group_parts(names: Iterable[str], quantized: Collection[str]) -> dict[str, list[str]]:
     """The tensors that belong together: weight, scales and biases under the weight's name, any other by itself."""
     groups = {name: [name] for name in names}
     for name in quantized:
@@ -104,16 +101,16 @@ def group_parts(names: list[str], quantized: dict[str, Settings]) -> dict[str, l
     return groups
 
 
-def _as_dict(value: Any) -> Settings:
+def _as_dict(value: Any) -> QuantizationArguments:
     return value if isinstance(value, dict) else {}
 
 
-def quantize(weight: mx.array, settings: Settings) -> tuple[list[mx.array], float | None]:
+def quantize(weight: mx.array, arguments: QuantizationArguments) -> tuple[list[mx.array], float | None]:
     """mx.quantize, with little memory and on more than one core.
 
     Args:
         weight: (out, in).
-        settings: of the quantization.
+        arguments: of the quantization.
 
     Returns:
         Weight, scales and, where the mode is affine, biases; and the root mean square of the error, over that of the
@@ -129,9 +126,9 @@ def quantize(weight: mx.array, settings: Settings) -> tuple[list[mx.array], floa
         for stream, start in zip(streams, range(i, weight.shape[0], step), strict=False):
             with mx.stream(stream):
                 rows = weight[start : start + step]
-                parts.append(list(mx.quantize(rows, **settings)))
+                parts.append(list(mx.quantize(rows, **arguments)))
                 originals.append(rows[::sample].astype(mx.float32))
-                differences.append(dequantize([part[::sample] for part in parts[-1]], settings) - originals[-1])
+                differences.append(dequantize([part[::sample] for part in parts[-1]], arguments) - originals[-1])
         sums = mx.stack([mx.sum(mx.square(array)) for array in (*differences, *originals)])
         mx.eval(parts[-len(originals) :], sums)
         squares = np.array(sums, np.float64)
@@ -142,7 +139,7 @@ def quantize(weight: mx.array, settings: Settings) -> tuple[list[mx.array], floa
 
 
 def _streams() -> list[mx.Stream]:
-    """MLX works through a stream on the CPU with one core: as many streams as cores. Each thread has its own."""
+    """On the CPU MLX uses one core for a stream: one stream per core, and each thread has its own."""
     if mx.default_device() == mx.Device(mx.gpu):
         return [mx.default_stream(mx.gpu)]
     if not hasattr(_thread, "streams"):
@@ -151,29 +148,34 @@ def _streams() -> list[mx.Stream]:
     return streams
 
 
-def dequantize(parts: list[mx.array], settings: Settings) -> mx.array:
+def dequantize(parts: list[mx.array], arguments: QuantizationArguments) -> mx.array:
     """The weight in float32. The scales are widened first: no rounding comes on top."""
     weight, scales = parts[:2]
-    if settings["mode"] != "affine":
-        return mx.dequantize(weight, scales, **settings, dtype=mx.float32)
-    return mx.dequantize(weight, scales.astype(mx.float32), parts[2].astype(mx.float32), **settings)
+    if arguments["mode"] != "affine":
+        return mx.dequantize(weight, scales, **arguments, dtype=mx.float32)
+    return mx.dequantize(weight, scales.astype(mx.float32), parts[2].astype(mx.float32), **arguments)
+
+
+def dequantized(parts: list[mx.array], arguments: QuantizationArguments | None) -> mx.array:
+    """A tensor in float32, quantized or not."""
+    return parts[0].astype(mx.float32) if arguments is None else dequantize(parts, arguments)
 
 
 def relative(error: float, size: float) -> float | None:
-    """The root of a quotient of sums of squares, to four digits; None where it is no number."""
+    """The root of a quotient of sums of squares, to four digits; None where it is not finite."""
     if error == 0:
         return 0.0
     ratio = math.sqrt(error / size) if size > 0 else math.inf
     return float(f"{ratio:.4g}") if math.isfinite(ratio) else None
 
 
-def largest_error(value: mx.array, parts: list[mx.array], settings: Settings) -> mx.array:
-    """How far each element of a dequantized weight may be from what was quantized, if MLX did it right.
+def largest_error(value: mx.array, parts: list[mx.array], arguments: QuantizationArguments) -> mx.array:
+    """The largest error that each element of a dequantized weight may have, if MLX quantized it right.
 
     Args:
         value: the dequantized weight, float32.
         parts: what it was dequantized from.
-        settings: of the quantization.
+        arguments: of the quantization.
 
     Returns:
         The bound, float32, of the shape of `value`.
@@ -182,21 +184,21 @@ def largest_error(value: mx.array, parts: list[mx.array], settings: Settings) ->
     """
     scales, groups = parts[1], value.reshape(*parts[1].shape, -1)
     magnitude = mx.abs(groups)
-    if settings["mode"] == "affine":
+    if arguments["mode"] == "affine":
         # Half a step inside; the scale is moved so that one end of the group is met, and the other end may lie a step
         # beyond. Scale and bias were rounded after the weights were.
         unit, smallest = ROUNDOFF[scales.dtype]
-        steps = 2 ** settings["bits"]
+        steps = 2 ** arguments["bits"]
         step, bias = mx.abs(scales.astype(mx.float32)), mx.abs(parts[2].astype(mx.float32))
         code = mx.abs(groups - parts[2].astype(mx.float32)[..., None]) / step[..., None]
         inside = (code > 0.5) & (code < steps - 1.5)
         rounding = step * steps * unit + bias * unit + (steps + 1) * smallest
         bound = mx.where(inside, 0.5, 1.0) * step[..., None] * (1 + 2 * unit) + rounding[..., None]
         return (1.001 * bound).reshape(value.shape)
-    mantissa, smallest, top = {4: (1, 0.5, 6.0), 8: (3, 2.0**-9, 448.0)}[settings["bits"]]
+    mantissa, smallest, top = {4: (1, 0.5, 6.0), 8: (3, 2.0**-9, 448.0)}[arguments["bits"]]
     # Half the distance to the next number of the format; powers of two as scales cut off up to a factor of 1.47 at the
     # top (log2 is rounded in the type of the weights), E4M3 as scales a sixteenth, or half their smallest number.
-    if settings["mode"] == "nvfp4":
+    if arguments["mode"] == "nvfp4":
         scale = mx.from_fp8(scales, mx.float32)
         beyond = mx.where(scale >= 448, mx.inf, top * mx.maximum(scale / 15, 2.0**-10))  # 448 is the largest
     else:

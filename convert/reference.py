@@ -7,51 +7,49 @@ import os
 from importlib.util import find_spec
 from typing import Any
 
-from mlx_resonance.checkpoint import ROPE_KEYS
-from mlx_resonance.rope_config import RopeConfig
+from mlx_resonance.checkpoint import ROPE_KEYS, Checkpoint
 
 import mlx.core as mx
 import numpy as np
 
-from .quantization import dequantize, group_parts, settings_of
-from .source import Source
+from .quantization import arguments_of, dequantized, group_parts
+from .source import EMBEDDING, HEAD, Source
 
 TOKENS = 64
-# Bytes of float32 weights, one model at a time: a quarter of the machine's. Of a larger one the first layers are used.
+# Bytes of float32 weights, one model at a time: a quarter of the machine's. Of a larger model, the first layers.
 MEMORY = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 4
 NOT_IN_CONFIG = {*ROPE_KEYS, "quantization", "quantization_config", "dtype", "torch_dtype"}
 
 
-def compare_logits(source: Source, rope: RopeConfig) -> dict[str, Any] | str:
+def compare_logits(result: Source) -> dict[str, Any] | str:
     """Compare the logits of our model with those of transformers' for the same weights and wavelengths, in float32.
 
-    transformers has no resonance types: its model is given the wavelengths. Weights that are quantized here are given
-    to it dequantized.
+    transformers has no resonance types: its model is given the wavelengths. Weights that are quantized are given to it
+    dequantized.
 
     Args:
-        source: a folder in MLX's format.
-        rope: its rope settings.
+        result: a folder in MLX's format.
 
     Returns:
         `error`, the largest as a part of the largest logit; `tokens`, `layers`; or why nothing was compared.
     """
     if find_spec("torch") is None or find_spec("transformers") is None:
         return "torch and transformers are not installed"
-    config = dict(source.checkpoint.config)
-    if config.get("rope_traditional") or rope.partial_rotary_factor != 1:
+    checkpoint = result.checkpoint
+    if checkpoint.config.get("rope_traditional") or checkpoint.rope.partial_rotary_factor != 1:
         return "transformers has no such rotation"
-    layers = _layers_that_fit(source, config)
+    layers = _layers_that_fit(checkpoint)
     if layers < 1:
         return f"a layer in float32 takes more than a quarter of the memory, {MEMORY / 1e9:.3g} GB"
-    tokens = np.random.default_rng(0).integers(0, config["vocab_size"], (1, TOKENS))
-    model = source.checkpoint.load(lazy=True)
+    tokens = np.random.default_rng(0).integers(0, checkpoint.config["vocab_size"], (1, TOKENS))
+    model = checkpoint.load(lazy=True)
     model.model.layers = model.model.layers[:layers]
     model.set_dtype(mx.float32)
     ours = np.array(model(mx.array(tokens)))
     del model
     mx.clear_cache()
     try:
-        theirs = _logits_of_transformers(source, config, rope, layers, tokens)
+        theirs = _logits_of_transformers(result, layers, tokens)
     except Exception as error:  # whatever its checks of config.json raise
         return f"transformers cannot build it: {type(error).__name__}: {' '.join(str(error).split()):.200}"
     if not np.isfinite(theirs).all() and np.array_equal(np.isfinite(ours), np.isfinite(theirs)):
@@ -62,26 +60,25 @@ def compare_logits(source: Source, rope: RopeConfig) -> dict[str, Any] | str:
     return {"error": float(f"{part:.3g}"), "tokens": TOKENS, "layers": layers}
 
 
-def _layers_that_fit(source: Source, config: dict[str, Any]) -> int:
-    """How many of the layers; all of those with and without a window are needed, for the model counts on both."""
-    quantized = settings_of(list(source.tensors), config.get("quantization") or {})
+def _layers_that_fit(checkpoint: Checkpoint) -> int:
+    """The number of layers that fit; 0 where not all kinds, with and without a window, are among them."""
+    quantized = arguments_of(checkpoint.tensors, checkpoint.config.get("quantization"))
     each = {0: 0.0}
-    for name, info in source.tensors.items():
+    for name, info in checkpoint.tensors.items():
         layer = int(name.split(".")[2]) + 1 if name.startswith("model.layers.") else 0
         elements = math.prod(info.shape) * (32 // quantized[name]["bits"] if name in quantized else 1)
         each[layer] = each.get(layer, 0.0) + 4 * elements
     sizes = np.cumsum([each[layer] for layer in sorted(each)])
     fit = int(np.searchsorted(sizes, MEMORY, side="right")) - 1
-    kinds = config.get("layer_types") or []
+    kinds = checkpoint.config.get("layer_types") or []
     return fit if fit >= max((kinds.index(kind) + 1 for kind in set(kinds)), default=1) else 0
 
 
-def _logits_of_transformers(
-    source: Source, config: dict[str, Any], rope: RopeConfig, layers: int, tokens: np.ndarray[Any, Any]
-) -> np.ndarray[Any, Any]:
+def _logits_of_transformers(result: Source, layers: int, tokens: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
     import torch
     import transformers
 
+    config, rope = result.checkpoint.config, result.checkpoint.rope
     plain = {key: value for key, value in config.items() if key not in NOT_IN_CONFIG} | {"num_hidden_layers": layers}
     if plain.get("layer_types"):
         plain["layer_types"] = plain["layer_types"][:layers]
@@ -90,9 +87,9 @@ def _logits_of_transformers(
         model = transformers.AutoModelForCausalLM.from_config(
             settings, dtype=torch.float32, attn_implementation="eager"
         )
-    weights = _float32_weights(source, config, layers)
+    weights = _float32_weights(result, layers)
     if config["tie_word_embeddings"]:
-        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+        weights[HEAD] = weights[EMBEDDING]
     model.load_state_dict({name: torch.from_numpy(value) for name, value in weights.items()}, assign=True)
     frequencies = rope.frequencies(tokens.shape[1] if rope.depends_on_length else None)
     rotary = model.model.rotary_emb
@@ -103,15 +100,14 @@ def _logits_of_transformers(
     return logits
 
 
-def _float32_weights(source: Source, config: dict[str, Any], layers: int) -> dict[str, np.ndarray[Any, Any]]:
+def _float32_weights(result: Source, layers: int) -> dict[str, np.ndarray[Any, Any]]:
     names = [
-        name for name in source.tensors if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
+        name
+        for name in result.checkpoint.tensors
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
     ]
-    quantized = settings_of(names, config.get("quantization") or {})
-    weights = {}
-    for name, parts in group_parts(names, quantized).items():
-        arrays = [source.read(part) for part in parts]
-        weights[name] = np.array(
-            dequantize(arrays, quantized[name]) if len(parts) > 1 else arrays[0].astype(mx.float32)
-        )
-    return weights
+    quantized = arguments_of(names, result.checkpoint.config.get("quantization"))
+    return {
+        name: np.array(dequantized([result.read(part) for part in parts], quantized.get(name)))
+        for name, parts in group_parts(names, quantized).items()
+    }

@@ -1,4 +1,4 @@
-"""What quantization costs on a text: perplexity, and the divergence from the model before it."""
+"""What quantization costs on a text: the perplexity, and the divergence from the model before it."""
 
 from __future__ import annotations
 
@@ -13,37 +13,35 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from .plan import check_tensors, model_tensors
-from .quantization import dequantize, group_parts, settings_of
-from .source import Source, mlx_folder
+from .quantization import arguments_of, dequantized, group_parts
+from .source import Source
 
-WINDOW, WINDOWS = 512, 16  # tokens; the first so many of the text
-LONGEST_TOKEN = 16  # characters, that a token of a text has at most in the mean
-POSITIONS = 256  # whose logits are in memory at once
+WINDOW, WINDOWS = 512, 16  # tokens of a window, and the number of windows, from the beginning of the text
+LONGEST_TOKEN = 16  # characters: more than the mean of any text
+POSITIONS = 256  # with logits in memory at once
 
 
-def quantization_report(folder: Path, source: Source, ids: list[int]) -> dict[str, Any]:
+def quantization_report(result: Source, source: Source, ids: list[int]) -> dict[str, Any]:
     """Compare a quantized checkpoint with its source, both with the rope settings of the former, in float32.
 
-    Layer by layer: no more than one is in memory, whatever the size of the model.
+    At most one layer is in memory, whatever the size of the model.
 
     Args:
-        folder: the quantized checkpoint, with a tokenizer.
+        result: the quantized checkpoint.
         source: what it was made from.
-        ids: of a text, from `read_text`. They are read in windows of 512 tokens or the context before scaling, each
-            from its beginning.
+        ids: of a text, as `read_text` returns them. They are read in windows of 512 tokens or the context before
+            scaling, each from its beginning.
 
     Returns:
         `tokens` predicted, `window`; `perplexity` of both; `kl_divergence` of the quantized model's next token from
         the source's, in nats, the mean and the largest; `same_top_token`, how often the likeliest one is the same.
         None stands for what is not finite.
     """
-    quantized = mlx_folder(folder)
-    rope, _ = model_tensors(quantized)
+    rope = result.checkpoint.rope
     window = min(WINDOW, rope.trained_length or WINDOW, len(ids))
     count = min(len(ids) // window, WINDOWS)
     tokens = mx.array(ids[: count * window]).reshape(count, window)
-    models = [Streamed(checkpoint, check_tensors(source, rope)[1]) for checkpoint in (source, quantized)]
+    models = [Streamed(weights, source.checkpoint.with_rope(rope).build()) for weights in (source, result)]
     hidden = [model.hidden(tokens) for model in models]
     targets = tokens[:, 1:].reshape(-1)
     sums = [0.0, 0.0, 0.0, 0.0]
@@ -70,31 +68,31 @@ def quantization_report(folder: Path, source: Source, ids: list[int]) -> dict[st
 
 
 def read_text(path: Path, checkpoint: Checkpoint) -> list[int]:
-    """The tokens of a text file, as far as the report reads it.
+    """The tokens of a text file, up to those that the report reads.
 
     Args:
         path: of the file.
-        checkpoint: whose tokenizer reads it.
+        checkpoint: with the tokenizer.
 
     Raises:
         MissingFileError: there is no such file, or no tokenizer.
         UsageError: it is not UTF-8, or has fewer than two tokens.
     """
     if not path.is_file():
-        raise MissingFileError(f"--quant-report: no file {path}")
+        raise MissingFileError(f"{path}: no such file", option="quant_report")
     try:
         with path.open(encoding="utf-8") as file:
             text = file.read(WINDOW * WINDOWS * LONGEST_TOKEN)
     except UnicodeDecodeError as error:
-        raise UsageError(f"--quant-report: {path} is not UTF-8 text: {error}") from None
+        raise UsageError(f"{path} is not UTF-8 text: {error}", option="quant_report") from None
     ids: list[int] = checkpoint.tokenizer.encode(text)[: WINDOW * WINDOWS]
     if len(ids) < 2:
-        raise UsageError(f"--quant-report needs a text of at least two tokens, {path} has {len(ids)}")
+        raise UsageError(f"{path} is too short: at least two tokens are needed", option="quant_report")
     return ids
 
 
 class Streamed:
-    """A model that has a layer's weights only while it goes through the layer; quantized ones come dequantized.
+    """A model that holds a layer's weights only while the layer runs; quantized weights are dequantized.
 
     Args:
         source: of the weights.
@@ -103,8 +101,9 @@ class Streamed:
 
     def __init__(self, source: Source, model: nn.Module) -> None:
         self.source, self.model = source, model
-        self._quantized = settings_of(list(source.tensors), source.checkpoint.config.get("quantization") or {})
-        self._parts = group_parts(list(source.tensors), self._quantized)
+        tensors, config = source.checkpoint.tensors, source.checkpoint.config
+        self._quantized = arguments_of(tensors, config.get("quantization"))
+        self._parts = group_parts(tensors, self._quantized)
         names = list(dict(tree_flatten(model.parameters())))
         layers: list[Any] = model.model.layers
         self._load(model, [name for name in names if not name.startswith("model.layers.")])
@@ -120,8 +119,7 @@ class Streamed:
         mx.eval([value for _, value in weights])
 
     def _read(self, name: str) -> mx.array:
-        arrays = [self.source.read(part) for part in self._parts[name]]
-        return dequantize(arrays, self._quantized[name]) if len(arrays) > 1 else arrays[0].astype(mx.float32)
+        return dequantized([self.source.read(part) for part in self._parts[name]], self._quantized.get(name))
 
     def hidden(self, tokens: mx.array) -> mx.array:
         """The states (N, hidden) that predict every token but the first of each row."""
@@ -131,14 +129,14 @@ class Streamed:
         return states
 
     def log_probabilities(self, states: mx.array) -> mx.array:
-        """Of every token after each state: (n, hidden) to (n, vocabulary)."""
+        """The log-probabilities (n, vocabulary) of the token after each state (n, hidden)."""
         head = self.model.lm_head if "lm_head" in self.model else self.model.model.embed_tokens.as_linear
         logits = head(states)
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 class OnDemand:
-    """A layer that reads its weights when it is called, and lets go of them."""
+    """A layer that reads its weights when it is called, and drops them afterwards."""
 
     def __init__(self, layer: Any, owner: Streamed, names: list[str]) -> None:
         self._layer, self._owner, self._names = layer, owner, names
@@ -147,12 +145,12 @@ class OnDemand:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._layer, name)
 
-    def __call__(self, states: mx.array, *arguments: Any) -> mx.array:
+    def __call__(self, states: mx.array, *arguments: Any, **options: Any) -> mx.array:
         """The layer's output, one row at a time."""
         self._owner._load(self._layer, self._names, prefix=".".join(self._names[0].split(".")[:3]) + ".")
         rows = []
         for i in range(states.shape[0]):
-            rows.append(self._layer(states[i : i + 1], *arguments))
+            rows.append(self._layer(states[i : i + 1], *arguments, **options))
             mx.eval(rows[-1])
         self._layer.update(self._empty)
         mx.clear_cache()

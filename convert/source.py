@@ -1,4 +1,4 @@
-"""Where a conversion reads from: a checkpoint's small files, and its tensors, one at a time."""
+"""Where a conversion reads from: an opened checkpoint, and its tensors, one at a time."""
 
 from __future__ import annotations
 
@@ -33,6 +33,7 @@ from .torch_file import TorchFile
 SMALL_FILES = [*TOKENIZER_PATTERNS, "README.md"]
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 TYPES = {"F32", "F16", "BF16", "U32", "U8", "F8_E4M3"}  # U32 and U8: weights and scales that mlx-lm has quantized
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class WeightFile(Protocol):
@@ -51,7 +52,7 @@ class WeightFile(Protocol):
 
 
 class SafetensorsFile:
-    """A safetensors file on disk; raises ValueError where its header cannot be right."""
+    """A safetensors file on disk; raises UsageError where its header cannot be right."""
 
     download = 0
 
@@ -67,24 +68,23 @@ class SafetensorsFile:
         return tensors[tensor]
 
     def release(self) -> None:
-        """It is the user's: it stays."""
+        """Keep it: it is the user's, or in the hub's cache."""
 
 
 class HubFile:
-    """A safetensors file on the hub: its header now, its data when a tensor is read, and only until it is released.
+    """A safetensors file on the hub: its header now, its data from the first tensor that is read to the release.
 
     Args:
         repo, commit, name: of the file.
-        folder: where to download it to. A file that is in the hub's cache is read there and stays.
+        folder: where to download it to.
     """
 
     def __init__(self, repo: str, commit: str, name: str, folder: Path) -> None:
-        from huggingface_hub import HfApi, try_to_load_from_cache
+        from huggingface_hub import HfApi
         from huggingface_hub.errors import SafetensorsParsingError
 
         self.repo, self.commit, self.name, self.folder = repo, commit, name, folder
-        cached = try_to_load_from_cache(repo, name, revision=commit)
-        self.cached = Path(cached) if isinstance(cached, str) else None
+        self._local: SafetensorsFile | None = None
         try:
             with hub_errors(repo):
                 header = HfApi().parse_safetensors_file_metadata(repo, name, revision=commit).tensors
@@ -92,70 +92,95 @@ class HubFile:
             check_types(self.tensors, f"{repo}/{name}")
         except (SafetensorsParsingError, TypeError) as error:
             raise UsageError(f"{repo}/{name} has a damaged header: {error}") from None
-        self.download = 0 if self.cached else sum(info.nbytes for info in self.tensors.values())
+        self.download = sum(info.nbytes for info in self.tensors.values())
 
     def read(self, tensor: str) -> mx.array:
         """One tensor, lazy; the first one downloads the file."""
         from huggingface_hub import hf_hub_download
 
-        path = self.cached or self.folder / self.name
-        if not path.is_file():
-            with hub_errors(self.repo):
-                hf_hub_download(self.repo, self.name, revision=self.commit, local_dir=self.folder)
-        file = SafetensorsFile(path)
-        if file.tensors != self.tensors:
-            raise UsageError(f"{path} has other tensors than its header on the hub: delete it")
-        return file.read(tensor)
+        if self._local is None:
+            path = self.folder / self.name
+            if not path.is_file():
+                with hub_errors(self.repo):
+                    hf_hub_download(self.repo, self.name, revision=self.commit, local_dir=self.folder)
+            self._local = SafetensorsFile(path)
+            if self._local.tensors != self.tensors:
+                raise UsageError(f"{path} has other tensors than its header on the hub: delete it")
+        return self._local.read(tensor)
 
     def release(self) -> None:
         """Delete what was downloaded."""
+        self._local = None
         (self.folder / self.name).unlink(missing_ok=True)
 
 
 class Source:
-    """A checkpoint to convert.
+    """An opened checkpoint and its weight files, from which tensors are read one at a time.
 
     Args:
         name: folder or hub id.
-        commit: of the hub.
+        commit: of the hub; None for a folder.
         folder: config.json, tokenizer, card.
         files: of weights.
 
+    Attributes:
+        stored: all tensors, as the files' headers have them.
+        scales: which of them are scales that `read` multiplies 8-bit floats by.
+        left_out: which of them a conversion leaves out, and why nothing is lost without them.
+        checkpoint: with the other tensors; 8-bit floats have the type that they are read as.
+
     Raises:
-        UsageError: a tensor is in two files or of a type that cannot be converted, or all are quantized in a format
-            that is not read.
+        UsageError: a tensor is in two files or of a type that cannot be converted, all are quantized in a format that
+            is not read, or config.json does not fit the tensors.
     """
 
     def __init__(self, name: str, commit: str | None, folder: Path, files: Sequence[WeightFile]) -> None:
-        self.name, self.commit, self.folder, self.files = name, commit, folder, files
-        found = merge_headers({file.name: file.tensors for file in files})
-        self._file = {name: file for file in files for name in file.tensors}
-        for name, info in found.items():
+        self.commit, self.files = commit, files
+        self.stored = merge_headers({file.name: file.tensors for file in files})
+        for tensor, info in self.stored.items():
             if info.dtype not in TYPES:
-                raise UsageError(f"{name} is of type {info.dtype}: supported are float32, float16, bfloat16")
+                raise UsageError(f"{tensor} is of type {info.dtype}: supported are float32, float16, bfloat16")
         config = read_config(folder)
         self._scales: fp8.Scales = {}
+        self.left_out: dict[str, str] = {}
         foreign = config.get("quantization_config") or None
         if foreign and foreign != config.get("quantization"):
-            self._scales, found = fp8.scales(foreign, config, found, base_models(folder))
+            self._scales = fp8.scales(foreign, config, self.stored, base_models(folder))
+            of_activations = [tensor for tensor in self.stored if tensor.endswith(fp8.ACTIVATIONS)]
+            self.left_out |= dict.fromkeys(of_activations, "a scale of activations, which are not quantized here")
             del config["quantization_config"]
-        for name, info in found.items():
-            if info.dtype == "F8_E4M3" and name not in self._scales:
-                raise UsageError(f"{name} is in 8-bit float without a scale: convert the original checkpoint")
-        self.tensors = {
-            name: info._replace(dtype=self._scales[name].dtype) if name in self._scales else info
-            for name, info in found.items()
-        }
-        self.checkpoint = Checkpoint.of(name, folder, config, {"": self.tensors})
-        self._left = {
-            file.name: {part for name in found for part in self._parts(name)} & set(file.tensors) for file in files
-        }
+        for tensor, info in self.stored.items():
+            if info.dtype == "F8_E4M3" and tensor not in self._scales:
+                raise UsageError(f"{tensor} is an 8-bit float without a scale: convert the original checkpoint")
+            if tensor.endswith("rotary_emb.inv_freq"):
+                self.left_out[tensor] = "computed from config.json"
+        if HEAD in self.stored and config.get("tie_word_embeddings"):
+            self.left_out[HEAD] = f"tied to {EMBEDDING}"
+        self.left_out = dict(sorted(self.left_out.items()))
+        self._file = {tensor: file for file in files for tensor in file.tensors}
+        self.scales = {scale.name for scale in self._scales.values()}
+        taken = set(self.stored) - self.scales - set(self.left_out)
+        headers = {file.name: {name: self._as_read(name) for name in file.tensors if name in taken} for file in files}
+        self.checkpoint = Checkpoint.of(name, folder, config, headers)
+        read = {part for tensor in self.checkpoint.tensors for part in self._parts(tensor)}
+        self._left = {file.name: read & set(file.tensors) for file in files}
 
     def read(self, name: str) -> mx.array:
-        """A tensor, lazy or not; 8-bit floats come multiplied by their scales, in bfloat16 or as config.json says."""
-        value = self._file[name].read(name)
-        scale = self._scales.get(name)
-        return value if scale is None else scale.dequantize(value, self._file[scale.name].read(scale.name))
+        """A tensor, lazy or not; 8-bit floats come multiplied by their scales, in bfloat16 or as config.json says.
+
+        Raises:
+            UsageError: the embedding is tied to a head that differs from it.
+        """
+        value, scale = self._file[name].read(name), self._scales.get(name)
+        if scale is not None:
+            value = scale.dequantize(value, self._file[scale.name].read(scale.name))
+        if name == EMBEDDING and HEAD in self.left_out:
+            if not mx.array_equal(value, self.read(HEAD), equal_nan=True).item():
+                raise UsageError(
+                    f"{HEAD} differs from {EMBEDDING}, to which config.json ties it: "
+                    "set tie_word_embeddings to false there, or delete the tensor"
+                )
+        return value
 
     def release(self, names: Iterable[str]) -> None:
         """Say which tensors will not be read again; a file without any left is released."""
@@ -166,8 +191,14 @@ class Source:
                 if not self._left[file.name]:
                     file.release()
 
+    def _as_read(self, name: str) -> TensorInfo:
+        info, scale = self.stored[name], self._scales.get(name)
+        return info if scale is None else info._replace(dtype=scale.dtype)
+
     def _parts(self, name: str) -> list[str]:
-        return [name, *([self._scales[name].name] if name in self._scales else [])]
+        """What is read for a tensor."""
+        parts = [name, *([self._scales[name].name] if name in self._scales else [])]
+        return parts + (self._parts(HEAD) if name == EMBEDDING and HEAD in self.left_out else [])
 
 
 def open_source(src: str | Path, revision: str | None = None, downloads: Path | None = None) -> Source:
@@ -177,20 +208,23 @@ def open_source(src: str | Path, revision: str | None = None, downloads: Path | 
         src: folder or hub id.
         revision: branch, tag or commit on the hub.
         downloads: for a model of the hub, a folder for its weight files, which are downloaded when they are read and
-            deleted when they are released; None for all of them in the hub's cache, now.
+            deleted when they are released; those in the hub's cache are read there. None for all of them in the cache,
+            now.
 
     Raises:
         MissingFileError: neither, or a file is missing.
         OSError: the connection broke.
         UsageError: a file that cannot be right, or a format that is not read.
     """
+    if not str(src).strip():
+        raise UsageError("the name of the source is empty")
     is_folder = user_path(src).exists()
     remote = downloads is not None and not is_folder and not _offline()
     folder = resolve(src, revision, SMALL_FILES if remote else [*SMALL_FILES, WEIGHTS])
     name, commit = (folder.resolve().name, None) if is_folder else (str(src), folder.name)
     files: list[WeightFile]
     if remote and downloads is not None and commit is not None:
-        files = [HubFile(name, commit, file, downloads) for file in _hub_files(name, commit, folder)]
+        files = [_hub_file(name, commit, file, downloads) for file in _hub_files(name, commit, folder)]
     elif indexed_files(folder) is not None or any(folder.glob(WEIGHTS)):
         files = [SafetensorsFile(path) for path in weight_files(folder)]
     else:
@@ -201,21 +235,27 @@ def open_source(src: str | Path, revision: str | None = None, downloads: Path | 
     return Source(name, commit, folder, files)
 
 
-def mlx_folder(folder: Path) -> Source:
-    """A folder that `convert` has written. Raises as `Source`."""
-    return Source(folder.name, None, folder, [SafetensorsFile(path) for path in weight_files(folder)])
+def mlx_folder(folder: Path, name: str | None = None, commit: str | None = None) -> Source:
+    """A folder of safetensors, such as `convert` writes. Raises as `Source`."""
+    return Source(name or folder.name, commit, folder, [SafetensorsFile(path) for path in weight_files(folder)])
 
 
 def cached_source(name: str, commit: str) -> Source | None:
-    """A model of the hub as the cache has it; None where a file of it is not there."""
+    """A model of the hub as the cache has it; None where a file of it is missing."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        folder = Path(snapshot_download(name, revision=commit, local_files_only=True))
-        return Source(name, commit, folder, [SafetensorsFile(path) for path in weight_files(folder)])
+        return mlx_folder(Path(snapshot_download(name, revision=commit, local_files_only=True)), name, commit)
     except (LocalEntryNotFoundError, FileNotFoundError):
         return None
+
+
+def _hub_file(repo: str, commit: str, name: str, folder: Path) -> WeightFile:
+    from huggingface_hub import try_to_load_from_cache
+
+    cached = try_to_load_from_cache(repo, name, revision=commit)
+    return SafetensorsFile(Path(cached)) if isinstance(cached, str) else HubFile(repo, commit, name, folder)
 
 
 def _hub_files(repo: str, commit: str, folder: Path) -> list[str]:
@@ -226,7 +266,7 @@ def _hub_files(repo: str, commit: str, folder: Path) -> list[str]:
         with hub_errors(repo):
             names = [name for name in HfApi().list_repo_files(repo, revision=commit) if fnmatch(name, WEIGHTS)]
     if not names:
-        raise MissingFileError(f"{repo} has no {WEIGHTS}: nothing else can be read without all of it here")
+        raise MissingFileError(f"{repo} has no {WEIGHTS}: other formats must be downloaded in full")
     return sorted(names)
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's .bin files, only through torch's weights_only loader: no code that they may hold is run."""
+"""PyTorch's .bin files, only through torch's weights_only loader, which runs no code that they may hold."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ SAFE_VERSION = (2, 6)  # before it, weights_only could be made to run code (CVE-
 
 
 class TorchFile:
-    """A file that torch has saved. It is mapped anew for every tensor, so that no other stays in memory.
+    """A file that torch has saved. It is mapped again for every tensor, so that no other stays in memory.
 
     Raises:
-        UsageError: torch is missing or too old, or the file holds something else than tensors.
+        UsageError: torch is missing or too old, or the file holds anything but tensors.
     """
 
     download = 0
@@ -43,31 +43,31 @@ class TorchFile:
         return mx.array((value.view(torch.uint8) if name == "F8_E4M3" else value).numpy())
 
     def release(self) -> None:
-        """It is the user's: it stays."""
+        """Keep it: it is the user's, or in the hub's cache."""
 
     def _load(self) -> dict[str, Any]:
         try:
             import torch
         except ImportError:
-            raise UsageError(f"{self.path} is a PyTorch file: to read it, install torch") from None
+            raise UsageError(f"{self.path} is a PyTorch file: install torch to read it") from None
         if tuple(int(part) for part in torch.__version__.split(".")[:2]) < SAFE_VERSION:
-            raise UsageError(f"{self.path}: torch {torch.__version__} is not safe for it, install 2.6 or later")
+            raise UsageError(f"{self.path}: torch {torch.__version__} reads such files unsafely, install 2.6 or later")
         if not zipfile.is_zipfile(self.path):
-            raise UsageError(f"{self.path} is damaged, or was saved by a torch before 1.6: save it anew")
+            raise UsageError(f"{self.path} is damaged, or a file of torch before 1.6: save it again")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
-        except Exception as error:  # whatever the damage makes of the unpickler and the zip reader
+        except Exception as error:  # whatever the unpickler and the zip reader raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise UsageError(f"{self.path} is no file of tensors alone, or damaged: {reason}") from None
+            raise UsageError(f"{self.path} is damaged, or not a file of tensors only: {reason}") from None
         if not isinstance(state, dict):
             raise UsageError(f"{self.path} holds a {type(state).__name__}: expected tensors by name")
         for name, value in state.items():
             if not isinstance(name, str) or not isinstance(value, torch.Tensor) or value.layout != torch.strided:
-                raise UsageError(f"{self.path}: {name} is no tensor")
+                raise UsageError(f"{self.path}: {name} is not a tensor")
             if value.device.type != "cpu" or value.is_quantized or value.is_neg() or value.is_conj():
-                raise UsageError(f"{self.path}: {name} is no plain tensor")
+                raise UsageError(f"{self.path}: {name} is not a plain tensor")
             if value.numel() * value.element_size() > value.untyped_storage().nbytes():
                 raise UsageError(f"{self.path}: {name} of shape {tuple(value.shape)} is larger than its data")
         return {name: value.detach() for name, value in state.items()}

@@ -1,4 +1,4 @@
-"""verify(): every tensor of a converted checkpoint read again and compared with its source, and more."""
+"""verify(): reads every tensor of a converted checkpoint again and compares it with its source, and more."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ import numpy as np
 from .compare import compare
 from .journal import NAME as RECORD
 from .journal import read_record
-from .plan import model_tensors
+from .plan import check_tensors
 from .portable import scaled_by
-from .quantization import group_parts, settings_of
+from .quantization import arguments_of, group_parts
 from .reference import compare_logits
 from .source import Source, cached_source, mlx_folder, open_source
 from .weights import Progress
@@ -40,15 +40,16 @@ class Verification:
     Args:
         path: the checkpoint.
         source: what its tensors were compared with; None where they were only read.
-        files: weight and other files whose SHA-256 is as recorded.
-        tensors: how many the model has, a quantized one counted once.
-        exact: how many of them hold the very numbers of the source.
-        nan, inf: how many elements are so.
-        errors: of each of the others, the root mean square of the error over that of the values; None where one is not
-            finite.
+        files: the number of weight and other files whose SHA-256 is as recorded.
+        tensors: the number of the model's tensors; a quantized one counts once.
+        exact: the number of them whose elements all equal the source's.
+        nan, inf: the number of such elements.
+        errors: of each of the other tensors, the root mean square of the error over that of the values; None where one
+            is not finite.
+        left_out: the tensors of the source that the result does not have, and why nothing is lost without them.
         logits: against transformers: `error`, the largest as a part of the largest logit, over `tokens` and `layers`;
             or why they were not compared.
-        problems: one line for each thing that is not as it should be; empty if all is well.
+        problems: one line for each fault; empty if all is well.
     """
 
     path: Path
@@ -59,6 +60,7 @@ class Verification:
     nan: int = 0
     inf: int = 0
     errors: dict[str, float | None] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
     logits: dict[str, Any] | str = ""
     problems: list[str] = field(default_factory=list)
 
@@ -69,7 +71,7 @@ class Verification:
 
 def verify(
     path: str | Path,
-    source: Source | str | Path | None = None,
+    source: str | Path | None = None,
     *,
     revision: str | None = None,
     progress: Progress | None = None,
@@ -77,8 +79,9 @@ def verify(
     """Check a converted checkpoint: hashes, shapes, angles, every tensor, and logits where torch is installed.
 
     Args:
-        path: what `convert` has written.
-        source: what it was made from, to compare every tensor with; None to do without.
+        path: the folder that `convert` has written.
+        source: what it was made from, to compare every tensor with; None for the commit on record if it is in the hub's
+            cache, otherwise for no comparison.
         revision: of a source on the hub; None for the commit on record.
         progress: called with the bytes of tensors done and in all.
 
@@ -86,29 +89,42 @@ def verify(
         What was found; `problems` is empty if all is well.
 
     Raises:
-        MissingFileError: no such folder, or it was not made by `convert`; or the source is missing.
+        MissingFileError: no such folder, or `convert` has not made it; or the source is missing.
         UsageError: a file of the source cannot be right.
     """
     folder = user_path(path)
-    record = _read_whole_record(folder)
+    record = read_finished_record(folder)
     name, commit = record["source"].get("name"), record["source"].get("commit")
-    if isinstance(source, (str, Path)):
-        source = open_source(source, revision or commit)
-    elif source is None and isinstance(name, str) and isinstance(commit, str):
-        source = cached_source(name, commit)
-    found = Verification(folder, None if source is None else source.name)
+    opened = None
+    if source is not None:
+        opened = open_source(source, revision or commit)
+    elif isinstance(name, str) and isinstance(commit, str):
+        opened = cached_source(name, commit)
+    return verify_result(folder, record, opened, progress=progress)
+
+
+def verify_result(
+    folder: Path,
+    record: dict[str, Any],
+    source: Source | None,
+    *,
+    result: Source | None = None,
+    progress: Progress | None = None,
+) -> Verification:
+    """`verify` with a record and a source that are read already, and perhaps the folder. Raises as `verify`."""
+    found = Verification(folder, None if source is None else source.checkpoint.name)
     _check_files(folder, record, found)
     try:
-        ours = mlx_folder(folder)
-        rope, names = model_tensors(ours)
-        _check_rope(rope, record["rope"], found)
+        result = result or mlx_folder(folder)
+        check_tensors(result.checkpoint)
+        _check_rope(result.checkpoint.rope, record["rope"], found)
         if has_tokenizer(folder):
-            ours.checkpoint.tokenizer  # noqa: B018
-    except (ValueError, FileNotFoundError) as error:  # then there is no model to look into
+            result.checkpoint.tokenizer  # noqa: B018
+    except (ValueError, FileNotFoundError) as error:  # there is no model to look into
         found.problems.append(" ".join(str(error).split()))
         return found
-    _check_tensors(ours, source, names, record, found, progress)
-    found.logits = compare_logits(ours, rope)
+    _check_tensors(result, source, record, found, progress)
+    found.logits = compare_logits(result)
     if isinstance(found.logits, dict) and not found.logits["error"] <= CLOSE:
         found.problems.append(f"the logits are off those of transformers by {found.logits['error']:.1e} of the largest")
     return found
@@ -120,16 +136,17 @@ def rope_table(rope: RopeConfig) -> dict[str, Any]:
     return {"wavelengths": frequencies.wavelengths.tolist(), "attention_scale": frequencies.attention_scale}
 
 
-def _read_whole_record(folder: Path) -> dict[str, Any]:
-    """The record of a finished conversion. Raises as `read_record`, for what only a finished one has too."""
+def read_finished_record(folder: Path) -> dict[str, Any]:
+    """The record of a finished conversion. Raises as `read_record`, and where only an unfinished one is like this."""
     record = read_record(folder)
     files, rope, settings = record.get("files"), record.get("rope"), record["settings"]
+    unfinished = UsageError(f"{folder / RECORD} is not the record of a finished conversion")
     if not isinstance(files, dict) or not isinstance(rope, dict) or not isinstance(rope.get("wavelengths"), list):
-        raise UsageError(f"{folder / RECORD} is no record of a finished conversion")
+        raise unfinished
     numbers = [*rope["wavelengths"], rope.get("attention_scale"), settings.get("query_key_factor")]
     right = all(type(number) in (int, float) for number in numbers)
     if not right or settings.get("dtype") not in (None, *DTYPES):
-        raise UsageError(f"{folder / RECORD} is no record of a finished conversion")
+        raise unfinished
     for name, digest in files.items():
         parts = PurePosixPath(name).parts
         if len(parts) not in (1, 2) or not {"..", "/"}.isdisjoint(parts) or not isinstance(digest, str):
@@ -161,39 +178,36 @@ def _check_rope(rope: RopeConfig, table: dict[str, Any], found: Verification) ->
 
 
 def _check_tensors(
-    ours: Source,
-    source: Source | None,
-    names: list[str],
-    record: dict[str, Any],
-    found: Verification,
-    progress: Progress | None,
+    result: Source, source: Source | None, record: dict[str, Any], found: Verification, progress: Progress | None
 ) -> None:
-    """Read every tensor, and compare it with its source."""
-    settings, was_quantized = record["settings"], source is not None and source.checkpoint.config.get("quantization")
-    quantized = settings_of(names, ours.checkpoint.config.get("quantization") or {})
+    """Read every tensor, and compare it with the source's. The names of both are those in the files' headers."""
+    settings, names = record["settings"], list(result.stored)
+    was_quantized = source is not None and source.checkpoint.config.get("quantization")
+    quantized = arguments_of(names, result.checkpoint.config.get("quantization"))
     groups = {name: [name] for name in names} if was_quantized else group_parts(names, quantized)
     if source is not None:
-        wanted = set(model_tensors(source)[1])
+        found.left_out = {name: reason for name, reason in source.left_out.items() if name not in groups}
+        wanted = set(source.stored) - source.scales - set(found.left_out)
         for name in sorted(wanted ^ set(groups)):
             found.problems.append(f"{name} is in {'the source' if name in wanted else 'the result'} only")
     scaled = scaled_by(groups)
     dtype = None if settings.get("dtype") is None else getattr(mx, str(settings["dtype"]))
-    total, done = sum(info.nbytes for info in ours.tensors.values()), 0
+    total, done = sum(info.nbytes for info in result.stored.values()), 0
     for name, parts in groups.items():
-        arrays = [ours.read(part) for part in parts]
-        original = source.read(name) if source is not None and name in source.tensors else None
+        arrays = [result.read(part) for part in parts]
+        original = source.read(name) if source is not None and name in source.stored else None
         if original is not None and len(parts) == 1 and original.shape != arrays[0].shape:
             found.problems.append(f"{name} has shape {arrays[0].shape}, in the source {original.shape}")
             original = None
         factor = settings.get("query_key_factor", 1.0) if name in scaled else 1.0
-        result = compare(arrays, quantized.get(name) if len(parts) > 1 else None, original, factor, dtype)
+        same = compare(arrays, quantized.get(name) if len(parts) > 1 else None, original, factor, dtype)
         found.tensors += 1
-        found.exact += original is not None and result.exact
-        found.nan, found.inf = found.nan + result.nan, found.inf + result.inf
-        if not result.exact:
-            found.errors[name] = result.error
-        if result.wrong:
-            found.problems.append(f"{name}: {result.wrong} elements are further from the source than rounding may be")
+        found.exact += original is not None and same.exact
+        found.nan, found.inf = found.nan + same.nan, found.inf + same.inf
+        if not same.exact:
+            found.errors[name] = same.error
+        if same.wrong:
+            found.problems.append(f"{name}: {same.wrong} elements are further from the source than rounding may be")
         done += sum(array.nbytes for array in arrays)
         del arrays, original
         mx.clear_cache()

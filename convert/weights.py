@@ -1,4 +1,4 @@
-"""The weights of a conversion, one tensor at a time: never more than one output file's in memory."""
+"""The weights of a conversion, one tensor at a time; at most one output file's are in memory."""
 
 from __future__ import annotations
 
@@ -29,21 +29,20 @@ def write_weights(
     """Write the files that the journal does not have yet, and the index.
 
     Args:
-        source: where the tensors are read. A file of it is released once what was made of it is on the disk.
-        plan: what becomes of them.
+        source: of the tensors. A file of it is released once all that was made of it is on the disk.
+        plan: what the tensors become.
         journal: of the folder to write to. Each file's entry has its bytes, SHA-256 and, by the name of each quantized
             tensor, the root mean square of its error over that of its values.
-        allow_nan: write a tensor of nothing but NaN.
+        allow_nan: write a tensor whose elements are all NaN.
         progress: called with the bytes of tensors done and in all.
 
     Raises:
-        OSError: a file cannot be written or downloaded; those that are whole stay.
-        UsageError: a tensor is all NaN.
+        OSError: a file cannot be written or downloaded; finished files stay.
+        UsageError: a tensor is all NaN, or the embedding is not the head that it is tied to.
     """
     total, done = sum(plan.sizes.values()), 0
-    source.release(plan.unused)
     with ThreadPoolExecutor(1) as pool:
-        settling: list[tuple[str, Future[dict[str, Any]]]] = []
+        syncing: list[tuple[str, Future[dict[str, Any]]]] = []
         try:
             for name, recipes in plan.files.items():
                 if name in journal.finished:
@@ -58,25 +57,25 @@ def write_weights(
                     path = journal.folder / name
                     with atomic_file(path) as partial, disk_errors(path):
                         mx.save_safetensors(str(partial), shard, metadata={"format": "mlx"})
-                    _note(journal, settling, source, plan)
+                    _finish(journal, syncing, source, plan)
                     # A file is synced to the disk and hashed while the next one is computed.
-                    settling.append((name, pool.submit(_settle, path, errors)))
+                    syncing.append((name, pool.submit(_sync, path, errors)))
                 done += plan.sizes[name]
                 if progress is not None:
                     progress(done, total)
         finally:
-            _note(journal, settling, source, plan)
+            _finish(journal, syncing, source, plan)
     weight_map = {part: name for name, recipes in plan.files.items() for recipe in recipes for part in recipe.names}
     index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
     (journal.folder / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
 def _make(source: Source, recipe: Recipe, errors: dict[str, float | None], allow_nan: bool) -> dict[str, mx.array]:
-    """What is written for a tensor, computed. Nothing else refers to its source: it is freed."""
+    """The tensors that are written for one of the source, computed; nothing refers to the latter any more."""
     value = source.read(recipe.name)
     mx.eval(value)
     if not allow_nan and value.size and mx.isnan(value.reshape(-1)[0]).item() and mx.all(mx.isnan(value)).item():
-        raise UsageError(f"{recipe.name} is all NaN: the checkpoint is damaged (--allow-nan converts it)")
+        raise UsageError(f"{recipe.name} is all NaN: the checkpoint is damaged", remedies=[{"allow_nan": True}])
     value = recipe.cast(value)
     mx.eval(value)
     parts = [value]
@@ -86,16 +85,16 @@ def _make(source: Source, recipe: Recipe, errors: dict[str, float | None], allow
     return dict(zip(recipe.names, parts, strict=True))
 
 
-def _note(journal: Journal, settling: list[tuple[str, Future[dict[str, Any]]]], source: Source, plan: Plan) -> None:
-    """Wait for the files that are being settled, note them, and let go of their sources."""
-    while settling:
-        name, settled = settling.pop()
-        journal.finish(name, settled.result())
+def _finish(journal: Journal, syncing: list[tuple[str, Future[dict[str, Any]]]], source: Source, plan: Plan) -> None:
+    """Wait for the files that are being synced, record them, and release their sources."""
+    while syncing:
+        name, synced = syncing.pop()
+        journal.finish(name, synced.result())
         source.release(recipe.name for recipe in plan.files[name])
 
 
-def _settle(path: Path, errors: dict[str, float | None]) -> dict[str, Any]:
-    """Have a file on the disk. Returns its entry of the journal."""
+def _sync(path: Path, errors: dict[str, float | None]) -> dict[str, Any]:
+    """Sync a file to the disk. Returns its entry of the journal."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
     entry: dict[str, Any] = {"bytes": path.stat().st_size, "sha256": sha256(path)}

@@ -1,4 +1,4 @@
-"""Ways to break a checkpoint, and what `CASES` says that a refusal must name; the tests are in test_hostile.py."""
+"""Ways to break a checkpoint, and what the refusal of each must name (`CASES`); the tests are in test_hostile.py."""
 
 from __future__ import annotations
 
@@ -74,6 +74,15 @@ def entry(**changes: Any) -> Any:
     return header(lambda entries: next(e for n, e in entries.items() if n != "__metadata__").update(changes))
 
 
+EMPTY = {"dtype": "F32", "shape": [2**31, 0], "data_offsets": [0, 0]}
+
+
+def first_again(raw: bytes) -> bytes:
+    """A second entry of the first tensor, which says that it is smaller."""
+    name = next(name for name in json.loads(raw) if name != "__metadata__")
+    return raw[:-1] + f', "{name}": {json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})}}}'.encode()
+
+
 def same_place(folder: Path) -> None:
     """Two tensors of the same size on the same bytes; nothing else is wrong."""
     for path in sorted(folder.glob("*.safetensors")):
@@ -144,29 +153,24 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "link: weights": (link(FIRST), "link out of its folder"),
     "link: config": (link("config.json"), "link out of its folder"),
     "link: tokenizer": (link("tokenizer.json"), "link out of its folder"),
-    "header: length": (big_header, "header of 9223372036854775808"),
-    "header: size": (entry(data_offsets=[0, 4]), "has 4 bytes, which are no F32 of shape"),
-    "header: overlap": (same_place, "its tensors do not follow each other"),
-    "header: out of range": (entry(data_offsets=[2**62, 2**62 + 4 * 2048 * 64]), "do not follow each other"),
-    "header: reversed": (entry(data_offsets=[8, 0]), "has -8 bytes"),
-    "header: metadata": (header(lambda e: e.update(__metadata__={"a": 1})), "its metadata is not of texts"),
-    "header: NaN": (header(lambda e: e.update(a=float("nan"))), "NaN"),
-    "header: UTF-16": (header(lambda e: None, lambda raw: raw.decode().encode("utf-16")), "damaged header"),
-    "header: many objects": (
-        header(lambda e: e.update(__metadata__={"a": [{}] * 200_000})),
-        "more than 100000 objects",
-    ),
-    "header: beyond 2**31": (entry(shape=[2**31, 0]), "whole numbers"),
+    "header: length": (big_header, "header too large"),
+    "header: size": (entry(data_offsets=[0, 4]), "invalid shape, data type, or offset"),
+    "header: overlap": (same_place, "invalid offset for tensor"),
+    "header: out of range": (entry(data_offsets=[2**62, 2**62 + 4 * 2048 * 64]), "invalid offset for tensor"),
+    "header: reversed": (entry(data_offsets=[8, 0]), "invalid offset for tensor"),
+    "header: metadata": (header(lambda e: e.update(__metadata__={"a": 1})), "invalid type: integer `1`"),
+    "header: NaN": (header(lambda e: e.update(a=float("nan"))), "invalid JSON in header"),
+    "header: UTF-16": (header(lambda e: None, lambda raw: raw.decode().encode("utf-16")), "invalid UTF-8"),
+    "header: many objects": (header(lambda e: e.update(__metadata__={"a": [{}] * 200_000})), "expected a string"),
+    "header: beyond 2**31": (entry(shape=[2**31, 0]), "invalid shape, data type, or offset"),
+    "header: an empty axis": (header(lambda e: e.update(a=EMPTY)), "no axis may have 2**31 entries"),
     "header: dtype": (entry(dtype="F12"), "F12"),
-    "header: float64": (entry(dtype="F64"), "damaged header"),
-    "header: negative": (entry(shape=[-1, -4096]), "damaged header"),
-    "header: huge": (entry(shape=[2**31, 2**31]), "damaged header"),
-    "header: not a list": (entry(shape=7), "damaged header"),
-    "header: name twice": (
-        header(lambda e: None, lambda raw: raw[:-1] + b', "a": {"dtype": 0}, "a": {"dtype": 0}}'),
-        "a name stands twice",
-    ),
-    "header: deep": (header(lambda e: None, lambda raw: b"[" * 10**6), "damaged header"),
+    "header: float64": (entry(dtype="F64"), "invalid shape, data type, or offset"),
+    "header: negative": (entry(shape=[-1, -4096]), "invalid value: integer `-1`"),
+    "header: huge": (entry(shape=[2**31, 2**31]), "overflow computing buffer size"),
+    "header: not a list": (entry(shape=7), "invalid type: integer `7`"),
+    "header: name twice": (header(lambda e: None, first_again), "file not fully covered"),
+    "header: deep": (header(lambda e: None, lambda raw: b"[" * 10**6), "invalid JSON in header"),
     "tensor twice": (twice, "model.norm.weight is in model-0000"),
     "shard missing": (lambda folder: (folder / SECOND).unlink(), f"{SECOND} is missing"),
     "no tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "no tokenizer"),

@@ -28,7 +28,7 @@ class Hub:
         folder: what `main` is, as `COMMIT`.
         token: what a request must bear; None for a public model.
 
-    `downloaded` has the name of every file that was asked for whole or from some byte on; `ranges` what was asked of
+    `downloaded` has the name of every file that was requested in full or from some byte on; `ranges` the requests of
     weight files. `drop[name] = n` ends the connection after n bytes of a file, as often as `drops` says.
     `on_download(name)` is called before a file is sent.
     """
@@ -49,7 +49,7 @@ class Hub:
         variables = {k: v for k, v in os.environ.items() if not k.lower().endswith("_proxy") and k != "HF_TOKEN"}
         variables |= {"HF_ENDPOINT": self.address, "HF_HOME": str(cache), "HF_HUB_DISABLE_XET": "1"}
         variables |= {"MLX_RESONANCE_BLAS": "off", "HF_HUB_DISABLE_PROGRESS_BARS": "1", **environment}
-        # What is on the disk when a connection breaks is whole chunks: of 10 MB, more than the files here have.
+        # A broken connection leaves full chunks on the disk; the default of 10 MB is larger than the files here.
         chunks = f"import huggingface_hub.constants as c; c.DOWNLOAD_CHUNK_SIZE = {CHUNK}\n"
         command = [sys.executable, "-c", chunks + code, *map(str, arguments)]
         return subprocess.run(command, env=variables, capture_output=True, text=True, check=False)

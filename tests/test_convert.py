@@ -1,20 +1,25 @@
-"""The converter: what it writes, and that it writes all of it or nothing."""
+"""The converter: what it writes, and which arguments and config.json it refuses."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
-from mlx_resonance import RopeConfig, load
+from mlx_resonance import Checkpoint, RopeConfig, load
+from mlx_resonance.cli import convert as convert_command
 from mlx_resonance.convert import convert
-from mlx_resonance.loading import load_model
+from mlx_resonance.convert.quantization import MODES
+from mlx_resonance.convert.verify import DTYPES
+from mlx_resonance.errors import UsageError
+from mlx_resonance.scaling import SCALINGS
 
 import mlx.core as mx
 import numpy as np
 import pytest
 from huggingface_hub import ModelCard
 from mlx.utils import tree_flatten
+from mlx_lm.convert import QUANT_RECIPES
 
 from . import oracle
 
@@ -52,8 +57,8 @@ def test_shards_are_no_larger_than_asked_and_load_again(random_llama: Path, tmp_
     files = list((tmp_path / "out").glob("model-*.safetensors"))
     assert done.files == len(files) > 1
     assert max(file.stat().st_size for file in files) < 0.6e6 + 10_000  # the header comes on top
-    whole, _ = load_model(random_llama)
-    sharded, _ = load_model(tmp_path / "out", rope=RopeConfig.from_hf(config_of(random_llama)))
+    whole = Checkpoint.open(random_llama).load()
+    sharded = Checkpoint.open(tmp_path / "out").with_rope(whole.args.rope).load()
     assert mx.array_equal(whole(TOKENS), sharded(TOKENS))
 
 
@@ -83,9 +88,9 @@ def test_quantized_logits_stay_near_the_source(
     stored = config_of(tmp_path / "out")["quantization"]
     assert {key: stored[key] for key in quantization} == quantization
     assert ("quant_predicate" in options) == any(isinstance(value, dict) for value in stored.values())
-    model, _ = load_model(tmp_path / "out")
+    model = Checkpoint.open(tmp_path / "out").load()
     assert any(name.endswith(".scales") for name, _ in tree_flatten(model.parameters()))
-    reference = np.array(load_model(random_llama)[0](TOKENS)).ravel()
+    reference = np.array(Checkpoint.open(random_llama).load()(TOKENS)).ravel()
     logits = np.array(model(TOKENS).astype(mx.float32)).ravel()
     # Random weights are the worst case for 4 bits; another model's logits would correlate at 0.
     assert np.corrcoef(reference, logits)[0, 1] > 0.9
@@ -179,7 +184,7 @@ def test_a_partial_rotary_factor_is_kept(random_llama: Path, tmp_path: Path, cop
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
 def test_models_of_mlx_lm_rotate_as_the_config_says(tmp_path: Path, model_type: str) -> None:
-    """`attention_factor` is a key that mlx-lm's own rotary module ignores."""
+    """mlx-lm's own rotary module ignores `attention_factor`."""
     import torch
     import transformers
 
@@ -209,10 +214,10 @@ def test_models_of_mlx_lm_rotate_as_the_config_says(tmp_path: Path, model_type: 
     with torch.no_grad():
         expected = reference(torch.tensor(tokens)).logits.numpy()
     convert(tmp_path / "source", tmp_path / "out", resonance=False, tokenizer=False)
-    logits = np.array(load_model(tmp_path / "out")[0](mx.array(tokens)))
+    logits = np.array(Checkpoint.open(tmp_path / "out").load()(mx.array(tokens)))
     assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max()
     convert(tmp_path / "source", tmp_path / "resonant", tokenizer=False)
-    model, _ = load_model(tmp_path / "resonant")
+    model = Checkpoint.open(tmp_path / "resonant").load()
     assert model.layers[1].self_attn.rope.frequencies.is_resonant
     assert np.abs(np.array(model(mx.array(tokens))) - expected).max() > 0.01 * np.abs(expected).max()
 
@@ -233,33 +238,73 @@ def test_the_card_keeps_the_licence(random_llama: Path, tmp_path: Path) -> None:
     assert str(random_llama.parent) not in card.content  # no path of the machine that converted
 
 
+def flags(options: dict[str, Any]) -> list[str]:
+    """Arguments of `convert` as a command line."""
+    words = []
+    for name, value in options.items():
+        flag = "--" + name.replace("_", "-")
+        words += [flag] if value is True else [flag, str(value)]
+    return words
+
+
+LARGE = "9" * 400 + "GB"
+
+
 @pytest.mark.parametrize(
-    ("options", "named"),
+    ("options", "named", "line"),
     [
-        ({"rope": "yarm", "factor": 2}, "rope must be one of"),
-        ({"rope": "llama3", "factor": 2}, "rope must be one of"),
-        ({"rope": "yarn"}, "--factor"),
-        ({"rope": "yarn", "factor": 0.5}, "factor"),
-        ({"rope": "yarn", "factor": float("nan")}, "factor"),
-        ({"factor": 2.0}, "--rope"),
-        ({"rope": "yarn", "factor": 2, "original_max_position_embeddings": 0}, "original_max_position_embeddings"),
-        ({"dtype": "int8"}, "dtype"),
-        ({"q_bits": 4}, "--quantize"),
-        ({"q_bits": 0}, "--quantize"),
-        ({"quantize": True, "q_bits": 7}, "q_bits"),
-        ({"max_shard_size": "9" * 400 + "GB"}, "max_shard_size"),
-        ({"quantize": True, "q_group_size": 5}, "q_group_size"),
-        ({"quantize": True, "q_mode": "int4"}, "q_mode"),
-        ({"quantize": True, "q_mode": "mxfp4", "q_bits": 4}, "mxfp4"),
-        ({"quantize": True, "quant_predicate": "mixed_9_9"}, "quant_predicate"),
-        ({"max_shard_size": "5"}, "max_shard_size"),
-        ({"max_shard_size": "-1GB"}, "max_shard_size"),
+        ({"rope": "yarm", "factor": 2}, "rope must be one of", "'--rope'"),
+        ({"rope": "llama3", "factor": 2}, "rope must be one of", "'--rope'"),
+        ({"rope": "yarn"}, "the scaling yarn needs a factor: try factor=…", "needs a factor: give --factor"),
+        ({"rope": "yarn", "factor": 0.5}, "factor must be", "'--factor'"),
+        ({"rope": "yarn", "factor": float("nan")}, "factor must be", "'--factor'"),
+        ({"factor": 2.0}, "factor = 2.0 needs the name of a scaling: try rope=…", "scaling: give --rope"),
+        (
+            {"rope": "yarn", "factor": 2, "original_max_position_embeddings": 0},
+            "original_max_position_embeddings must be positive, got 0",
+            "'--original-max-position-embeddings'",
+        ),
+        ({"dtype": "int8"}, "dtype must be one of float32, float16, bfloat16, got 'int8'", "'--dtype'"),
+        ({"q_bits": 4}, "q_bits = 4 is a setting of quantization: try quantize=True", "give --quantize"),
+        ({"q_bits": 0}, "try quantize=True", "'--q-bits'"),
+        ({"q_mode": "mxfp8"}, "try quantize=True", "q_mode = mxfp8 is a setting of quantization: give --quantize"),
+        ({"quantize": True, "q_bits": 7}, "q_bits must be one of 2, 3, 4, 5, 6, 8, got 7", "got 7 (--q-bits)"),
+        ({"quantize": True, "q_group_size": 5}, "q_group_size must be one of 32, 64, 128", "'--q-group-size'"),
+        ({"quantize": True, "q_group_size": 33}, "q_group_size must be", "got 33 (--q-group-size)"),
+        ({"quantize": True, "q_mode": "int4"}, "q_mode must be one of affine", "'--q-mode'"),
+        ({"quantize": True, "q_mode": "mxfp4", "q_bits": 4}, "q_mode mxfp4 has its own", "leave it out (--q-bits)"),
+        ({"quantize": True, "quant_predicate": "mixed_9_9"}, "quant_predicate must be one of", "'--quant-predicate'"),
+        ({"max_shard_size": LARGE}, "max_shard_size must be a size", "'--max-shard-size'"),
+        ({"max_shard_size": "5"}, "max_shard_size must be a size", "such as 500MB or 5GB, got '5'"),
+        ({"max_shard_size": "-1GB"}, "max_shard_size must be a size", "'--max-shard-size'"),
+        ({"verify": True, "consume_source": True}, "reads the source again", "meanwhile (--consume-source)"),
     ],
 )
-def test_wrong_arguments_are_named(random_llama: Path, tmp_path: Path, options: dict[str, Any], named: str) -> None:
-    with pytest.raises(ValueError, match=named):
+def test_wrong_arguments_are_named(
+    run: Any, random_llama: Path, tmp_path: Path, options: dict[str, Any], named: str, line: str
+) -> None:
+    """In Python by the parameter, by the command as its flag."""
+    with pytest.raises(UsageError) as refused:
         convert(random_llama, tmp_path / "out", **options)
+    assert named in str(refused.value) and "--" not in str(refused.value)
+    code, stdout, stderr = run("convert", random_llama, "--mlx-path", tmp_path / "out", *flags(options))
+    assert (code, stdout, stderr.count("\n")) == (2, "", 1) and line in stderr, stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_size_of_files_may_be_a_number(random_llama: Path, tmp_path: Path) -> None:
+    number, text = (convert(random_llama, tmp_path / "out", max_shard_size=s, dry_run=True) for s in (600_000, "0.6MB"))
+    assert number.sizes == text.sizes and number.files > 1
+    with pytest.raises(UsageError, match="max_shard_size must be positive, got 0"):
+        convert(random_llama, tmp_path / "out", max_shard_size=0)
+
+
+def test_the_commands_choices_are_the_librarys() -> None:
+    """The command repeats them, so that `--help` need not import mlx-lm."""
+    parameters = get_type_hints(convert_command.command)
+    choices = {name: get_args(parameters[name]) for name in ("rope", "dtype", "q_mode", "quant_predicate")}
+    choices = {name: get_args(types[0]) or types for name, types in choices.items()}
+    assert choices == {"rope": SCALINGS, "dtype": DTYPES, "q_mode": MODES, "quant_predicate": tuple(QUANT_RECIPES)}
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from mlx_resonance.convert import convert
 
@@ -102,7 +102,7 @@ def test_a_dropped_connection_is_taken_up_where_it_broke(hub: Hub, random_llama:
     ).read_bytes()
 
 
-def test_a_connection_that_does_not_come_back_is_one_line_and_the_next_run_goes_on(hub: Hub, tmp_path: Path) -> None:
+def test_a_connection_that_does_not_come_back_is_one_line_and_the_next_run_resumes(hub: Hub, tmp_path: Path) -> None:
     hub.drop, hub.drops = {FIRST: 4 * CHUNK}, 1000
     arguments = ("convert", REPO, "--mlx-path", tmp_path / "out")
     broken = hub.command(tmp_path / "cache", *arguments)
@@ -181,7 +181,7 @@ def files_below(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if path.is_file() and "log" not in path.parts and path.suffix != ".lock"}
 
 
-def test_consuming_goes_on_after_a_kill_without_what_is_done(hub: Hub, tmp_path: Path) -> None:
+def test_consuming_resumes_after_a_kill_without_what_is_done(hub: Hub, tmp_path: Path) -> None:
     arguments = ("convert", REPO, "--mlx-path", tmp_path / "out", *SMALL, "--consume-source")
     kill = """
 import os, signal, sys, mlx_resonance.convert.source as s
@@ -205,7 +205,7 @@ from mlx_resonance.cli import main; main()
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
-def test_a_folder_of_the_user_is_not_consumed(random_llama: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="--consume-source"):
-        convert(random_llama, tmp_path / "out", consume_source=True)
+def test_a_folder_of_the_user_is_not_consumed(run: Any, random_llama: Path, tmp_path: Path) -> None:
+    code, _, stderr = run("convert", random_llama, "--mlx-path", tmp_path / "out", "--consume-source")
+    assert code == 2 and "is a folder: only what was downloaded is deleted (--consume-source)" in stderr
     assert list(tmp_path.iterdir()) == []

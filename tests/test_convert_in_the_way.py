@@ -1,4 +1,4 @@
-"""What lies where a conversion would write and is not ours: refused, and left as it was."""
+"""Files and folders of others where a conversion would write: refused, and left as they were."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .checkpoints import contents
 def test_a_folder_with_another_journal_is_left_alone(
     random_llama: Path, tmp_path: Path, record: bytes, restart: bool
 ) -> None:
-    """Ours is written whole or not at all: a damaged one is somebody else's, and so is what lies beside it."""
+    """Ours is written atomically: a damaged one is somebody else's, and so are the files beside it."""
     partial = tmp_path / "out.partial"
     partial.mkdir()
     (partial / "conversion.json").write_bytes(record)

@@ -1,4 +1,4 @@
-"""A conversion that is killed, refused or out of space: nothing half made, nothing lost, the same bytes in the end."""
+"""A conversion that is killed, refused or out of space: no partial result, nothing lost, the same bytes in the end."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .checkpoints import PEAK, contents
 
 OPTIONS: dict[str, Any] = {"rope": "yarn", "factor": 8, "quantize": True, "max_shard_size": "0.1MB"}
 # Forks children that convert and are killed: at the Nth event of the file system in OUT.partial, or after N seconds.
-# Each time another one goes on and must make the same files. Prints how many events and files there were.
+# Each time another one resumes and must make the same files. Prints the numbers of events and files.
 KILLER = """
 import json, os, random, shutil, signal, sys, threading, time
 from pathlib import Path
@@ -198,7 +198,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_stays(stdlib_llama: Path, tmp_
     done = run_code(code, max(sizes) - 1, "convert", stdlib_llama, "--mlx-path", tmp_path / "out", *flags)
     lines = [line for line in done.stderr.splitlines() if "OpenBLAS" not in line]
     assert done.returncode == 1 and done.stdout == ""
-    assert len(lines) == 1 and "cannot be written" in lines[0] and "the same command goes on" in lines[0]
+    assert len(lines) == 1 and "cannot be written" in lines[0] and "the same command resumes" in lines[0]
     left = json.loads((tmp_path / "out.partial" / "conversion.json").read_text())["weights"]
     assert 0 < len(left) < len(sizes) and not (tmp_path / "out").exists()
     convert(stdlib_llama, tmp_path / "out", **options)
@@ -219,7 +219,7 @@ import json, sys
 from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from mlx_resonance.llama import Model, ModelArgs
+from mlx_lm.models.llama import Model, ModelArgs
 folder = Path(sys.argv[1])
 model = Model(ModelArgs.from_dict(json.loads((folder / "config.json").read_text())))
 mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())))
@@ -251,13 +251,17 @@ def test_a_finished_file_that_was_damaged_is_made_again(
 
 
 def test_what_verification_has_refused_is_not_published_by_another_run(
-    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any, random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    command = ("convert", random_llama, "--mlx-path", tmp_path / "out")
     with monkeypatch.context() as patch:
         patch.setattr(sys.modules["mlx_resonance.convert.verify"], "CLOSE", -1)
-        with pytest.raises(VerificationError, match="--restart"):
+        with pytest.raises(VerificationError, match="is not right: the logits") as failed:
             convert(random_llama, tmp_path / "out", verify=True)
-    for verify in (False, True):
-        with pytest.raises(ValueError, match=r"was refused \(the logits.*--restart"):
-            convert(random_llama, tmp_path / "out", verify=verify)
+        assert "--" not in str(failed.value)
+        code, _, stderr = run(*command, "--verify", "--restart")
+        assert code == 1 and "is not right: the logits" in stderr and "--restart" in stderr
+    for flags in ((), ("--verify",)):
+        code, _, stderr = run(*command, *flags)
+        assert code == 2 and "failed its verification (the logits" in stderr and "give --restart" in stderr
     convert(random_llama, tmp_path / "out", verify=True, restart=True)

@@ -9,9 +9,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.convert import convert, verify
 from mlx_resonance.files import INDEX
-from mlx_resonance.loading import load_model
 
 import mlx.core as mx
 import numpy as np
@@ -92,9 +92,9 @@ def test_a_malicious_pickle_does_not_run(random_llama: Path, tmp_path: Path, how
     ("content", "named"),
     [
         ([torch.zeros(3)], "holds a list"),
-        ({"model": {"a": torch.zeros(3)}}, "model is no tensor"),
-        ({1: torch.zeros(3)}, "1 is no tensor"),
-        ({"a": torch.zeros(2, 2).to_sparse()}, "a is no tensor"),
+        ({"model": {"a": torch.zeros(3)}}, "model is not a tensor"),
+        ({1: torch.zeros(3)}, "1 is not a tensor"),
+        ({"a": torch.zeros(2, 2).to_sparse()}, "a is not a tensor"),
         ({"a": torch.zeros(1).expand(10**5, 10**5)}, "larger than its data"),
     ],
 )
@@ -187,13 +187,14 @@ def test_8_bit_floats_are_multiplied_by_their_scales(
         save_file(state, folder / "model.safetensors")
     done = convert(folder, tmp_path / "out", resonance=False, verify=True)
     assert done.checks is not None and done.checks["problems"] == []
+    assert set(done.left_out) == {name for name in state if name.endswith("input_scale")}
     found = weights(tmp_path / "out")
     assert found.keys() == expected.keys()
     for name, value in expected.items():
         assert found[name].dtype == mx.bfloat16
         assert np.array_equal(np.array(found[name].astype(mx.float32)), value.float().numpy()), name
     assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())
-    load_model(tmp_path / "out")[0](mx.array([[1, 2, 3]]))
+    Checkpoint.open(tmp_path / "out").load()(mx.array([[1, 2, 3]]))
 
 
 @pytest.mark.parametrize(

@@ -10,8 +10,8 @@ from typing import Any
 
 import mlx_resonance.convert.report as report
 from mlx_resonance import load
+from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.convert import convert
-from mlx_resonance.loading import load_model
 
 import mlx.core as mx
 import numpy as np
@@ -54,7 +54,7 @@ def test_it_equals_the_whole_models(stdlib_llama: Path, tmp_path: Path, text: Pa
     assert found is not None
     assert found == json.loads((tmp_path / "out" / "conversion.json").read_text())["quant_report"]
     quantized, tokenizer = load(tmp_path / "out")
-    original, _ = load_model(source, rope=quantized.args.rope)
+    original = Checkpoint.open(source).with_rope(quantized.args.rope).load()
     for model in (quantized, original):
         model.set_dtype(mx.float32)
     ids = np.array(tokenizer.encode(text.read_text()))
@@ -87,8 +87,8 @@ def test_one_layer_is_in_memory(stdlib_llama: Path, tmp_path: Path, monkeypatch:
     present: list[int] = []
     call = report.OnDemand.__call__
 
-    def watched(self: Any, *arguments: Any) -> mx.array:
-        result = call(self, *arguments)
+    def watched(self: Any, *arguments: Any, **options: Any) -> mx.array:
+        result = call(self, *arguments, **options)
         present.append(mx.get_active_memory())
         return result
 
@@ -104,10 +104,10 @@ def test_one_layer_is_in_memory(stdlib_llama: Path, tmp_path: Path, monkeypatch:
 @pytest.mark.parametrize(
     ("content", "options", "named"),
     [
-        (None, {"quantize": True}, "no file"),
+        (None, {"quantize": True}, "text: no such file (--quant-report)"),
         (b"\xff\xfe", {"quantize": True}, "not UTF-8"),
         (b"", {"quantize": True}, "at least two tokens"),
-        (b"text", {}, "needs --quantize"),
+        (b"text", {}, "what quantization costs: give --quantize"),
     ],
 )
 def test_what_cannot_be_reported_is_one_line(

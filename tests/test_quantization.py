@@ -5,13 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from mlx_resonance.convert.compare import compare
-from mlx_resonance.convert.quantization import AFFINE_BITS, AFFINE_GROUPS, dequantize, largest_error, quantize
+from mlx_resonance.convert.quantization import BITS, GROUP_SIZES, dequantize, largest_error, quantize
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-SETTINGS = [{"mode": "affine", "bits": bits, "group_size": group} for bits in AFFINE_BITS for group in AFFINE_GROUPS]
+SETTINGS = [{"mode": "affine", "bits": bits, "group_size": group} for bits in BITS for group in GROUP_SIZES]
 SETTINGS += [
     {"mode": "mxfp4", "bits": 4, "group_size": 32},
     {"mode": "nvfp4", "bits": 4, "group_size": 16},

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx_resonance.convert.checkpoint as checkpoint
+from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.convert import VerificationError, convert, verify
 
 import mlx.core as mx
@@ -146,16 +147,14 @@ def test_other_angles_are_noticed(converted: Path, tmp_path: Path) -> None:
 
 
 def test_wrong_logits_are_noticed(converted: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import mlx_resonance.convert.reference as reference
+    load = Checkpoint.load
 
-    load_model = reference.load_model
-
-    def negated(*arguments: Any, **options: Any) -> Any:
-        model, config = load_model(*arguments, **options)
+    def negated(self: Checkpoint, **options: Any) -> Any:
+        model = load(self, **options)
         model.model.norm.weight = -model.model.norm.weight
-        return model, config
+        return model
 
-    monkeypatch.setattr(reference, "load_model", negated)
+    monkeypatch.setattr(Checkpoint, "load", negated)
     assert any("logits" in problem for problem in verify(converted).problems)
 
 
@@ -260,7 +259,7 @@ def test_a_source_that_is_not_finite_is_converted_rightly(random_llama: Path, tm
     json.loads((tmp_path / "q" / "conversion.json").read_text(), parse_constant=pytest.fail)
 
 
-NO_RECORD = "conversion.json is no record of a finished conversion"
+NO_RECORD = "conversion.json is not the record of a finished conversion"
 
 
 @pytest.mark.parametrize(
@@ -303,6 +302,6 @@ def test_chat_templates_in_a_folder_are_copied_and_hashed(random_llama: Path, tm
     assert any("tools.jinja has changed" in problem for problem in verify(tmp_path / "out").problems)
 
 
-def test_a_config_that_transformers_does_not_take_is_said(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
+def test_a_config_that_transformers_refuses_is_reported(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
     done = convert(copy_of(random_llama, pad_token_id=10**9), tmp_path / "out", verify=True)
     assert done.checks is not None and "transformers cannot build it" in done.checks["logits"]

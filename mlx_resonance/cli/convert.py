@@ -6,13 +6,12 @@ import math
 import shutil
 import statistics
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-import typer
 from typer import Argument, Option
 
 from .errors import fail
-from .options import Dtype, Json, MlxPath, Original, ScaledBy
+from .options import Dtype, Json, MlxPath, Original, ScaledBy, path, size
 from .output import bytes_bar, print_json, stderr
 
 if TYPE_CHECKING:
@@ -22,72 +21,50 @@ if TYPE_CHECKING:
 def command(
     src: Annotated[str, Argument(metavar="SRC", help="Folder or Hugging Face hub id.")],
     mlx_path: MlxPath,
-    rope: Annotated[str | None, Option(help="New scaling: linear, ntk, dynamic or yarn.")] = None,
+    rope: Annotated[Literal["linear", "ntk", "dynamic", "yarn"] | None, Option(help="New scaling.")] = None,
     factor: ScaledBy = None,
     original_max_position_embeddings: Original = None,
     resonance: Annotated[bool, Option(help="Round wavelengths to whole tokens.")] = True,
     dtype: Dtype = None,
     quantize: Annotated[bool, Option("-q", "--quantize", help="Quantize the weights.")] = False,
-    q_bits: Annotated[int | None, Option(help="Bits per weight.")] = None,
-    q_group_size: Annotated[int | None, Option(help="Weights per scale.")] = None,
-    q_mode: Annotated[str, Option(help="affine, mxfp4, nvfp4 or mxfp8.")] = "affine",
-    quant_predicate: Annotated[str | None, Option(help="Mixed recipe, such as mixed_4_6.")] = None,
-    revision: Annotated[str | None, Option(help="Branch, tag or commit on the hub.")] = None,
-    max_shard_size: Annotated[str, Option(help="Largest weight file.")] = "5GB",
-    portable: Annotated[bool, Option("--portable", help="For stock transformers and mlx-lm: as longrope.")] = False,
-    verify: Annotated[bool, Option("--verify", help="Read all of it again and compare with the source.")] = False,
-    quant_report: Annotated[
-        Path | None, Option(metavar="TEXT", help="File to compare the quantized model with the source on.")
+    q_bits: Annotated[int | None, Option(min=2, max=8, help="Bits per weight. Affine: 4.")] = None,
+    q_group_size: Annotated[int | None, Option(min=32, max=128, help="Weights per scale. Affine: 64.")] = None,
+    q_mode: Annotated[Literal["affine", "mxfp4", "nvfp4", "mxfp8"], Option(help="Quantized format.")] = "affine",
+    quant_predicate: Annotated[
+        Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"] | None, Option(help="Recipe of mixed bits.")
     ] = None,
-    dry_run: Annotated[bool, Option("--dry-run", help="Say what would be written; write and load nothing.")] = False,
+    revision: Annotated[str | None, Option(help="Branch, tag or commit on the hub.")] = None,
+    max_shard_size: Annotated[int, Option(**size, help="Largest weight file.")] = "5GB",  # type: ignore[assignment]
+    portable: Annotated[bool, Option("--portable", help="For stock transformers and mlx-lm: as longrope.")] = False,
+    verify: Annotated[bool, Option("--verify", help="Read the result again and compare with the source.")] = False,
+    quant_report: Annotated[
+        Path | None, Option(**path, metavar="TEXT", help="File to compare the quantized model with the source on.")
+    ] = None,
+    dry_run: Annotated[bool, Option("--dry-run", help="Show what would be written; write nothing.")] = False,
     consume_source: Annotated[
-        bool, Option("--consume-source", help="Of a hub model, have one weight file here at a time.")
+        bool, Option("--consume-source", help="Keep one weight file of a hub model on disk at a time.")
     ] = False,
     tokenizer: Annotated[bool, Option(help="Refuse a source that has no tokenizer.")] = True,
     allow_nan: Annotated[bool, Option("--allow-nan", help="Convert tensors that are all NaN.")] = False,
-    restart: Annotated[bool, Option("--restart", help="Drop what an unfinished run has left.")] = False,
+    restart: Annotated[bool, Option("--restart", help="Delete what an unfinished run has left.")] = False,
     json: Json = False,
 ) -> None:
     """Convert a checkpoint to MLX with Resonance RoPE."""
+    arguments = {name: value for name, value in locals().items() if name != "json"}  # named as in Python
+
     from ..convert import VerificationError, convert
 
-    if not src.strip() or not str(mlx_path).strip():
-        raise typer.BadParameter("SRC and --mlx-path must not be empty")
     try:
         with bytes_bar() as bar:
             task = bar.add_task("converting", total=None)
-            done = convert(
-                src,
-                mlx_path,
-                progress=lambda part, total: bar.update(task, completed=part, total=total),
-                rope=rope,
-                factor=factor,
-                original_max_position_embeddings=original_max_position_embeddings,
-                resonance=resonance,
-                dtype=dtype,
-                quantize=quantize,
-                q_bits=q_bits,
-                q_group_size=q_group_size,
-                q_mode=q_mode,
-                quant_predicate=quant_predicate,
-                revision=revision,
-                max_shard_size=max_shard_size,
-                portable=portable,
-                verify=verify,
-                quant_report=quant_report,
-                dry_run=dry_run,
-                consume_source=consume_source,
-                tokenizer=tokenizer,
-                allow_nan=allow_nan,
-                restart=restart,
-            )
+            done = convert(**arguments, progress=lambda part, total: bar.update(task, completed=part, total=total))
     except VerificationError as error:
-        fail(error, 1)
+        fail(f"{error}: --restart converts again", 1)
     (report_plan if dry_run else report)(done)
     if json:
         settings = {"mlx_path": str(done.path), "rope": done.rope.to_hf("4"), "context": done.rope.context_length}
         costs = {key: getattr(done, key) for key in ("weights", "files", "memory", "disk", "download")}
-        results = {key: getattr(done, key) for key in ("quantization_error", "quant_report", "checks")}
+        results = {key: getattr(done, key) for key in ("left_out", "quantization_error", "quant_report", "checks")}
         print_json(settings | {"largest_shift": done.largest_shift} | costs | results)
 
 
@@ -99,23 +76,27 @@ def summary(done: Conversion) -> str:
 
 
 def report_plan(done: Conversion) -> None:
-    """The files that would be written, and what that takes."""
+    """Print the files that would be written, and what that takes."""
     stderr.print("would write " + summary(done), soft_wrap=True)
-    for name, size in done.sizes.items():
-        stderr.print(f"  {name}  {size / 1e6:,.1f} MB")
+    for name, written in done.sizes.items():
+        stderr.print(f"  {name}  {written / 1e6:,.1f} MB")
     free = shutil.disk_usage(next(parent for parent in done.path.absolute().parents if parent.exists())).free
     needed = done.disk + done.download
-    download = f" ({done.download / 1e6:,.1f} MB for what is downloaded)" if done.download else ""
+    download = f" ({done.download / 1e6:,.1f} MB for downloads)" if done.download else ""
     stderr.print(
         f"takes about {done.memory / 1e6:,.0f} MB of memory and {needed / 1e6:,.1f} MB of disk{download}; "
         f"{free / 1e6:,.0f} MB are free" + (": too little" if free < needed else ""),
         soft_wrap=True,
     )
+    if done.left_out:
+        stderr.print(describe_left_out(done.left_out), soft_wrap=True)
 
 
 def report(done: Conversion) -> None:
-    """Say what was made, and what rounding and quantization do to the checkpoint."""
+    """Print what was made, and what rounding and quantization change."""
     lines = [summary(done)]
+    if done.left_out:
+        lines.append(describe_left_out(done.left_out))
     if done.largest_shift > 0:
         lines.append(
             f"note: rounding moved the wavelengths by up to {100 * done.largest_shift:.1f} %; a checkpoint that was "
@@ -136,6 +117,15 @@ def report(done: Conversion) -> None:
         stderr.print(line, soft_wrap=True)
 
 
+def describe_left_out(found: dict[str, str]) -> str:
+    """Which tensors of the source were left out, and why, in a line: of several with one reason the first."""
+    parts = []
+    for reason in dict.fromkeys(found.values()):
+        first, *others = [name for name in found if found[name] == reason]
+        parts.append(f"{first}{f' and {len(others)} more' if others else ''} ({reason})")
+    return "left out of the source: " + ", ".join(parts)
+
+
 def describe_quant_report(found: dict[str, Any]) -> str:
     """The perplexities and the divergence, in a line."""
     perplexity, divergence = found["perplexity"], found["kl_divergence"]
@@ -147,7 +137,7 @@ def describe_quant_report(found: dict[str, Any]) -> str:
 
 
 def describe_checks(found: dict[str, Any]) -> str:
-    """What a verification found that is well, in a line."""
+    """What a successful verification found, in a line."""
     parts = [f"{found['files']} files as recorded", f"{found['tensors']} tensors"]
     if found["source"] is None:
         parts.append("not compared with the source (--source)")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from typer import BadParameter, Option
 
@@ -66,7 +66,7 @@ ScaledBy = Annotated[float | None, Option(min=1, max=2**31, help="How many times
 Original = Annotated[
     int | None, Option(min=1, max=2**31, help="Tokens of context before scaling. Default: as in the source.")
 ]
-Dtype = Annotated[str | None, Option(help="float32, float16 or bfloat16. Default: as in the source.")]
+Dtype = Annotated[Literal["float32", "float16", "bfloat16"] | None, Option(help="Default: as in the source.")]
 Context = Annotated[
     int | None,
     Option(min=1, max=2**31, help="Maximum tokens of prompt and answer. Default: the checkpoint's, up to 16384."),

@@ -10,11 +10,12 @@ from typer import Argument, Option
 
 from .convert import describe_checks
 from .options import Json
+from .options import path as path_parser
 from .output import bytes_bar, print_json, stderr
 
 
 def command(
-    model: Annotated[Path, Argument(metavar="OUT", help="Folder that convert has written.")],
+    path: Annotated[Path, Argument(**path_parser, metavar="OUT", help="Folder that convert has written.")],
     source: Annotated[str | None, Option(metavar="SRC", help="What it was made from, to compare with.")] = None,
     revision: Annotated[str | None, Option(help="Of SRC on the hub. Default: the commit on record.")] = None,
     json: Json = False,
@@ -28,7 +29,7 @@ def command(
     with bytes_bar() as bar:
         task = bar.add_task("verifying", total=None)
         found = verify(
-            model,
+            path,
             source,
             revision=revision,
             progress=lambda part, total: bar.update(task, completed=part, total=total),
