@@ -25,7 +25,7 @@ from .journal import Journal, fingerprint, workspace
 from .plan import Plan, disk_needed, make_plan
 from .quantization import check_arguments
 from .report import quantization_report, read_text
-from .source import Source, mlx_folder, open_source
+from .source import Source, digest, mlx_folder, open_source
 from .verify import DTYPES, VerificationError, read_finished_record, rope_table, verify_result
 from .weights import Progress, write_weights
 
@@ -229,8 +229,9 @@ def _identity(source: Source) -> dict[str, Any]:
     name, folder = source.checkpoint.name, source.checkpoint.folder
     if source.commit is not None:
         return {"name": name, "commit": source.commit}
-    files = [folder / file for file in ("config.json", *(file.name for file in source.files))]
-    return {"name": name, "commit": None, **fingerprint([*files, *tokenizer_files(folder)])}
+    known = {"config.json": source.config_digest} | {file.name: digest(file.tensors) for file in source.files}
+    files = [folder / file for file in known]
+    return {"name": name, "commit": None, **fingerprint([*files, *tokenizer_files(folder)], known)}
 
 
 def _write_small_files(source: Source, plan: Plan, folder: Path, src: str | Path, card: dict[str, Any]) -> None:

@@ -7,7 +7,6 @@ stays in the result as the record of how that was made.
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import os
 import shutil
@@ -86,15 +85,19 @@ def workspace(
         yield _open(partial, {"source": dict(source), "settings": dict(settings), "weights": {}}, restart, keep)
 
 
-def fingerprint(files: list[Path]) -> dict[str, str]:
-    """For each file its size, time and the hash of its beginning, which tell whether it has changed."""
+def fingerprint(files: list[Path], known: Mapping[str, str]) -> dict[str, str]:
+    """For each file its size, time and a digest, which tell whether it has changed.
+
+    Args:
+        files: their names differ.
+        known: digests of what was read of some already, by name; the others are small, and hashed.
+    """
     result = {}
     for path in files:
         status = path.stat()
-        with path.open("rb") as file:
-            start = hashlib.sha256(file.read(2**20)).hexdigest()[:16]  # all of a config, the header of a weight file
         modified = datetime.fromtimestamp(status.st_mtime, timezone.utc).isoformat()
-        result[path.name] = f"{status.st_size} bytes of {modified}, beginning {start}"
+        content = known.get(path.name) or sha256(path)[:16]
+        result[path.name] = f"{status.st_size} bytes of {modified}, digest {content}"
     return result
 
 

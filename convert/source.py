@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.errors import MissingFileError, UsageError
@@ -127,6 +129,7 @@ class Source:
         stored: all tensors, as the files' headers have them.
         scales: which of them are scales that `read` multiplies 8-bit floats by.
         left_out: which of them a conversion leaves out, and why nothing is lost without them.
+        config_digest: of config.json as it was read.
         checkpoint: with the other tensors; 8-bit floats have the type that they are read as.
 
     Raises:
@@ -141,6 +144,7 @@ class Source:
             if info.dtype not in TYPES:
                 raise UsageError(f"{tensor} is of type {info.dtype}: supported are float32, float16, bfloat16")
         config = read_config(folder)
+        self.config_digest = digest(config)
         self._scales: fp8.Scales = {}
         self.left_out: dict[str, str] = {}
         foreign = config.get("quantization_config") or None
@@ -199,6 +203,11 @@ class Source:
         """What is read for a tensor."""
         parts = [name, *([self._scales[name].name] if name in self._scales else [])]
         return parts + (self._parts(HEAD) if name == EMBEDDING and HEAD in self.left_out else [])
+
+
+def digest(value: Any) -> str:
+    """The SHA-256, shortened, of what JSON can hold, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def open_source(src: str | Path, revision: str | None = None, downloads: Path | None = None) -> Source:
