@@ -11,13 +11,13 @@
 # %% [markdown]
 # # 1. Resonance RoPE: why position 4097 is new, and what rounding does
 #
-# - A rotary embedding turns every pair of features by an angle. You will see which angles a text that is longer than
-#   those of training shows to a model, and that they are new to it.
-# - Rounding the wavelengths to whole tokens makes those of the fast pairs old. YaRN takes care of the slow ones.
-# - Whole wavelengths can be computed exactly at any position, where float32 cannot hold the angle.
+# - A rotary embedding turns every pair of features by an angle. You will see which angles a model meets in a text that
+#   is longer than those of its training, and that they are new to it.
+# - With wavelengths rounded to whole tokens, the fast pairs repeat known angles. YaRN takes care of the slow ones.
+# - The angles of whole wavelengths can be computed exactly at any position, even where float32 cannot hold them.
 #
-# The cells take their numbers from a checkpoint, by default the tiny LLaMA that comes with the package. For another one
-# put its folder or its Hugging Face id here; of a model on the hub only config.json is fetched.
+# The numbers come from a checkpoint, by default the tiny LLaMA of the package. To use another one, put its folder or
+# Hugging Face id here; from the hub, only config.json is fetched.
 
 # %%
 from importlib.resources import files
@@ -27,11 +27,10 @@ CHECKPOINT = files("mlx_resonance") / "assets" / "stdlib-llama"  # or "meta-llam
 # %%
 import logging
 
-from mlx_resonance import RopeConfig, default_frequencies
-from mlx_resonance.files import read_config, resolve
+from mlx_resonance import Checkpoint, default_frequencies
 
-logging.getLogger("mlx_resonance").setLevel(logging.ERROR)  # without a GPU, no line that says so
-rope = RopeConfig.from_hf(read_config(resolve(str(CHECKPOINT), None, ["config.json"])))
+logging.getLogger("mlx_resonance").setLevel(logging.ERROR)  # no line about a missing GPU
+rope = Checkpoint.open(CHECKPOINT, weights=False).rope
 plain = default_frequencies(rope.dims, rope.base)
 TRAINED, LONGER = rope.trained_length, 8 * rope.trained_length
 print(f"heads of {rope.dims} features, base {rope.base:g}; trained on {TRAINED} tokens, here read at {LONGER}")
@@ -43,13 +42,13 @@ print(f"heads of {rope.dims} features, base {rope.base:g}; trained on {TRAINED} 
 # the base. Its *wavelength* $\lambda_i = 2\pi \, \theta^{2i/d}$ is the number of tokens for a full turn.
 
 # %%
-from mlx_resonance.notebook_figures.rope import wavelengths
+from figures.rope import wavelengths
 
 wavelengths(plain, TRAINED, LONGER)
 
 # %% [markdown]
 # The first pair turns once in 6.28 tokens. Each pair is slower than the one before, by the same ratio. The last one
-# does not get around once in all of the training length.
+# does not complete a turn within the training length.
 
 # %%
 import numpy as np
@@ -66,10 +65,10 @@ print(f"turns in training: {turns[0]:.1f} of the first, {turns[-1]:.3f} of the l
 #
 # Three pairs on their circles, in a model that was trained on 30 tokens and reads 60. With a wavelength of $2\pi$ no
 # angle ever comes back: the second turn lands between the angles of the first. With a wavelength of 6 there are six
-# angles. The slow pair at the right enters an arc in which it has never been, and no rounding changes that.
+# angles. The slow pair on the right enters an arc where it has never been; rounding does not change that.
 
 # %%
-from mlx_resonance.notebook_figures.rope import circles
+from figures.rope import circles
 
 circles([2 * np.pi, 6, 40.7], train_length=30, test_length=60)
 
@@ -86,8 +85,8 @@ assert max(angles(40, 0, 30)) < 0.75 and 0.75 in angles(40, 30, 60)  # 40.7, rou
 # %% [markdown]
 # The same in LLaMA 2, which has heads of 128 features and was trained on 4096 tokens, positions 0 to 4095. The token
 # after these, the 4097th, is at an angle that the model has not seen, in every one of its 64 pairs. With rounded
-# wavelengths, 46 of the pairs see nothing new in it. `feature_gap` measures how far the new angles lie from the
-# nearest old one, on a circle with radius 1.
+# wavelengths, it shows nothing new to 46 of the pairs. `feature_gap` measures how far each new angle lies from the
+# nearest known one, on a circle with radius 1.
 
 # %%
 from mlx_resonance import feature_gap
@@ -100,11 +99,11 @@ assert np.sum(rounded == 0) == 46
 # %% [markdown]
 # ## What rounding changes
 #
-# Now for every position of a text eight times as long as those of training: the largest distance between an angle in it
-# and the nearest one seen in training, pair by pair. Back to the checkpoint of the first cell.
+# Now for all positions of a text eight times as long as those of training: the largest distance between one of its
+# angles and the nearest one seen in training, pair by pair. Back to the checkpoint of the first cell.
 
 # %%
-from mlx_resonance.notebook_figures.rope import gaps
+from figures.rope import gaps
 
 resonant = plain.resonate()
 gaps({"as computed": plain, "rounded": resonant}, TRAINED, LONGER)
@@ -123,8 +122,8 @@ print(f"{critical} of {len(after)} pairs are pre-critical: {before[:critical].su
 print(f"the others: {before[critical:].sum():.2f} -> {after[critical:].sum():.2f}")
 
 # %% [markdown]
-# Zero sounds like much, and yet it is a small part of the whole: the fast pairs have been nearly everywhere on their
-# circles, so that a new angle is close to an old one. Whether a model gains from it has to be measured (notebooks 4
+# Zero sounds like a lot, yet it is a small part of the whole: the fast pairs have been nearly everywhere on their
+# circles, so a new angle is close to a known one anyway. Whether a model benefits has to be measured (notebooks 4
 # and 5).
 
 # %%
@@ -133,12 +132,12 @@ assert before[:critical].sum() < 0.02 * before.sum()
 # %% [markdown]
 # ## What rounding costs
 #
-# A wavelength moves by half a token at most. To a slow pair that is nothing; the first pair turns in 6 tokens instead
-# of 6.28, which is 4.5 %. What that does to a model that was trained without rounding is measured in
-# [notebook 2](02-convert-a-checkpoint.ipynb).
+# A wavelength changes by half a token at most. For a slow pair that is nothing; the first pair turns in 6 tokens, not
+# 6.28, a change of 4.5 %. [Notebook 2](02-convert-a-checkpoint.ipynb) measures what that does to a model that was
+# trained without rounding.
 
 # %%
-from mlx_resonance.notebook_figures.rope import shifts
+from figures.rope import shifts
 
 shifts(plain)
 
@@ -150,14 +149,15 @@ assert round(100 * change[0], 1) == 4.5
 # %% [markdown]
 # ## YaRN's ramp
 #
-# For the slow pairs something else must help. YaRN leaves the fast ones as they are and stretches the slow ones by the
-# factor that the text is longer by; between the two there is a ramp. On the right: how far each pair gets around its
-# circle. Where a line is above the dotted one, the pair is at angles that it has not been at in training. Those of RoPE
-# are, of all slow pairs. With YaRN none is.
+# The slow pairs need something else. YaRN leaves the fast ones unchanged and stretches the slow ones by the factor by
+# which the text is longer; between the two there is a ramp. On the right: how far each pair gets around its circle.
+# Where a line is above the dotted one, the pair reaches angles that it has not seen in training. With RoPE all slow
+# pairs do; with YaRN none does.
 
 # %%
 from mlx_resonance import yarn_frequencies
-from mlx_resonance.notebook_figures.rope import arcs
+
+from figures.rope import arcs
 
 yarn = yarn_frequencies(rope.dims, rope.base, factor=8, original_max_position_embeddings=TRAINED)
 arcs(plain, yarn, TRAINED, LONGER)
@@ -171,7 +171,7 @@ assert np.all(np.minimum(LONGER / plain.wavelengths, 1)[slow] > seen[slow])
 assert np.all(np.minimum(LONGER / yarn.wavelengths, 1) <= seen + 1e-12)
 
 # %% [markdown]
-# Resonance-YaRN rounds the wavelengths that YaRN computes: first the stretch, then the rounding. Of a model that is
+# Resonance-YaRN rounds the wavelengths that YaRN computes: first the stretch, then the rounding. In a model that is
 # fine-tuned with them on its old length, the pre-critical pairs again have no gap.
 
 # %%
@@ -184,10 +184,10 @@ assert np.all(feature_gap(both, TRAINED, LONGER)[:critical] == 0)
 # %% [markdown]
 # ## Exact phases
 #
-# Float32 has 24 bits. At position 10 million they are used up before the point, and little is left to say where on the
-# circle an angle is; `mx.fast.rope` multiplies in float32. With a whole wavelength the phase is a whole-number problem:
-# `position mod wavelength` is exact, and the angle that is left is small. This package's op does that, on the GPU too.
-# Both get the same rounded wavelengths here, and the reference is computed in float64.
+# Float32 has 24 bits. At position 10 million nearly all of them go into the number of turns, and few are left to say
+# where on the circle an angle is; `mx.fast.rope` multiplies in float32. With a whole wavelength the phase is an integer
+# problem: `position mod wavelength` is exact, and the remaining angle is small. This package's op does that, also on a
+# GPU. Both get the same rounded wavelengths here; the reference is computed in float64.
 
 # %%
 import mlx.core as mx
@@ -215,7 +215,7 @@ float32 = [
 exact = [error(ours(ones, offset=p), p) for p in positions]
 
 # %%
-from mlx_resonance.notebook_figures.rope import errors
+from figures.rope import errors
 
 measured = {"mx.fast.rope": float32, "ours": exact}
 errors(positions, measured, 2.5e-7, "largest error of cos and sin")
@@ -226,7 +226,7 @@ assert float32[positions.index(10**7)] > 0.1
 assert not float32[-1] < 1  # the angle is anywhere
 
 # %% [markdown]
-# Positions a wavelength apart do not only look alike, they give the same bits: here in pair 3.
+# Positions a wavelength apart are not only close, they give the same bits: here in pair 3.
 
 # %%
 wavelength = int(resonant.wavelengths[3])
@@ -253,7 +253,7 @@ controls = {
 }
 
 # %%
-from mlx_resonance.notebook_figures.rope import playground
+from figures.rope import playground
 
 picture = widgets.Image(format="png", layout={"max_width": "850px"})
 
@@ -270,7 +270,7 @@ draw()
 widgets.VBox([*controls.values(), picture])
 
 # %% [markdown]
-# No sliders, as on GitHub or on paper? This is the figure that they start with.
+# No sliders, as on GitHub or on paper? This is the figure they start with.
 
 # %%
 start = {"trained": 1024, "times": 8, "factor": 1, "head_dim": 64, "base": 10_000}
@@ -282,7 +282,7 @@ playground(**start)
 
 # %%
 before = picture.value
-controls["factor"].value = 8  # what a hand does
+controls["factor"].value = 8  # as a hand would
 after, controls["factor"].value = picture.value, 1
 assert before != after and before == picture.value
 

@@ -13,13 +13,12 @@
 #
 # - A Hugging Face checkpoint becomes an MLX folder with eight times the context. You will see what changes in it, and
 #   how it is checked against its source.
-# - The weights run with any angles, and nothing fails where they are the wrong ones: you will see what that costs, and
-#   what rounding and quantization cost.
-# - At the end the same angles, written so that transformers and stock mlx-lm can use them.
+# - The weights run with any angles, and nothing fails if these are wrong: you will see what that costs, and what
+#   rounding and quantization cost.
+# - At the end: the same angles in a form that transformers and stock mlx-lm can read.
 #
-# The cells use the tiny LLaMA that comes with the package. For another checkpoint put its folder or its Hugging Face id
-# here. What is written goes to a temporary folder and is deleted at the end; it takes five times the space of the
-# weights.
+# The cells use the tiny LLaMA of the package. To use another checkpoint, put its folder or its Hugging Face id here.
+# Files go to a temporary folder, which is deleted at the end; they take five times the space of the weights.
 
 # %%
 from importlib.resources import files
@@ -33,19 +32,18 @@ import logging
 import tempfile
 from pathlib import Path
 
-from mlx_resonance import RopeConfig
-from mlx_resonance.files import read_config, resolve
+from mlx_resonance import Checkpoint, RopeConfig
 
-logging.getLogger("mlx_resonance").setLevel(logging.ERROR)  # without a GPU, no line that says so
+logging.getLogger("mlx_resonance").setLevel(logging.ERROR)  # no line about a missing GPU
 folder = tempfile.TemporaryDirectory()
 source, work = str(CHECKPOINT), Path(folder.name)
-before = RopeConfig.from_hf(read_config(resolve(source, None, ["config.json"])))
+before = Checkpoint.open(source, weights=False).rope
 print(f"{before.rope_type}, base {before.base:g}, heads of {before.dims} features, {before.context_length} tokens")
 
 # %% [markdown]
 # ## Look before you write
 #
-# A dry run says what would be written, and what it takes.
+# A dry run says what would be written, and the memory that it takes.
 
 # %%
 from mlx_resonance.convert import convert
@@ -56,11 +54,12 @@ print(f"{plan.rope.rope_type}, {plan.rope.context_length} tokens of context")
 print(f"{plan.weights / 1e6:.1f} MB of weights; takes about {plan.memory / 1e6:.0f} MB of memory")
 
 # %% [markdown]
-# The wavelengths that the new angles have, and their feature gap ([notebook 1](01-resonance-rope.ipynb) explains both):
+# The wavelengths of the new angles, and their feature gap ([notebook 1](01-resonance-rope.ipynb) explains both):
 
 # %%
 from mlx_resonance.inspection import inspect_rope
-from mlx_resonance.notebook_figures.rope import inspected
+
+from figures.rope import inspected
 
 inspection = inspect_rope(plan.rope)
 inspected(inspection)
@@ -79,8 +78,8 @@ print(f"{critical} of {len(shift)} pairs are pre-critical; rounding moves a wave
 # %% [markdown]
 # ## Convert
 #
-# The folder appears whole or not at all. With `verify=True` every tensor is read again and compared with its source,
-# and where torch and transformers are installed, the logits with those of transformers.
+# The folder is written atomically. With `verify=True` every tensor is read again and compared with its source, and
+# where torch and transformers are installed, the logits with those of transformers.
 
 # %%
 made = convert(source, work / "8x", **SCALING, dtype=DTYPE, verify=True)
@@ -95,7 +94,7 @@ print(f"{checks['exact']} of {checks['tensors']} tensors hold the numbers of the
 print("logits against transformers:", checks["logits"])
 
 # %% [markdown]
-# The weights are the same; what makes the difference is in config.json.
+# The weights are the same; the difference is in config.json.
 
 # %%
 import json
@@ -105,8 +104,8 @@ assert RopeConfig.from_hf(settings) == made.rope == plan.rope
 print(json.dumps({key: settings[key] for key in ("rope_theta", "rope_scaling", "max_position_embeddings")}, indent=2))
 
 # %% [markdown]
-# The rope type says that the wavelengths are rounded. A runtime that does not know it refuses the checkpoint, and does
-# not run it with other angles.
+# The rope type says that the wavelengths are rounded. A runtime that does not know it refuses the checkpoint instead of
+# running it with other angles.
 
 # %%
 from mlx_lm.models.rope_utils import initialize_rope
@@ -120,7 +119,7 @@ except ValueError as error:
 # %% [markdown]
 # ## One bit
 #
-# A file that has changed since is found: here by one bit.
+# A file that has changed since is detected. Here, one bit has.
 
 # %%
 from mlx_resonance.convert import verify
@@ -147,9 +146,9 @@ print("\n".join(problems))
 # %% [markdown]
 # ## The wrong angles
 #
-# The weights do not know which angles they are to be used with. Had a runtime ignored the scaling, nothing would have
-# failed. Here is the loss on modules of the standard library that the tiny model has not seen in training, three times
-# as long a text as it was trained on: with the angles of plain RoPE, with YaRN's, and with YaRN's rounded.
+# The weights do not say which angles they need. If a runtime ignored the scaling, nothing would fail. Here is the loss
+# on modules of the standard library that the tiny model has not seen in training, three times as long as its training
+# texts: with the angles of plain RoPE, with YaRN's, and with YaRN's rounded.
 
 # %%
 import sysconfig
@@ -168,24 +167,25 @@ rows = tokens[: len(tokens) // length * length].reshape(-1, length)[:2]
 # %%
 from dataclasses import replace
 
-from mlx_resonance.evaluation.losses import score
-from mlx_resonance.loading import set_rope
+from mlx_resonance.attention import set_rope
+from mlx_resonance.evaluation.losses import token_losses
 
 plain = RopeConfig(before.dims, base=before.base, max_position_embeddings=trained)
 ropes = {"RoPE": plain, "YaRN": replace(made.rope, rope_type=made.rope.base_type), "Resonance-YaRN": made.rope}
 loss = {}
 for name, rope in ropes.items():
     set_rope(model, rope)  # the weights stay
-    loss[name] = score(model, rows, length - 1)
+    loss[name] = token_losses(model, rows, length - 1)
 
 # %%
-from mlx_resonance.notebook_figures.common import loss_over_position
+from figures.common import loss_over_position
 
 loss_over_position({name: values.mean(axis=0) for name, values in loss.items()}, trained, window=128)
 
 # %% [markdown]
-# Past the trained length RoPE's loss grows, that with YaRN does not. Within it YaRN costs a little, since the model has
-# not been fine-tuned with it. Rounding costs next to nothing beside that, though it moved the first pairs by 4.5 %.
+# Past the trained length the loss grows with RoPE, and does not with YaRN. Within it YaRN costs a little, since the
+# model has not been fine-tuned with it. Rounding costs next to nothing beside that, though it moved the first pair by
+# 4.5 %.
 
 # %%
 past = {name: values[:, 2 * trained :].mean() for name, values in loss.items()}
@@ -200,8 +200,8 @@ assert abs(past["Resonance-YaRN"] - past["YaRN"]) < 0.05 and abs(within["Resonan
 # %% [markdown]
 # ## Quantize
 #
-# The same in 8, 4 and 3 bits: the size of the files, by how much the weights are off (the root mean square of the error
-# over that of the values, median of all tensors), and the loss on as much text as the model was trained on.
+# The same in 8, 4 and 3 bits: the size of the files, the error of the weights (its root mean square over that of the
+# values, median of all tensors), and the loss on a text of the trained length.
 
 # %%
 import contextlib
@@ -215,15 +215,15 @@ for bits in (8, 4, 3):
         small = convert(source, work / name, **SCALING, dtype=DTYPE, quantize=True, q_bits=bits)
     sizes[name] = small.weights / 1e6
     off[name] = 100 * float(np.median(list(small.quantization_error.values())))
-    nats[name] = score(load(small.path)[0], rows[:1, :trained], trained - 1).mean()
+    nats[name] = token_losses(load(small.path)[0], rows[:1, :trained], trained - 1).mean()
 
 # %%
-from mlx_resonance.notebook_figures.common import bar_panels
+from figures.common import bar_panels
 
 bar_panels({"weights, MB": sizes, "error of the weights, %": off, "loss, nats per token": nats})
 
 # %% [markdown]
-# Every bit less about doubles the error. Eight bits cost next to nothing of the loss, three cost most.
+# Each bit less about doubles the error. Eight bits barely change the loss, three change it most.
 
 # %%
 assert off["8 bit"] < 1 < off["4 bit"] < 15 < off["3 bit"]

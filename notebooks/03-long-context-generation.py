@@ -11,25 +11,25 @@
 # %% [markdown]
 # # 3. Long text, generated locally
 #
-# - A context of four times the trained length is planned before a weight is read, and the plan is compared with what
-#   MLX then takes.
-# - A prompt of 1536 tokens is read in chunks and the text goes on to 2048, past the 512 that the model was trained on.
-# - Keys and values in 8 and 4 bits: what they save and what they cost. A second question on the same text: no waiting.
+# - The memory of a context of four times the trained length is planned before a weight is read, and the plan is
+#   compared with what MLX then uses.
+# - A prompt of 1536 tokens is read in chunks and continued to 2048, past the 512 that the model was trained on.
+# - A KV cache in 8 and 4 bits: what it saves and what it costs. A second question on the same text: no waiting.
 #
-# The cells use the tiny LLaMA that comes with the package. For another checkpoint, one that was trained without
-# scaling, put its folder or its Hugging Face id here. The numbers in the text, and so some assertions, are those of the
-# tiny one. Files go to a temporary folder.
+# The cells use the tiny LLaMA of the package. To use another checkpoint, one that was trained without scaling, put its
+# folder or its Hugging Face id here. The numbers in the text, and so some assertions, are those of the tiny one. Files
+# go to a temporary folder.
 
 # %%
 from importlib.resources import files
 
 ASSET = files("mlx_resonance") / "assets" / "stdlib-llama"
 CHECKPOINT = str(ASSET)  # or "meta-llama/Llama-2-7b-hf", or a folder
-FACTOR = 4  # how many times as far as it was trained
+FACTOR = 4  # context, in multiples of the trained length
 
 # %% [markdown]
-# `convert` writes a copy with Resonance-YaRN ([notebook 2](02-convert-a-checkpoint.ipynb) has more of it). A CPU is
-# slow with 16-bit numbers, so there the copy has 32; on a Mac's GPU it keeps the checkpoint's type.
+# `convert` writes a copy with Resonance-YaRN ([notebook 2](02-convert-a-checkpoint.ipynb) says more about it). A CPU is
+# slow with 16-bit numbers, so the copy has 32 bits there; on a Mac's GPU it keeps the checkpoint's type.
 
 # %%
 import logging
@@ -41,7 +41,7 @@ from mlx_resonance.convert import convert
 
 import mlx.core as mx
 
-logging.getLogger("mlx_resonance").setLevel(logging.ERROR)  # without a GPU, no line that says so
+logging.getLogger("mlx_resonance").setLevel(logging.ERROR)  # no line about a missing GPU
 temporary = tempfile.TemporaryDirectory()
 work, on_cpu = Path(temporary.name), mx.default_device() == mx.cpu
 
@@ -60,13 +60,13 @@ assert LENGTH == FACTOR * TRAINED
 # %% [markdown]
 # ## Does it fit?
 #
-# `plan_memory` reads no weights. It adds up the weights, the keys and values of the whole context, and what reading the
-# prompt takes besides, for each format that keys and values can have: the model's type, 8 bits, or 4.
+# `plan_memory` reads no weights. It adds up the weights, the KV cache of the whole context and the work of reading the
+# prompt, for each format of the cache: the model's type, 8 bits or 4.
 
 # %%
 from mlx_resonance import plan_memory
 
-STEP = TRAINED // 2  # tokens of the prompt that are read at once
+STEP = TRAINED // 2  # prompt tokens of a chunk
 FORMATS = {f"{8 * model.model.norm.weight.itemsize} bit": None, "8 bit": 8, "4 bit": 4}
 whole = next(iter(FORMATS))
 contexts = [TRAINED // 2, TRAINED, 2 * TRAINED, LENGTH]
@@ -82,22 +82,22 @@ plans = {name: [plan(context, bits) for context in contexts] for name, bits in F
 # %%
 for name, each in plans.items():
     last = each[-1]
-    parts = f"weights {last.weights / 1e6:.1f} + keys and values {last.kv / 1e6:.1f} + prompt {last.prefill / 1e6:.1f}"
+    parts = f"weights {last.weights / 1e6:.1f} + KV cache {last.kv / 1e6:.1f} + prompt {last.prefill / 1e6:.1f}"
     print(f"{name:>6}, {last.context} tokens: {parts} = {last.total / 1e6:.1f} MB")
 
 # %% [markdown]
-# Keys and values grow in proportion to the context. Fewer bits make every plan smaller.
+# The KV cache grows in proportion to the context. Fewer bits make every plan smaller.
 
 # %%
 assert all(each[-1].kv == LENGTH * each[-1].kv_per_token for each in plans.values())
 assert all(plans["4 bit"][i].total < plans["8 bit"][i].total < plans[whole][i].total for i in range(len(contexts)))
 
 # %% [markdown]
-# With 16 GB of memory, of which a reserve is left to everything else, the plan says how far each format goes. Weights
-# that would not fit, such as those of LLaMA 2 7B in 16 bits, are given more.
+# With a budget of 16 GB, of which a reserve is left to everything else, the plan says how far each format goes. Weights
+# that would not fit, such as those of LLaMA 2 7B in 16 bits, get more.
 
 # %%
-from mlx_resonance.notebook_figures.generation import what_fits
+from figures.generation import what_fits
 
 MEMORY = max(16 * 10**9, 3 * plans[whole][-1].weights)
 far = [2**i for i in range(12, 24)]
@@ -107,8 +107,8 @@ most = dict(zip(FORMATS, there.max_context.values(), strict=True))  # from many 
 what_fits(far, totals, most, there.limit)
 
 # %% [markdown]
-# One token more than the largest context does not fit. Fewer bits carry further, though not in proportion to what they
-# save: one layer's keys and values are unpacked while the prompt is read.
+# One token more than the largest context does not fit. Fewer bits go further, though not in proportion to what they
+# save: one layer's keys and values are dequantized at a time while the prompt is read.
 
 # %%
 for name, bits in FORMATS.items():
@@ -117,24 +117,26 @@ saved = plans[whole][-1].kv / plans["4 bit"][-1].kv
 assert most[whole] < most["8 bit"] < most["4 bit"] < saved * most[whole]
 
 # %% [markdown]
-# What does not fit is refused before a weight is read, with the numbers and what would help.
+# A context that does not fit is refused before a weight is read, with the numbers and with options that would help.
 
 # %%
-from mlx_resonance.generation.memory import guard
+from mlx_resonance import Checkpoint
+from mlx_resonance.generation import require_memory
 
+checkpoint = Checkpoint.open(folder)
 try:
-    guard(folder, most[whole] + 1, kv_bits=None, memory=MEMORY, prefill_step_size=STEP)
+    require_memory(checkpoint, most[whole] + 1, kv_bits=None, memory=MEMORY, prefill_step_size=STEP)
 except ValueError as error:
     refusal = str(error)
 print(refusal)
-assert "--kv-bits 8" in refusal
+assert "kv_bits=8" in refusal
 
 # %% [markdown]
 # ## Is the plan right?
 #
-# Read prompts of growing length with each format, and look at the peak that MLX saw. Points appear as the prompts have
-# been read; the lines are the plan. The format matters less here than above: most of so short a context's memory is
-# weights and the work of reading.
+# Read prompts of growing length with each format, and compare with MLX's peak memory. A point appears for each prompt;
+# the lines are the plan. The format matters less here than above: with such a short context, most of the memory
+# is weights and the work of reading.
 
 # %%
 import gc
@@ -152,8 +154,7 @@ def peak(context, bits):
 
 
 # %%
-from mlx_resonance.notebook_figures.generation import memory_over_context
-
+from figures.generation import memory_over_context
 from IPython.display import display
 
 planned = {name: [one.total for one in each] for name, each in plans.items()}
@@ -189,35 +190,33 @@ tokens = tokenizer.encode(text)[:LENGTH]
 assert len(tokens) == LENGTH
 
 # %% [markdown]
-# How well does the model predict each token, given all before it? With the angles it was trained with, with
-# Resonance-YaRN, and with YaRN alone, not rounded: the same weights, which have never seen more than 512 tokens.
+# How well does the model predict each token from all before it? With the angles of its training, with Resonance-YaRN,
+# and with YaRN alone, not rounded: the weights are the same and have never seen more than 512 tokens.
 
 # %%
-from mlx_resonance import RopeConfig
-from mlx_resonance.evaluation.losses import score
-from mlx_resonance.evaluation.perplexity import named_rope
-from mlx_resonance.files import read_config, resolve
-from mlx_resonance.loading import load_model
+from mlx_resonance.evaluation.losses import token_losses
+from mlx_resonance.scaling import named_rope
 
-own = RopeConfig.from_hf(read_config(resolve(CHECKPOINT, None, ["config.json"])))
+own = Checkpoint.open(CHECKPOINT, weights=False).rope
 angles = {"RoPE, as trained": own, "Resonance-YaRN": rope, "YaRN": named_rope(own, "yarn", FACTOR)}
 
 # %%
 import numpy as np
 
 row = np.array(tokens, np.int32)[None]
-loss = {name: score(load_model(folder, rope=each)[0], row, LENGTH - 1)[0] for name, each in angles.items()}
+models = {name: checkpoint.with_rope(each).load() for name, each in angles.items()}
+loss = {name: token_losses(each, row, LENGTH - 1)[0] for name, each in models.items()}
 
 # %%
-from mlx_resonance.notebook_figures.common import loss_over_position
+from figures.common import loss_over_position
 
 loss_over_position(loss, TRAINED, window=TRAINED // 8)
 
 # %% [markdown]
 # Past the trained length plain RoPE shows the model angles that it never saw, and the loss rises by more than half a
 # nat. With Resonance-YaRN it does not rise, and within the trained length the other angles cost next to nothing. That
-# is YaRN's doing: rounding changes either loss by less than 0.02 nats. [Notebook 5](05-does-it-help.ipynb) asks more of
-# it.
+# is YaRN's doing: rounding changes either loss by less than 0.02 nats. [Notebook 5](05-does-it-help.ipynb) looks
+# closer.
 
 # %%
 inside = {name: values[: TRAINED - 1].mean() for name, values in loss.items()}
@@ -232,13 +231,13 @@ assert abs(inside["Resonance-YaRN"] - inside["YaRN"]) < 0.02 and abs(past["Reson
 # %% [markdown]
 # ## Read, then write
 #
-# Three quarters of the context are the prompt; the last quarter is written. The prompt is read in chunks, and
-# `stream_generate` reports each of them. Below the figure: the last 500 characters, as they are written.
+# Three quarters of the context are the prompt; the last quarter is generated. The prompt is read in chunks, and
+# `stream_generate` reports each of them. Below the figure: the last 500 characters, while the text is generated.
 
 # %%
 import time
 
-from mlx_resonance.notebook_figures.generation import tokens_over_time
+from figures.generation import tokens_over_time
 
 prompt = tokens[: 3 * LENGTH // 4]
 read, written, pieces = [], [], []
@@ -262,8 +261,8 @@ for count, response in enumerate(stream, 1):
         page.update({"text/plain": f"… {''.join(pieces)[-500:]}"}, raw=True)
 
 # %% [markdown]
-# The model is tiny: it writes what looks like Python and means nothing. The text goes on to the last token of the
-# context, and not beyond: that is refused.
+# The model is tiny: its text looks like Python and means nothing. The text continues to the last token of the context;
+# anything longer is refused.
 
 # %%
 assert read[-1][1] == len(prompt) > TRAINED and len(read) > len(prompt) // STEP
@@ -276,17 +275,17 @@ else:
     raise AssertionError("a context that is too long was not refused")
 
 # %% [markdown]
-# The same seed writes the same text.
+# The same seed gives the same text.
 
 # %%
 again = stream_generate(model, tokenizer, prompt, **options | {"max_tokens": 32})
 assert "".join(response.text for response in again) == "".join(pieces[:32])
 
 # %% [markdown]
-# ## Keys and values in 8 and 4 bits
+# ## The KV cache in 8 and 4 bits
 #
-# What the formats save: the bytes of the caches, which are allocated once for the whole text. What they cost: how well
-# the same 2048 tokens are predicted.
+# What the formats save: the bytes of the caches, which are allocated once for the whole text. What they cost: the
+# perplexity of the same 2048 tokens.
 
 # %%
 from mlx_resonance.generation.cache import make_cache
@@ -297,16 +296,16 @@ for name, bits in FORMATS.items():
     cache = make_cache(model, LENGTH, bits)
     prefill(model, tokens[:3], cache)
     megabytes[name] = sum(layer.nbytes for layer in cache) / 1e6
-    nats = score(model, row, LENGTH - 1, kv_bits=bits) if bits else loss["Resonance-YaRN"]
+    nats = token_losses(model, row, LENGTH - 1, kv_bits=bits) if bits else loss["Resonance-YaRN"]
     perplexity[name] = float(np.exp(nats.mean()))
 
 # %%
-from mlx_resonance.notebook_figures.common import bar_panels
+from figures.common import bar_panels
 
-bar_panels({f"keys and values of {LENGTH} tokens, MB": megabytes, "perplexity": perplexity})
+bar_panels({f"KV cache of {LENGTH} tokens, MB": megabytes, "perplexity": perplexity})
 
 # %% [markdown]
-# The caches take exactly what was planned. 8 bits change the perplexity by less than 1 %, 4 bits by less than 10 %.
+# The caches take exactly the planned memory. 8 bits change the perplexity by less than 1 %, 4 bits by less than 10 %.
 
 # %%
 assert all(round(megabytes[name] * 1e6) == plans[name][-1].kv for name in FORMATS)
@@ -316,13 +315,13 @@ assert abs(perplexity["4 bit"] / perplexity[whole] - 1) < 0.10
 # %% [markdown]
 # ## The second question
 #
-# With a prompt cache, keys and values stay on the disk, filed by the content of the model, its angles, their format and
-# the tokens. Three questions on the same text, each asked without and with it:
+# An on-disk KV cache keeps the keys and values of earlier prompts, under the content of the model, its angles, the
+# cache's format and the tokens. Three questions on the same text, each asked without the cache and with it:
 
 # %%
 from mlx_resonance.generation import PromptCache, cache_key
 
-prompt_cache = PromptCache(work / "prompts", cache_key(folder, rope, None))
+prompt_cache = PromptCache(work / "prompts", cache_key(checkpoint, None))
 questions = ["\n    def ", "\n\nclass ", "\n\nimport "]
 questions = [prompt + tokenizer.encode(question, add_special_tokens=False) for question in questions]
 
@@ -335,7 +334,7 @@ def ask(question, cache):
 
 
 # %%
-from mlx_resonance.notebook_figures.generation import first_tokens
+from figures.generation import first_tokens
 
 caches = {"without a prompt cache": None, "with": prompt_cache}
 seconds, known, answers = ({name: [] for name in caches} for _ in range(3))
@@ -347,7 +346,7 @@ for question in questions:
     live.update(first_tokens(seconds))
 
 # %% [markdown]
-# From the second question on, only what is new has to be read. The answers begin with the same token.
+# From the second question on, only the new tokens have to be read. The answers begin with the same token.
 
 # %%
 print("tokens known:", known)

@@ -46,7 +46,7 @@ rows = {name: Task(name).extend(seed, 32)[0] for name in ("recursive", "cot", "s
 far = {"recursive": lambda n: n - 4, "cot": lambda n: 0, "semi-recursive": lambda n: (n - 4) // 2}
 
 # %%
-from mlx_resonance.notebook_figures.posgen import sequences
+from figures.posgen import sequences
 
 n = 24
 sequences(rows, n, near=3, far={name: back(n) for name, back in far.items()})
@@ -111,9 +111,9 @@ assert holds["semi-recursive"][::2].all() and holds["semi-recursive"][1::2].mean
 # %%
 import tempfile
 
-from mlx_resonance.notebook_figures.posgen import training
 from mlx_resonance.posgen.runs import train_into
 
+from figures.posgen import training
 from IPython.display import display
 
 smoke, steps = PRESETS["smoke"], []
@@ -168,7 +168,7 @@ assert header["preset"] == "laptop" and not header["settings"]["train_scaled"]
 assert len(lines) == 3 * 8 * 5
 
 # %%
-from mlx_resonance.notebook_figures.posgen import accuracy_over_position
+from figures.posgen import accuracy_over_position
 
 every = accuracy_curves(lines)
 curves = {subtask: {name: found[name] for name in ENCODINGS} for subtask, found in every.items()}
@@ -204,7 +204,7 @@ def accuracies(lines, subtask, encoding):
 ours = {subtask: {name: accuracies(lines, subtask, name) for name in ENCODINGS} for subtask in PAPER}
 
 # %%
-from mlx_resonance.notebook_figures.posgen import seeds_and_paper
+from figures.posgen import seeds_and_paper
 
 seeds_and_paper(ours, PAPER)
 
@@ -253,7 +253,7 @@ for name, values in added.items():
     print(f"{name:20} {values.mean():+5.1f}  bootstrap [{low:+.1f}, {high:+.1f}]  paper {claimed[name]:+.1f}")
 
 # %%
-from mlx_resonance.notebook_figures.posgen import differences
+from figures.posgen import differences
 
 differences(added, {"bootstrap, 95 %": boot, "Student's t, 95 %": t}, claimed)
 

@@ -13,7 +13,7 @@
 # # 5. Does it help?
 #
 # Perplexity and a passkey, with plain RoPE, YaRN and Resonance-YaRN, on a LLaMA that was trained with plain RoPE. You
-# will measure it on the tiny checkpoint, see the larger experiment's committed results, and get the commands for a
+# will measure both on the tiny checkpoint, see the committed results of a larger experiment, and get the commands for a
 # checkpoint of your own.
 
 # %%
@@ -21,7 +21,7 @@ import logging
 from importlib.resources import files
 
 logging.getLogger("mlx_resonance").setLevel(logging.ERROR)  # no line about a missing GPU
-CHECKPOINT = str(files("mlx_resonance") / "assets/stdlib-llama")  # or such as "meta-llama/Llama-2-7b-hf"
+CHECKPOINT = str(files("mlx_resonance") / "assets/stdlib-llama")  # or "meta-llama/Llama-2-7b-hf", or a folder
 
 # %%
 import tempfile
@@ -37,60 +37,60 @@ made = convert(CHECKPOINT, folder, resonance=False, dtype="float32")  # the fast
 # ## Perplexity over the context
 #
 # Two files of the standard library that the tiny model was not trained on, cut to the context, with the checkpoint's
-# own angles and with YaRN's for 8 times the context, rounded or not. In a terminal that is
+# own angles and with YaRN's for 8 times the context, rounded and not. In a terminal that is
 # `mlx-resonance eval perplexity --rope default,yarn,resonance_yarn --factor 8 …`.
 
 # %%
 import sysconfig
 
-from mlx_resonance import RopeConfig, load
-from mlx_resonance.evaluation.perplexity import Subject, named_rope, run_perplexity, select_documents
+from mlx_resonance import Checkpoint
+from mlx_resonance.evaluation.perplexity import Subject, run_perplexity, select_documents
 from mlx_resonance.evaluation.windows import Protocol
-from mlx_resonance.files import read_config
+from mlx_resonance.scaling import named_rope
 
 library = Path(sysconfig.get_paths()["stdlib"])
 texts = [(library / name).read_text() for name in ("http/server.py", "pydoc.py")]
-model, tokenizer = load(folder)
+checkpoint = Checkpoint.open(folder)
+tokenizer = checkpoint.tokenizer
 protocol = Protocol([256, 512, 1024, 2048], truncate=True, last=256)
 documents, _ = select_documents(texts, tokenizer, 2047, None)
 assert len(documents) == 2
 
 # %%
-own = RopeConfig.from_hf(read_config(folder))
-ropes = [named_rope(own, name, 8) for name in ("default", "yarn", "resonance_yarn")]
-subject = Subject("tiny", folder, ropes, [tokenizer.bos_token_id], documents)
+ropes = [named_rope(checkpoint.rope, name, 8) for name in ("default", "yarn", "resonance_yarn")]
+subject = Subject(checkpoint, ropes, [tokenizer.bos_token_id], documents)
 rows = run_perplexity([subject], protocol, work / "perplexity.jsonl", {"data": "two files"})
 
 # %%
-from mlx_resonance.notebook_figures.common import lines
+from figures.common import lines
 
 curves = {rope.rope_type: [row["perplexity_tokens"] for row in rows if row["rope"] == rope.rope_type] for rope in ropes}
-lines(protocol.contexts, curves, "context, tokens", "perplexity", log="x", mark=own.trained_length)
+lines(protocol.contexts, curves, "context, tokens", "perplexity", log="x", mark=checkpoint.rope.trained_length)
 
 # %%
 plain, yarn, rounded = curves.values()
 assert plain[-1] > 1.3 * yarn[-1]  # past the trained length plain RoPE breaks down
-assert abs(rounded[-1] / yarn[-1] - 1) < 0.05  # what rounding changes is small beside that
+assert abs(rounded[-1] / yarn[-1] - 1) < 0.05  # rounding changes little beside that
 
 # %% [markdown]
 # ## A passkey
 #
-# A number is hidden in filler, and the model is asked for it: `mlx-resonance eval passkey`. The tiny checkpoint has
-# never seen the task and finds nothing, at the trained length neither; that measures the model, not its angles.
+# A number is hidden in a long text, and the model is asked for it: `mlx-resonance eval passkey`. The tiny checkpoint
+# has never seen the task and finds nothing, not even at the trained length; that measures the model, not its angles.
 
 # %%
-from mlx_resonance.evaluation.passkey import Grid, accuracy, run_passkey
+from mlx_resonance.evaluation.passkey import PasskeyGrid, accuracy, run_passkey
 
-grid = Grid([512], [10, 50, 90], repetitions=1)
-trials = run_passkey(model, tokenizer, grid, work / "passkey.jsonl", {"model": "tiny"})
+grid = PasskeyGrid([512], [10, 50, 90], repetitions=1)
+trials = run_passkey(checkpoint, grid, work / "passkey.jsonl")
 print([(trial["key"], trial["answer"]) for trial in trials])
 assert accuracy(grid, trials).max() == 0
 
 # %% [markdown]
 # ## The experiment
 #
-# `benchmarks/extension.py` asks the same of more documents, and fine-tunes. Its results are in the repository: the tiny
-# checkpoint at 8 times its context, as it is and after steps on sequences of the trained length, with several seeds.
+# `benchmarks/extension.py` measures the same on more documents, and fine-tunes. Its results are in the repository: the
+# tiny checkpoint at 8 times its context, without fine-tuning and after some on the trained length, with several seeds.
 
 # %%
 import json
@@ -99,7 +99,7 @@ import numpy as np
 
 folder = Path("../benchmarks/results")
 if not folder.exists():
-    raise SystemExit("this notebook is alone: the results are in benchmarks/results of the repository")
+    raise SystemExit("the results are in benchmarks/results of the repository, which is not here")
 
 
 def results(name):
@@ -116,13 +116,13 @@ for steps, ropes in last.items():
         print(f"{steps:3} steps  {rope:15} {len(seeds)} seeds: ", *(f"{x:7.2f}" for x in np.mean(seeds, 0)))
 
 # %%
-from mlx_resonance.notebook_figures.common import perplexity_over_context
+from figures.common import perplexity_over_context
 
 perplexity_over_context(contexts, {f"{steps} steps" if steps else "as it is": ropes for steps, ropes in last.items()})
 
 # %% [markdown]
 # YaRN is what makes the long context work: plain RoPE breaks down, and so does NTK-aware scaling at the full factor.
-# What rounding changes beside that is small, with or without fine-tuning.
+# Rounding changes little beside that, with or without fine-tuning.
 
 # %%
 for ropes in last.values():

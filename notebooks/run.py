@@ -1,7 +1,7 @@
 """Run notebooks from top to bottom, each in a fresh kernel: python notebooks/run.py 01-….ipynb …
 
-It fails where a cell fails, a figure that is committed does not appear, or the paired .py says something else. The
-notebooks stay as they are; with --save the new outputs are written, as they are committed.
+It fails if a cell fails, a committed figure does not appear, or the paired .py differs. The notebooks do not change,
+unless --save writes the new outputs into them.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ FIGURES = ("image/png", "image/svg+xml")
 
 
 def figures(cell: nbformat.NotebookNode) -> int:
-    """How many figures a cell shows."""
+    """The number of figures that a cell shows."""
     return sum(any(kind in output.get("data", {}) for kind in FIGURES) for output in cell.get("outputs", []))
 
 
 def problems(path: Path, notebook: nbformat.NotebookNode, save: bool) -> list[str]:
-    """Run a notebook and say what is not as it should be."""
+    """Run a notebook; returns what is wrong."""
     found = []
     pair = jupytext.read(path.with_suffix(".py"))
     if [cell.source for cell in pair.cells] != [cell.source for cell in notebook.cells]:
@@ -41,7 +41,7 @@ def problems(path: Path, notebook: nbformat.NotebookNode, save: bool) -> list[st
         if figures(cell) < count:
             found.append(f"cell {number} shows {figures(cell)} figures instead of {count}")
         cell.metadata.pop("execution", None)  # times
-    notebook.metadata.pop("widgets", None)  # pictures of the sliders: a static one follows them
+    notebook.metadata.pop("widgets", None)  # pictures of the sliders, which a static figure follows
     if save:
         nbformat.write(notebook, path)
     return found

@@ -1,4 +1,4 @@
-"""`finetune`: a longer context is learned; a killed run goes on to the bit; what is wrong is said in a line."""
+"""`finetune`: a longer context is learned, a killed run resumes bit-identical, mistakes get one line."""
 
 from __future__ import annotations
 
@@ -8,19 +8,19 @@ import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.config import RopeConfig
+from mlx_resonance import Checkpoint, RopeConfig, attention, load
 from mlx_resonance.convert import convert
+from mlx_resonance.errors import UsageError
 from mlx_resonance.finetuning import chunks
 from mlx_resonance.finetuning import run as finetuning
 from mlx_resonance.finetuning.data import Batches, packed
-from mlx_resonance.finetuning.memory import plan_training
+from mlx_resonance.finetuning.memory import plan_training, require_training_memory
 from mlx_resonance.finetuning.recipes import PRESETS, Recipe, choose
-from mlx_resonance.loading import load, load_model, load_tokenizer
-from mlx_resonance.records import open_records
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -90,7 +90,7 @@ def test_lora_is_fused(run: Any, texts: Path, tmp_path: Path, bits: int | None) 
     code, _, stderr = run(*arguments(texts, out, *SHORT, *lora, model=model))
     assert code == 0, stderr
     after = RopeConfig.from_hf(json.loads((out / "config.json").read_text()))
-    base, _ = load_model(model, rope=after)
+    base = Checkpoint.open(model).with_rope(after).load()
     plain = logits(base)
     adapted = mlx_lm.utils.load_adapters(base, str(out / "adapters"))
     adapted.eval()
@@ -103,25 +103,26 @@ def test_lora_is_fused(run: Any, texts: Path, tmp_path: Path, bits: int | None) 
 KILLED = """
 import os, signal
 from mlx_resonance import cli
-from mlx_resonance.finetuning import run
-append = run.append_records
-def append_and_die(path, lines):
-    append(path, lines)
-    if lines[0].get("step") == 3:
+from mlx_resonance.storage import RunLog
+append = RunLog.append
+def append_and_die(log, line):
+    append(log, line)
+    if line["step"] == 3:
         os.kill(os.getpid(), signal.SIGKILL)
-run.append_records = append_and_die
+RunLog.append = append_and_die
 cli.main()
 """
 
 
-def test_killed_and_gone_on_with_is_bit_identical(run: Any, texts: Path, tmp_path: Path) -> None:
+def test_a_killed_run_resumes_bit_identical(run: Any, texts: Path, tmp_path: Path) -> None:
     options = (*SHORT, "--steps", 6, "--accumulate", 2, "--checkpoint-every", 2, "--grad-checkpoint")
     assert run(*arguments(texts, tmp_path / "whole", *options))[0] == 0
     command = [sys.executable, "-c", KILLED, *map(str, arguments(texts, tmp_path / "killed", *options))]
     done = subprocess.run(command, stderr=subprocess.PIPE, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     code, _, stderr = run(*arguments(texts, tmp_path / "killed", *options, "--seed", 1))
-    assert code == 2 and "seed is 0 there, 1 now" in stderr and stderr.count("\n") == 1
+    assert code == 2 and "seed is 0 there and 1 here" in stderr and "give another --mlx-path" in stderr
+    assert stderr.count("\n") == 1
     code, _, stderr = run(*arguments(texts, tmp_path / "killed", *options))
     assert code == 0 and "step 1 of 6" not in stderr, stderr
     whole, killed = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "killed"))
@@ -129,7 +130,7 @@ def test_killed_and_gone_on_with_is_bit_identical(run: Any, texts: Path, tmp_pat
 
 
 @pytest.mark.parametrize("fault", ["interrupted", "full disk", "full disk at the end"])
-def test_stopped_and_gone_on_with(
+def test_a_stopped_run_resumes(
     run: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: str
 ) -> None:
     options, out = (*SHORT, "--checkpoint-every", 2), tmp_path / "out"
@@ -158,27 +159,32 @@ def test_stopped_and_gone_on_with(
     ("change", "message"),
     [
         (("--data", "empty.jsonl"), "empty.jsonl is empty"),
-        (("--data", "wrong.jsonl"), "wrong.jsonl, line 2 has no 'text' that is a text"),
+        (("--data", "wrong.jsonl"), "wrong.jsonl, line 2 has no 'text' that is a "),
         (("--data", "broken.jsonl"), "broken.jsonl, line 1 is not JSON"),
-        (("--data", "short.txt"), "short.txt has 4 tokens, a sequence needs 64"),
-        (("--data", "nothing"), "no data at nothing"),
-        (("--length", 4096), "length 4096 is longer than the context of 2048 tokens"),
-        (("--preset", "paper"), "preset must be one of paper-7b, paper-13b, paper-4k"),
-        (("--rope", "resonance_yran"), "unknown rope type 'resonance_yran'"),
-        (("--rope", "default"), "takes neither factor nor original length"),
-        (("--warmup", 4), "warmup must be shorter than the 4 steps"),
-        (("--num-layers", 6), "num_layers must be at most the model's 5"),
-        (("--fine-tune-type", "dora"), "fine_tune_type must be full or lora"),
-        (("--dtype", "int8"), "dtype must be one of float32"),
+        (("--data", "short.txt"), "short.txt has 4 tokens, a sequence needs 64: give another --data or --length"),
+        (("--data", "nothing"), "nothing: no such folder or file (--data)"),
+        (("--length", 4096), "length 4096 exceeds the context of 2048 tokens"),
+        (("--length", 4096), "give --rope resonance_yarn --factor 8 or --length 2048"),
+        (("--preset", "paper"), "'paper' is not one of 'paper-7b', 'paper-13b', 'paper-4k'"),
+        (
+            ("--rope", "resonance_yran"),
+            "rope must be one of default, linear, ntk, dynamic, yarn, each also resonance_…",
+        ),
+        (("--rope", "default"), "rope type default has no scaling: it takes no factor"),
+        (("--warmup", 4), "warmup must be less than the 4 steps, got 4 (--warmup)"),
+        (("--num-layers", 6), "num_layers must be at most the model's 5, got 6 (--num-layers)"),
+        (("--fine-tune-type", "dora"), "'dora' is not one of 'full', 'lora'"),
+        (("--dtype", "int8"), "float32, float16, bfloat16"),
         (("--memory", "3300MB", "--length", 2048, "--batch-size", 4), "give --batch-size 1 --accumulate 4"),
-        (("--mlx-path", "taken"), "taken exists"),
-        (("--steps", 10**20, "--force"), "steps must lie in [1, 2147483647]"),
-        (("--seed", 10**20), "seed must lie in [0, 2147483647]"),
-        (("--accumulate", 10**9), "accumulate must lie in [1, 65536]"),
-        (("--lora-rank", 10**20, "--fine-tune-type", "lora", "--force"), "lora_rank must lie in [1, 65536]"),
+        (("--mlx-path", "taken"), "taken exists: delete it or choose another folder: give another --mlx-path"),
+        (("--steps", 10**20, "--force"), "'--steps': Input should be less than or equal to 2147483647"),
+        (("--seed", 10**20), "'--seed': Input should be less than or equal to 2147483647"),
+        (("--accumulate", 10**9), "'--accumulate': Input should be less than or equal to 65536"),
+        (("--lora-rank", 10**20, "--fine-tune-type", "lora", "--force"), "'--lora-rank': Input should be less"),
+        (("--learning-rate", 0), "learning_rate must be in (0, 1), got 0.0 (--learning-rate)"),
     ],
 )
-def test_what_is_wrong_is_said_in_a_line(
+def test_a_mistake_gets_one_line(
     run: Any, texts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: tuple[object, ...], message: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -192,23 +198,42 @@ def test_what_is_wrong_is_said_in_a_line(
     assert not Path("out").exists() and not Path("out.partial").exists()
 
 
-def test_computed_again_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = load_model(STDLIB_LLAMA)
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "granite", "smollm3"])
+def test_checkpointed_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
+    """Of every model type, and with the loss in chunks; the attention of each layer is recomputed in parts."""
+    config = {
+        "model_type": kind, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 256,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "rms_norm_eps": 1e-5, "max_position_embeddings": 512,
+        "head_dim": 16, "tie_word_embeddings": kind == "qwen2",
+    }  # fmt: skip
+    if kind == "granite":
+        config |= dict.fromkeys(("logits_scaling", "attention_multiplier"), 0.5)
+        config |= dict.fromkeys(("embedding_multiplier", "residual_multiplier"), 2.0)
+        config |= {"attention_bias": False, "mlp_bias": False}
+    mx.random.seed(0)
+    model = Checkpoint.of(kind, Path(), config | {"rope_theta": 10000.0}, {}).build()
     finetuning.prepare(model, Recipe(64))
-    tokens = mx.array(np.random.default_rng(0).integers(0, 2048, size=(2, 150)))
+    tokens = mx.array(np.random.default_rng(0).integers(0, 256, size=(2, 150)))
 
     def plain(model: nn.Module, tokens: mx.array) -> mx.array:
         return nn.losses.cross_entropy(model(tokens)[:, :-1], tokens[:, 1:], reduction="mean")
 
     wanted, gradients = nn.value_and_grad(model, plain)(model, tokens)
+    lengths, checkpointed = [], chunks._checkpointed
+
+    def counted(queries: mx.array, *args: Any, **options: Any) -> mx.array:
+        lengths.append(queries.shape[2])
+        return checkpointed(queries, *args, **options)
+
+    monkeypatch.setattr(chunks, "_checkpointed", counted)
     monkeypatch.setattr(chunks, "POSITIONS", 64)
     monkeypatch.setattr(chunks, "QUERIES", 64)
-    call = type(model.layers[0]).__call__
-    with chunks.computed_again(model, True):
-        assert type(model.layers[0]).__call__ is not call
+    before = type(model.layers[0]).__call__, attention.attend
+    with chunks.activation_checkpointing(model):
         loss, found = nn.value_and_grad(model, chunks.next_token_loss)(model, tokens)
         mx.eval(loss, found)
-    assert type(model.layers[0]).__call__ is call
+    assert (type(model.layers[0]).__call__, attention.attend) == before
+    assert lengths == 8 * [64, 64, 22]  # four layers, forward and again for the backward pass
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)
     for (name, one), (_, other) in zip(tree_flatten(gradients), tree_flatten(found), strict=True):
         assert mx.max(mx.abs(one - other)).item() <= 1e-5 * mx.max(mx.abs(one)).item(), name
@@ -227,19 +252,30 @@ def test_computed_again_gives_the_same_gradients(monkeypatch: pytest.MonkeyPatch
 def test_the_plan_is_what_is_used(tmp_path: Path, length: int, changes: dict[str, Any]) -> None:
     recipe = Recipe(**({"length": length, "steps": 2, "accumulate": 1} | changes))
     sequences = np.random.default_rng(0).integers(0, 2048, size=(8, length)).astype(np.int32)
-    open_records(tmp_path / finetuning.RECORD, finetuning.KIND, {})
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
-    model, _ = load_model(STDLIB_LLAMA, lazy=True)
+    checkpoint = Checkpoint.open(STDLIB_LLAMA)
+    model = checkpoint.load(lazy=True)
     finetuning.prepare(model, recipe)
-    with chunks.computed_again(model, recipe.grad_checkpoint):
-        finetuning._train(model, recipe, sequences, tmp_path, 100, None)
-    assert plan_training(STDLIB_LLAMA, recipe).total == pytest.approx(mx.get_peak_memory() - before, rel=0.25)
+    with chunks.activation_checkpointing(model, recipe.grad_checkpoint):
+        finetuning._train(model, recipe, sequences, finetuning.open_log(tmp_path, {}, "tiny"), 100, None)
+    assert plan_training(checkpoint, recipe).total == pytest.approx(mx.get_peak_memory() - before, rel=0.25)
 
 
-def test_documents_are_packed(texts: Path) -> None:
-    tokenizer = load_tokenizer(STDLIB_LLAMA, {})
+def test_remedies_make_a_run_fit() -> None:
+    checkpoint, memory = Checkpoint.open(STDLIB_LLAMA), 3_300_000_000
+    recipe = Recipe(2048, batch_size=4, accumulate=1)
+    with pytest.raises(UsageError, match=r"4 × 2048 tokens need .* the limit is 78\.8 MB: try batch_size=1") as raised:
+        require_training_memory(checkpoint, recipe, memory)
+    change, force = raised.value.remedies
+    assert change["accumulate"] == 4 and force == {"force": True}
+    assert plan_training(checkpoint, replace(recipe, **change), memory).fits
+    with pytest.raises(UsageError, match="only a smaller model would fit: try force=True"):
+        require_training_memory(checkpoint, recipe, memory - 70_000_000)
+
+
+def test_documents_are_packed(texts: Path, tokenizer: Any) -> None:
     one, same, other = (packed([texts / "train.jsonl"], tokenizer, 64, seed) for seed in (0, 0, 1))
     assert np.array_equal(one, same) and not np.array_equal(one, other)
     stream = one.reshape(-1)

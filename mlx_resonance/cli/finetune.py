@@ -1,14 +1,14 @@
-"""`mlx-resonance finetune`: a checkpoint learns a longer context."""
+"""`mlx-resonance finetune`: teach a checkpoint a longer context."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
-from .options import Dtype, Force, Json, Memory, MlxPath, Model, Original, ScaledBy, memory_bytes
+from .options import LARGEST, Dtype, Force, Json, Memory, MlxPath, Model, Original, ScaledBy, path
 from .output import count_bar, print_json, stderr
 
 if TYPE_CHECKING:
@@ -16,45 +16,65 @@ if TYPE_CHECKING:
 
     from ..finetuning.recipes import Recipe
 
+BATCHES = 2**16  # largest number of sequences at once, of batches in a step
+
 
 def command(
     model: Model,
-    data: Annotated[Path, Option(metavar="DIR|FILE", help="Folder with train.jsonl or *.txt; or a .jsonl or text.")],
+    data: Annotated[
+        Path,
+        Option(**path, metavar="DIR|FILE", help="Folder with train.jsonl or *.txt; or one file of texts."),
+    ],
     mlx_path: MlxPath,
-    preset: Annotated[str | None, Option(help="The paper's: paper-7b, paper-13b or paper-4k.")] = None,
+    preset: Annotated[
+        Literal["paper-7b", "paper-13b", "paper-4k"] | None, Option(help="The paper's settings, which others override.")
+    ] = None,
     rope: Annotated[
         str | None, Option(help="Rope type, such as resonance_yarn. Default: the preset's, or the checkpoint's.")
     ] = None,
     factor: ScaledBy = None,
     original_max_position_embeddings: Original = None,
-    length: Annotated[int | None, Option(help="Tokens of a sequence. Default: the context.")] = None,
-    steps: Annotated[int | None, Option(help="Updates of the weights. Default: 400.")] = None,
-    warmup: Annotated[int | None, Option(help="Steps in which the learning rate rises. Default: 1 in 20.")] = None,
-    learning_rate: Annotated[float | None, Option(help="The highest; it falls to 0. Default: 2e-5.")] = None,
-    weight_decay: Annotated[float | None, Option(help="Of AdamW. Default: 0.")] = None,
-    batch_size: Annotated[int | None, Option(help="Sequences at once. Default: 1.")] = None,
-    accumulate: Annotated[int | None, Option(help="Batches whose gradients are a step's. Default: 8.")] = None,
-    fine_tune_type: Annotated[str | None, Option(help="full (in float32) or lora. Default: full.")] = None,
-    lora_rank: Annotated[int | None, Option(help="Default: 8.")] = None,
-    lora_scale: Annotated[float | None, Option(help="Default: 20.")] = None,
-    num_layers: Annotated[int | None, Option(help="Train the last N layers only. Default: all.")] = None,
+    length: Annotated[
+        int | None, Option(min=2, max=LARGEST, help="Tokens of a sequence. Default: the context.")
+    ] = None,
+    steps: Annotated[int | None, Option(min=1, max=LARGEST, help="Updates of the weights. Default: 400.")] = None,
+    warmup: Annotated[
+        int | None, Option(min=0, max=LARGEST, help="Steps in which the learning rate rises. Default: 1 in 20.")
+    ] = None,
+    learning_rate: Annotated[
+        float | None, Option(min=0, max=1, help="Peak learning rate; it falls to 0. Default: 2e-5.")
+    ] = None,
+    weight_decay: Annotated[float | None, Option(min=0, max=1, help="AdamW's weight decay. Default: 0.")] = None,
+    batch_size: Annotated[int | None, Option(min=1, max=BATCHES, help="Sequences at once. Default: 1.")] = None,
+    accumulate: Annotated[
+        int | None, Option(min=1, max=BATCHES, help="Batches whose gradients make a step. Default: 8.")
+    ] = None,
+    fine_tune_type: Annotated[
+        Literal["full", "lora"] | None, Option(help="Train all weights, in float32, or LoRA. Default: full.")
+    ] = None,
+    lora_rank: Annotated[int | None, Option(min=1, max=BATCHES, help="LoRA's rank. Default: 8.")] = None,
+    lora_scale: Annotated[float | None, Option(min=0, max=10_000, help="LoRA's scale. Default: 20.")] = None,
+    num_layers: Annotated[
+        int | None, Option(min=1, max=LARGEST, help="Train only the last N layers. Default: all.")
+    ] = None,
     grad_checkpoint: Annotated[
-        bool, Option("--grad-checkpoint", help="Less memory, more time: compute activations again.")
+        bool, Option("--grad-checkpoint", help="Activation checkpointing: less memory, more time.")
     ] = False,
-    seed: Annotated[int | None, Option(help="Of the order of the texts. Default: 0.")] = None,
+    seed: Annotated[int | None, Option(min=0, max=LARGEST, help="Seed of the order of the texts. Default: 0.")] = None,
     dtype: Dtype = None,
-    checkpoint_every: Annotated[int, Option(help="Steps between two states to go on from.")] = 25,
+    checkpoint_every: Annotated[
+        int, Option(min=1, max=LARGEST, help="Steps between two states that a run can resume from.")
+    ] = 25,
     memory: Memory = None,
     force: Force = False,
     json: Json = False,
 ) -> None:
     """Train a checkpoint on long texts.
 
-    A run that was stopped goes on.
+    A killed run resumes when the command is repeated.
     """
     from ..finetuning import finetune
 
-    size = memory_bytes(memory)
     with count_bar() as bar:
         done = finetune(
             model,
@@ -66,7 +86,7 @@ def command(
             original_max_position_embeddings=original_max_position_embeddings,
             dtype=dtype,
             checkpoint_every=checkpoint_every,
-            memory=size,
+            memory=memory,
             force=force,
             on_step=Report(bar),
             length=length,
@@ -91,7 +111,7 @@ def command(
 
 
 class Report:
-    """A line for every step: on a terminal in the bar, else one after the other."""
+    """The progress of each step: in the bar on a terminal, elsewhere on a line of its own."""
 
     def __init__(self, bar: Progress) -> None:
         self.bar, self.row = bar, bar.add_task("compiling", total=None)
@@ -103,7 +123,7 @@ class Report:
         import mlx.core as mx
 
         now = time.perf_counter()
-        if not self.first:  # a run that goes on begins later; loading and compiling do not count for the time left
+        if not self.first:  # a resumed run begins later; loading and compiling do not count for the time left
             self.first, self.start = step, now
         speed = recipe.length * recipe.batch_size * recipe.accumulate / (now - self.last)
         self.last = now

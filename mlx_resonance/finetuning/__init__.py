@@ -1,4 +1,4 @@
-"""Fine-tuning: a checkpoint learns a longer context, planned, packed, resumable."""
+"""Fine-tuning: a checkpoint learns a longer context, within a memory plan; a killed run resumes."""
 
 from .recipes import PRESETS, Recipe
 from .run import finetune

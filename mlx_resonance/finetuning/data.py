@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from ..errors import ANOTHER, MissingFileError, UsageError
 from ..evaluation.texts import read_documents
 from ..files import user_path
 
@@ -15,23 +16,23 @@ TRAIN, VALID = "train.jsonl", "valid.jsonl"
 
 
 def data_files(path: str | Path) -> tuple[list[Path], list[Path]]:
-    """The files to train on, and those held out.
+    """The files to train on, and the held-out ones.
 
     Args:
-        path: a folder with `train.jsonl` and perhaps `valid.jsonl`, as mlx-lm has them, or with texts (`*.txt`); or one
-            file, of JSON lines (`.jsonl`), a parquet table or text.
+        path: a folder with `train.jsonl` and perhaps `valid.jsonl`, as in mlx-lm, or with texts (`*.txt`); or one file:
+            JSON lines (`.jsonl`), a parquet table or text.
 
     Raises:
-        FileNotFoundError: no such path, or neither is in the folder.
+        MissingFileError: there is no such path, or no such file in the folder.
     """
     path = user_path(path)
     if path.is_file():
         return [path], []
     if not path.is_dir():
-        raise FileNotFoundError(f"[finetune] no data at {path}: expected a folder or a file")
+        raise MissingFileError(f"{path}: no such folder or file", option="data")
     files = [path / TRAIN] if (path / TRAIN).is_file() else sorted(path.glob("*.txt"))
     if not files:
-        raise FileNotFoundError(f"[finetune] {path} has neither {TRAIN} nor *.txt")
+        raise MissingFileError(f"{path} has neither {TRAIN} nor *.txt", option="data")
     return files, [path / VALID] if (path / VALID).is_file() else []
 
 
@@ -39,32 +40,32 @@ def documents_of(path: Path) -> list[str]:
     """The documents of a file: the `text` of each line or row, or all of a plain text.
 
     Raises:
-        ValueError: it has no text, or a line is not what it should be.
+        UsageError: it has no text, or a line cannot be read.
     """
-    documents = [document for document in read_documents([path], "text", "finetune") if document.strip()]
+    documents = [document for document in read_documents([path], "text") if document.strip()]
     if not documents:
-        raise ValueError(f"[finetune] {path} is empty: expected " + '{"text": …} lines or text')
+        raise UsageError(f"{path} is empty: expected " + '{"text": …} lines or text', option="data")
     return documents
 
 
 def packed(files: list[Path], tokenizer: TokenizerWrapper, length: int, seed: int) -> np.ndarray:
-    """Sequences cut from all documents, shuffled and joined; each document has its start and end token.
+    """All documents, shuffled, joined and cut into sequences; each document has its start and end token.
 
     Args:
         files: of JSON lines or text.
-        tokenizer: of the checkpoint. One without a start token gives documents none.
+        tokenizer: of the checkpoint. If it has no start token, documents get none.
         length: tokens of a sequence.
         seed: of the documents' order.
 
     Returns:
-        int32, shape (sequences, length); what is left over at the end is dropped.
+        int32, shape (sequences, length); the tokens left over at the end are dropped.
 
     Raises:
-        ValueError: a file is wrong, there are too few tokens for a sequence, or the tokenizer has no end token.
+        UsageError: a file cannot be read, the tokens do not fill a sequence, or the tokenizer has no end token.
     """
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     if end is None:
-        raise ValueError("[finetune] the tokenizer has no end-of-text token: expected eos_token in its config")
+        raise UsageError("the tokenizer has no end-of-text token: expected eos_token in its config", option="model")
     documents = [document for file in files for document in documents_of(file)]
     order = np.random.default_rng(seed).permutation(len(documents))
     pieces = []
@@ -74,15 +75,15 @@ def packed(files: list[Path], tokenizer: TokenizerWrapper, length: int, seed: in
     stream = np.concatenate(pieces)
     count = len(stream) // length
     if count == 0:
-        raise ValueError(
-            f"[finetune] {files[0]} has {len(stream)} tokens, a sequence needs {length}: "
-            "give more text, or a shorter --length"
+        raise UsageError(
+            f"{files[0]} has {len(stream)} tokens, a sequence needs {length}",
+            remedies=[{"data": ANOTHER}, {"length": None}],
         )
     return stream[: count * length].reshape(count, length)
 
 
 class Batches:
-    """The sequences of a step, a function of the step's number alone: every pass has an order of its own.
+    """The sequences of a step, a function of the step's number alone: every pass has its own order.
 
     Args:
         sequences: int32, shape (sequences, length).

@@ -1,4 +1,4 @@
-"""How a checkpoint is fine-tuned: the paper's recipes, every value of a run, the rope settings that it learns."""
+"""The recipe of a fine-tuning run: the paper's presets, every value of a run, the rope settings to learn."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ from dataclasses import dataclass, fields
 from types import MappingProxyType
 from typing import Any
 
-from ..rope_config import MAKERS, PREFIX, RopeConfig
-from ..scaling import SCALINGS, new_rope
+from ..errors import UsageError, check_option
+from ..rope_config import PREFIX, RopeConfig
+from ..scaling import SCALINGS, factor_for, named_rope, new_rope
 
 # Source: arXiv 2403.00071, section 5.2 (length, steps), with sheryc/resonance_rope `llama_finetuning/train.sh`
 # (warm-up, factor); 64 sequences a step are YaRN's global batch (arXiv 2309.00071, section 4.1). `paper-4k` is for
-# either model: the 13B one wants --factor 4.
+# either model: the 13B one takes a factor of 4.
 _PAPER = {"rope": "resonance_yarn", "batch_size": 1, "accumulate": 64}
 PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
@@ -21,8 +22,8 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
         "paper-4k": _PAPER | {"length": 4096, "steps": 400, "warmup": 2, "factor": 8.0},
     }
 )
-TYPES = ("full", "lora")
-LARGEST = {"batch_size": 2**16, "accumulate": 2**16, "lora_rank": 2**16}  # of others, what MLX counts with
+FULL, LORA = "full", "lora"
+LARGEST = {"batch_size": 2**16, "accumulate": 2**16, "lora_rank": 2**16}  # others: what MLX counts with
 
 
 @dataclass(frozen=True)
@@ -32,19 +33,19 @@ class Recipe:
     Args:
         length: tokens of a sequence.
         steps: updates of the weights.
-        warmup: of them, those in which the learning rate rises; None for a twentieth.
-        learning_rate: the highest; it rises linearly and falls linearly to 0.
+        warmup: of these, the steps in which the learning rate rises; None for a twentieth.
+        learning_rate: the peak; it rises linearly and falls linearly to 0.
         beta_1, beta_2, weight_decay: of AdamW, with bias correction.
         batch_size: sequences that go through the model at once.
-        accumulate: how often they do so in a step.
-        fine_tune_type: `full` trains the weights, in float32; `lora` trains low-rank changes of them, in float32.
-        lora_rank, lora_scale: of every linear layer's change, as mlx-lm has them.
-        num_layers: train only so many layers, the last ones; None for all (and the embedding, where `full`).
-        grad_checkpoint: compute activations again instead of keeping them.
-        seed: of the order of documents and sequences, and of the first low-rank changes.
+        accumulate: batches of a step.
+        fine_tune_type: `full` trains the weights, `lora` low-rank changes of them; both in float32.
+        lora_rank, lora_scale: of every linear layer's change, as in mlx-lm.
+        num_layers: train only the last N layers; None for all (and the embedding, where `full`).
+        grad_checkpoint: activation checkpointing.
+        seed: of the order of documents and sequences, and of the initial low-rank changes.
 
     Raises:
-        ValueError: a value is out of range.
+        UsageError: a value is out of range.
 
     Source: the defaults are those of jquesnelle/yarn `finetune.py`, betas and weight decay of `deepspeed/zero3.json`;
         rank and scale mlx-lm's.
@@ -59,7 +60,7 @@ class Recipe:
     weight_decay: float = 0.0
     batch_size: int = 1
     accumulate: int = 8
-    fine_tune_type: str = "full"
+    fine_tune_type: str = FULL
     lora_rank: int = 8
     lora_scale: float = 20.0
     num_layers: int | None = None
@@ -69,23 +70,19 @@ class Recipe:
     def __post_init__(self) -> None:
         if self.warmup is None:
             object.__setattr__(self, "warmup", self.steps // 20)
-        if self.fine_tune_type not in TYPES:
-            raise ValueError(f"[finetune] fine_tune_type must be {' or '.join(TYPES)}, got {self.fine_tune_type!r}")
+        check_option(
+            "fine_tune_type", self.fine_tune_type in (FULL, LORA), f"{FULL} or {LORA}", repr(self.fine_tune_type)
+        )
         least = {"length": 2, "steps": 1, "warmup": 0, "batch_size": 1, "accumulate": 1, "lora_rank": 1, "seed": 0}
         for name, low in least.items():
-            most = LARGEST.get(name, 2**31 - 1)
-            if not low <= getattr(self, name) <= most:
-                raise ValueError(f"[finetune] {name} must lie in [{low}, {most}], got {getattr(self, name)}")
-        if self.rise >= self.steps:
-            raise ValueError(f"[finetune] warmup must be shorter than the {self.steps} steps, got {self.warmup}")
-        if self.num_layers is not None and self.num_layers < 1:
-            raise ValueError(f"[finetune] num_layers must be at least 1, got {self.num_layers}")
-        ranges = {"learning_rate": (0, 1), "beta_1": (0, 1), "beta_2": (0, 1), "lora_scale": (0, 1e4)}
-        for name, (low, high) in ranges.items():
-            if not low < getattr(self, name) < high:
-                raise ValueError(f"[finetune] {name} must lie in ({low}, {high:g}), got {getattr(self, name)}")
-        if not 0 <= self.weight_decay < 1:
-            raise ValueError(f"[finetune] weight_decay must lie in [0, 1), got {self.weight_decay}")
+            value, high = getattr(self, name), LARGEST.get(name, 2**31 - 1)
+            check_option(name, low <= value <= high, f"in [{low}, {high}]", value)
+        check_option("warmup", self.rise < self.steps, f"less than the {self.steps} steps", self.warmup)
+        check_option("num_layers", self.num_layers is None or self.num_layers >= 1, "at least 1", self.num_layers)
+        for name, limit in {"learning_rate": 1, "beta_1": 1, "beta_2": 1, "lora_scale": 10_000}.items():
+            value = getattr(self, name)
+            check_option(name, 0 < value < limit, f"in (0, {limit})", value)
+        check_option("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)", self.weight_decay)
 
     @property
     def rise(self) -> int:
@@ -94,12 +91,12 @@ class Recipe:
 
     @property
     def lora(self) -> bool:
-        """Whether low-rank changes are trained, not the weights."""
-        return self.fine_tune_type == "lora"
+        """Whether low-rank changes are trained instead of the weights."""
+        return self.fine_tune_type == LORA
 
     @property
     def lora_parameters(self) -> dict[str, Any]:
-        """As mlx-lm has them."""
+        """In mlx-lm's format."""
         return {"rank": self.lora_rank, "scale": self.lora_scale, "dropout": 0.0}
 
 
@@ -111,36 +108,37 @@ def choose(
     original_max_position_embeddings: int | None = None,
     **changes: Any,
 ) -> tuple[RopeConfig, Recipe]:
-    """Rope settings and recipe from a preset and what is given beside it.
+    """Rope settings and recipe from a preset and the changes to it.
 
     Args:
         source: the checkpoint's rope settings.
-        preset: a key of `PRESETS`; None for the defaults of `Recipe` and the checkpoint's rope settings and length.
+        preset: a key of `PRESETS`; None for the defaults of `Recipe` and the checkpoint's rope settings and context.
         rope, factor, original_max_position_embeddings: as in `rope_for`.
         changes: fields of `Recipe`; None for the preset's value.
 
     Raises:
-        ValueError: an argument is wrong, or the length is longer than the context.
+        UsageError: an argument is out of range, or the length exceeds the context.
     """
-    if preset is not None and preset not in PRESETS:
-        raise ValueError(f"[finetune] preset must be one of {', '.join(PRESETS)}, got {preset!r}")
+    check_option("preset", preset is None or preset in PRESETS, f"one of {', '.join(PRESETS)}", repr(preset))
     values = dict(PRESETS[preset] if preset else {})
     if rope is not None and rope.removeprefix(PREFIX) not in SCALINGS:
         values.pop("factor", None)
     given = changes | {"rope": rope, "factor": factor}
     values |= {name: value for name, value in given.items() if value is not None}
     after = rope_for(source, values.pop("rope", None), values.pop("factor", None), original_max_position_embeddings)
-    known = {entry.name for entry in fields(Recipe)}
-    for name in set(values) - known:
-        raise ValueError(f"[finetune] {name} is no setting; settings are {', '.join(sorted(known))}")
+    known = [entry.name for entry in fields(Recipe)]
+    for name in set(values).difference(known):
+        raise UsageError(f"a recipe has no {name}: it has {', '.join(known)}")
     context = after.context_length
     if "length" not in values and context is None:
-        raise ValueError("[finetune] config.json has no context length: give --length")
+        raise UsageError("config.json has no context length", remedies=[{"length": None}])
     recipe = Recipe(**({"length": context} | values))
     if context is not None and recipe.length > context:
-        raise ValueError(
-            f"[finetune] length {recipe.length} is longer than the context of {context} tokens that {after.rope_type} "
-            "has here: give a larger --factor, or a shorter --length"
+        longer = factor_for(after, recipe.length)
+        scaling = after.rope_type if after.base_type in SCALINGS else PREFIX + "yarn"
+        raise UsageError(
+            f"length {recipe.length} exceeds the context of {context} tokens with rope type {after.rope_type}",
+            remedies=[*([{"rope": scaling, "factor": longer}] if longer else []), {"length": context}],
         )
     return after, recipe
 
@@ -150,25 +148,22 @@ def rope_for(source: RopeConfig, rope: str | None, factor: float | None, origina
 
     Args:
         source: the checkpoint's own.
-        rope: a type, with `resonance_` before it to round its wavelengths; None keeps the checkpoint's.
+        rope: a type, after `resonance_` to round its wavelengths; None keeps the checkpoint's.
         factor: how many times the context grows.
         original: tokens of context before scaling; None for what the source says.
 
     Raises:
-        ValueError: the arguments contradict each other or the source.
+        UsageError: the arguments contradict each other or the source.
     """
     if rope is None:
-        if factor is not None or original is not None:
-            raise ValueError("[finetune] --factor and --original-max-position-embeddings need --rope")
-        return source
-    base, resonance = rope.removeprefix(PREFIX), rope.startswith(PREFIX)
-    if base not in MAKERS:
-        raise ValueError(f"[finetune] unknown rope type {rope!r}; known: {', '.join(MAKERS)}, each also {PREFIX}…")
-    try:
-        if base == source.base_type and factor is None and original is None:
-            return new_rope(source, None, None, None, resonance)
-        if base == "default" and source.base_type == "default":
-            raise ValueError(f"[finetune] --rope {rope} scales nothing: it takes neither factor nor original length")
-        return new_rope(source, base, factor, original, resonance)
-    except ValueError as error:
-        raise ValueError(str(error).replace("[convert]", "[finetune]")) from None
+        return new_rope(source, None, factor, original, source.is_resonant)
+    base = rope.removeprefix(PREFIX)
+    if base == source.base_type and factor is None and original is None:
+        return new_rope(source, None, None, None, base != rope)
+    if base == "default":
+        raise UsageError(
+            f"rope type {rope} has no scaling: it takes no factor, and the checkpoint must have none "
+            f"(its type is {source.rope_type})",
+            option="rope",
+        )
+    return named_rope(source, rope, factor, original)

@@ -1,4 +1,4 @@
-"""The folder that fine-tuning makes: a checkpoint, with LoRA's changes of its source beside it."""
+"""The folder that fine-tuning makes: a checkpoint, with LoRA's adapters of its source beside it."""
 
 from __future__ import annotations
 
@@ -13,35 +13,26 @@ import mlx.nn as nn
 import mlx_lm.utils
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..files import copy_tokenizer
-from ..whole import disk_errors
-from .recipes import Recipe
+from ..checkpoint import Checkpoint
+from ..storage import disk_errors
+from ..tokenizer import copy_tokenizer
+from .recipes import LORA, Recipe
 
 ADAPTERS = "adapters"
 
 
 def write_result(
-    folder: Path,
-    model: nn.Module,
-    config: dict[str, Any],
-    source: Path,
-    record: Path,
-    *,
-    recipe: Recipe,
-    dtype: str,
-    name: str,
+    folder: Path, model: nn.Module, checkpoint: Checkpoint, record: Path, *, recipe: Recipe, dtype: str
 ) -> None:
-    """Write weights, config.json, tokenizer, the run's record, LoRA's changes; they are on the disk on return.
+    """Write weights, config.json, tokenizer, the run log, LoRA's adapters; they are on the disk on return.
 
     Args:
-        folder: to make; what a killed run has left of it goes.
+        folder: to make; what a killed run has left of it is deleted.
         model: after training; it is changed.
-        config: for config.json.
-        source: folder of what was trained.
-        record: file to copy.
-        recipe: the run's.
+        checkpoint: the source, with the rope settings that the model was trained with.
+        record: the run log, which is copied.
+        recipe: of the run.
         dtype: float32, float16 or bfloat16.
-        name: of what was trained, as the user gave it.
 
     Raises:
         OSError: the disk is full.
@@ -49,15 +40,16 @@ def write_result(
     if folder.exists():
         shutil.rmtree(folder)
     folder.mkdir()
-    with disk_errors("finetune", folder):
+    config = checkpoint.mlx_config
+    with disk_errors(folder):
         if recipe.lora:
-            _save_adapters(model, folder / ADAPTERS, recipe, name)
+            _save_adapters(model, folder / ADAPTERS, recipe, checkpoint.name)
             config = _fuse(model, config)
         model.set_dtype(getattr(mx, dtype))
         mlx_lm.utils.save_model(folder, model)
     config = config | {"dtype": dtype, "torch_dtype": dtype}
     (folder / "config.json").write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    copy_tokenizer(source, folder)
+    copy_tokenizer(checkpoint.folder, folder)
     shutil.copyfile(record, folder / record.name)
     for path in filter(Path.is_file, folder.rglob("*")):
         with path.open("rb") as file:
@@ -69,14 +61,13 @@ def _save_adapters(model: nn.Module, folder: Path, recipe: Recipe, name: str) ->
     folder.mkdir()
     mx.save_safetensors(str(folder / "adapters.safetensors"), dict(tree_flatten(model.trainable_parameters())))
     layers = recipe.num_layers or len(model.layers)
-    settings = {"model": name, "fine_tune_type": "lora", "num_layers": layers} | {
-        "lora_parameters": recipe.lora_parameters
-    }
+    settings = {"model": name, "fine_tune_type": LORA, "num_layers": layers}
+    settings |= {"lora_parameters": recipe.lora_parameters}
     (folder / "adapter_config.json").write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def _fuse(model: nn.Module, config: dict[str, Any]) -> dict[str, Any]:
-    """Add LoRA's changes to the weights in float32, of which quantized ones become plain: rounding would lose them.
+    """Add LoRA's changes to the weights in float32; quantized weights are dequantized: rounding would lose the changes.
 
     Returns:
         config.json without quantization.

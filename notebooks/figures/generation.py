@@ -1,13 +1,14 @@
-"""Figures of notebook 3: memory, and a text that is read and written."""
+"""Figures of notebook 3: memory, the progress of a text, the time to the first token."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mlx_resonance.plots import BLUE, GREEN, GREY, ORANGE, STYLE
+
 import matplotlib
 import numpy as np
 
-from ..plots import BLUE, GREEN, GREY, ORANGE, STYLE
 from .common import TEXT_GREY, Picture, bare_names, figure_of
 
 FORMATS = ((BLUE, "o"), (ORANGE, "^"), (GREEN, "s"), (GREY, "D"))  # of the first, second … series
@@ -17,12 +18,12 @@ FORMATS = ((BLUE, "o"), (ORANGE, "^"), (GREEN, "s"), (GREY, "D"))  # of the firs
 def memory_over_context(
     contexts: Sequence[int], planned: Mapping[str, Sequence[int]], measured: Mapping[str, Sequence[int]]
 ) -> Picture:
-    """Memory over the context: planned as lines, measured as points, which may come one after the other.
+    """Memory over the context: planned as lines, measured as points, which may arrive one by one.
 
     Args:
         contexts: tokens, in rising order.
-        planned: bytes by format of the keys and values, one number for each context.
-        measured: the same, as many as there are so far.
+        planned: bytes by KV format, one number for each context.
+        measured: the same, so far.
     """
     figure, (axis,) = figure_of()
     for (name, values), (color, marker) in zip(planned.items(), FORMATS, strict=False):
@@ -44,9 +45,9 @@ def what_fits(
 
     Args:
         contexts: tokens, in rising order.
-        planned: bytes by format of the keys and values, one number for each context.
+        planned: bytes by KV format, one number for each context.
         most: tokens that fit, by format.
-        limit: bytes that there are.
+        limit: bytes of memory.
     """
     figure, (axis,) = figure_of()
     for (name, values), (color, marker) in zip(planned.items(), FORMATS, strict=False):
@@ -54,7 +55,7 @@ def what_fits(
         axis.plot(contexts, np.array(values) / 1e9, "-", color=color, linewidth=1.4)
         axis.plot(most[name], limit / 1e9, marker, color=color, label=label, markersize=7, clip_on=False)
     axis.axhline(limit / 1e9, color="black", linewidth=0.8, linestyle=":")
-    axis.text(contexts[0], limit / 1e9, f"there are {limit / 1e9:.1f} GB", va="bottom", color=TEXT_GREY)
+    axis.text(contexts[0], limit / 1e9, f"limit: {limit / 1e9:.1f} GB", va="bottom", color=TEXT_GREY)
     axis.set(xscale="log", yscale="log", xlabel="context, tokens", ylabel="memory, GB")
     axis.legend(loc="center left")
     return figure
@@ -64,10 +65,10 @@ def what_fits(
 def tokens_over_time(
     read: Sequence[tuple[float, int]], written: Sequence[tuple[float, int]], train_length: int, length: int
 ) -> Picture:
-    """How far a text has come: tokens that were read, then tokens that were written.
+    """The progress of a text: tokens read, then tokens generated.
 
     Args:
-        read, written: seconds since the start, and tokens in all; as many as there are so far.
+        read, written: seconds since the start, and tokens in all, so far.
         train_length, length: tokens that the model was trained on, and of the whole text.
     """
     figure, (axis,) = figure_of()
@@ -86,10 +87,10 @@ def tokens_over_time(
 
 @matplotlib.rc_context(STYLE)
 def first_tokens(seconds: Mapping[str, Sequence[float]]) -> Picture:
-    """Seconds to the first token of one question after the other, a group of bars for each.
+    """Seconds to the first token of each question, as groups of bars.
 
     Args:
-        seconds: by name, in the order of the questions; as many as there are so far.
+        seconds: by name, in the order of the questions, so far.
     """
     figure, (axis,) = figure_of(size=(7, 2.8))
     width = 0.8 / len(seconds)

@@ -1,9 +1,11 @@
-"""What the notebooks' figures share: how a figure is shown, and those that more than one notebook has."""
+"""What the notebooks' figures share: how a figure is shown, and the figures of more than one notebook."""
 
 from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
+
+from mlx_resonance.plots import BLUE, GREEN, GREY, MORE_COLORS, ORANGE, STYLE, perplexity_panels
 
 import matplotlib
 import numpy as np
@@ -12,8 +14,6 @@ from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..plots import BLUE, GREEN, GREY, MORE_COLORS, ORANGE, STYLE, perplexity_panels
-
 TEXT_GREY = "#555555"  # dark enough for letters
 
 
@@ -21,7 +21,7 @@ class Picture(Figure):
     """A figure that a notebook shows as the value of a cell, without pyplot and its global state."""
 
     def png(self) -> bytes:
-        """The figure as a PNG, at twice the size it is shown at, for sharp screens; few colours make it small."""
+        """The figure as a PNG, at twice the size it is shown at, for sharp screens; few colors make it small."""
         buffer, small = io.BytesIO(), io.BytesIO()
         self.savefig(buffer, format="png", dpi=2 * self.dpi)
         Image.open(buffer).convert("RGB").quantize(32).save(small, format="PNG", optimize=True)
@@ -47,10 +47,10 @@ def lines(
 
     Args:
         x: the axis.
-        curves: by name, eight at most, as many numbers as there are so far.
+        curves: by name, at most eight; each may be shorter than the axis so far.
         xlabel, ylabel: with units.
         log: the axes that are logarithmic: "x", "y" or "xy".
-        mark: a place on the axis to mark, such as the trained length.
+        mark: a value to mark on the axis, such as the trained length.
     """
     figure, (axis,) = figure_of()
     for (name, values), color in zip(curves.items(), (GREY, GREEN, ORANGE, BLUE, *MORE_COLORS), strict=False):
@@ -58,7 +58,7 @@ def lines(
         axis.plot(x[: len(values)], values, style, color=color, label=name, markersize=4, linewidth=1.4)
     for letter in log:
         getattr(axis, f"set_{letter}scale")("log")
-    if "x" in log and len(x) < 8:  # lengths, which are no powers of 10
+    if "x" in log and len(x) < 8:  # lengths, which are not powers of 10
         axis.set_xticks(x, [f"{value:,}" for value in x])
         axis.set_xticks([], minor=True)
     if mark:
@@ -80,12 +80,12 @@ def perplexity_over_context(
 
 @matplotlib.rc_context(STYLE)
 def loss_over_position(losses: Mapping[str, NDArray[np.floating]], train_length: int, window: int) -> Picture:
-    """The loss over the position, a running mean; the trained length is marked.
+    """A running mean of the loss over the position; the trained length is marked.
 
     Args:
         losses: nats per token by name, shape (tokens,) each.
         train_length: tokens.
-        window: positions that a point is the mean of.
+        window: positions of the running mean.
     """
     figure, (axis,) = figure_of()
     looks = zip((ORANGE, BLUE, GREEN, GREY), ("--", "-", ":", "-."), strict=True)

@@ -4,20 +4,26 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mlx_resonance.frequencies import (
+    Float64Array,
+    RotaryFrequencies,
+    default_frequencies,
+    feature_gap,
+    yarn_frequencies,
+)
+from mlx_resonance.inspection import Inspection
+from mlx_resonance.plots import BLUE, GREY, ORANGE, STYLE, gap_panel, legend_below
+
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 
-from ..frequencies import Float64Array, RotaryFrequencies, default_frequencies, yarn_frequencies
-from ..gap import feature_gap
-from ..inspection import Inspection
-from ..plots import BLUE, GREY, ORANGE, STYLE, gap_panel, legend_below
 from .common import TEXT_GREY, Picture, figure_of
 
 
 @matplotlib.rc_context(STYLE)
 def circles(wavelengths: Sequence[float], train_length: int, test_length: int) -> Picture:
-    """The angles of one feature pair on the circle: those seen in training, and outside them those of a longer text.
+    """The angles of one feature pair on the circle: inside those seen in training, outside those of a longer text.
 
     Args:
         wavelengths: tokens per turn, one circle each.
@@ -68,7 +74,7 @@ def gaps(frequencies: Mapping[str, RotaryFrequencies], train_length: int, test_l
 
 @matplotlib.rc_context(STYLE)
 def shifts(frequencies: RotaryFrequencies) -> Picture:
-    """By how much rounding changes every pair's wavelength, and the most that it can.
+    """The change of every pair's wavelength by rounding, and its upper bound.
 
     Args:
         frequencies: not rounded.
@@ -84,7 +90,7 @@ def shifts(frequencies: RotaryFrequencies) -> Picture:
 
 @matplotlib.rc_context(STYLE)
 def arcs(plain: RotaryFrequencies, scaled: RotaryFrequencies, train_length: int, test_length: int) -> Picture:
-    """By how much a scaling stretches every pair, and the part of the circle that each then passes through.
+    """The factor by which a scaling stretches every pair, and the part of the circle that each pair covers.
 
     Args:
         plain, scaled: before and after.
@@ -108,14 +114,14 @@ def arcs(plain: RotaryFrequencies, scaled: RotaryFrequencies, train_length: int,
 
 @matplotlib.rc_context(STYLE)
 def playground(base: float, head_dim: int, factor: float, trained: int, times: int) -> Picture:
-    """Wavelengths and feature gap for settings of one's own: the figure under the sliders.
+    """Wavelengths and feature gap of chosen settings: the figure under the sliders.
 
     Args:
         base: `rope_theta`.
         head_dim: features of a head.
         factor: YaRN's; 1 for plain RoPE.
         trained: tokens seen in training.
-        times: how many times as long the text is.
+        times: length of the text, in multiples of `trained`.
     """
     plain, length = default_frequencies(head_dim, base), times * trained
     scaled = plain if factor == 1 else yarn_frequencies(head_dim, base, factor, trained)
@@ -150,13 +156,13 @@ def inspected(inspection: Inspection) -> Picture:
 
 @matplotlib.rc_context(STYLE)
 def errors(positions: Sequence[int], measured: Mapping[str, Sequence[float]], bound: float, ylabel: str) -> Picture:
-    """Errors over the position, both logarithmic, and the bound that one of them keeps.
+    """Errors over the position, both logarithmic, and the bound of one of them.
 
     Args:
         positions: in tokens.
         measured: by name, one number for each position.
-        bound: of the last of them.
-        ylabel: of which number.
+        bound: of the last one.
+        ylabel: of the errors.
     """
     figure, (axis,) = figure_of()
     for (name, values), color, style in zip(measured.items(), (ORANGE, BLUE), ("o--", "s-"), strict=True):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from mlx_resonance.plots import BLUE, GREY, ORANGE, STYLE, legend_below, posgen_curves
+
 import matplotlib
 import numpy as np
 from matplotlib.patches import Patch, Rectangle
 from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
-from ..plots import BLUE, GREY, ORANGE, STYLE, legend_below, posgen_curves
 from .common import TEXT_GREY, Picture, figure_of
 
 LIGHT_BLUE = "#8CBFDE"
@@ -18,12 +19,12 @@ LIGHT_BLUE = "#8CBFDE"
 
 @matplotlib.rc_context(STYLE)
 def sequences(rows: Mapping[str, NDArray[np.int32]], position: int, near: int, far: Mapping[str, int]) -> Picture:
-    """PosGen's sequences as rows of cells; at one position, the digits that the digit there follows from.
+    """PosGen's sequences as rows of cells; for one position, the digits from which its digit follows.
 
     Args:
         rows: digits by subtask, shape (tokens,) each.
-        position: whose digit is explained.
-        near: how many digits just before it count.
+        position: of the digit that is explained.
+        near: number of digits just before it that count.
         far: by subtask, the position of the one further back.
     """
     length = max(map(len, rows.values()))
@@ -49,7 +50,7 @@ def sequences(rows: Mapping[str, NDArray[np.int32]], position: int, near: int, f
 
 @matplotlib.rc_context(STYLE)
 def training(steps: Sequence[tuple[int, float, float]], chance: float, total: int) -> Picture:
-    """A PosGen training: loss and accuracy, as far as it has come.
+    """Loss and accuracy of a PosGen training so far.
 
     Args:
         steps: step, loss in nats, and the accuracy of the last validation (NaN before it), in [0, 1].
@@ -74,7 +75,7 @@ def training(steps: Sequence[tuple[int, float, float]], chance: float, total: in
 def accuracy_over_position(
     curves: Mapping[str, Mapping[str, NDArray[np.float64]]], seed_length: int, train_length: int
 ) -> Picture:
-    """Accuracy over the position, a panel per subtask; resonance is solid, its plain twin dashed in the same colour.
+    """Accuracy over the position, a panel per subtask; resonance is solid, its plain twin dashed in the same color.
 
     Args:
         curves: by subtask and encoding, as `accuracy_curves` gives them.
