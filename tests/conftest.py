@@ -14,14 +14,10 @@ from typing import Any
 from mlx_resonance import cli  # before anything imports mlx.core: it loads a fast BLAS on Linux
 from mlx_resonance.checkpoint import Checkpoint
 
-import hypothesis
 import mlx.core as mx
 import pytest
 
 from .checkpoints import STDLIB_LLAMA, in_float32
-
-# Of tests/kernels/mutants.py: that a test fails is enough, a smaller example of it takes minutes to find.
-hypothesis.settings.register_profile("mutants", phases=[hypothesis.Phase.generate])
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

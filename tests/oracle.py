@@ -1,7 +1,7 @@
 """The independent oracle: rotary embedding and a LLaMA forward pass in float64 NumPy, written from the papers.
 
 Sources: RoPE arXiv 2104.09864, YaRN arXiv 2309.00071, Resonance RoPE arXiv 2403.00071, LLaMA arXiv 2302.13971.
-It imports nothing of mlx_resonance, and shares no formula with it: phases are quotients of Python integers.
+It imports nothing from mlx_resonance and shares no formula with it: phases are quotients of Python integers.
 """
 
 import math
@@ -15,7 +15,7 @@ Array = NDArray[np.float64]
 
 
 def turns(position: int, wavelength: float) -> float:
-    """The part of a full turn that `position` is past a whole number of turns, in [0, 1], rounded once."""
+    """The fraction of a turn by which `position` exceeds an integer number of turns, in [0, 1], rounded once."""
     if math.isinf(wavelength):
         return 0.0
     numerator, denominator = wavelength.as_integer_ratio()
@@ -28,9 +28,9 @@ def angles(positions: Iterable[int], wavelengths: Iterable[float]) -> Array:
 
 
 def rotate(x: Array, theta: Array, scale: float = 1.0, traditional: bool = False) -> Array:
-    """Turn the feature pairs of x, shape (..., L, D), as complex numbers by theta, shape (..., L, pairs).
+    """Rotate the feature pairs of x, shape (..., L, D), as complex numbers by theta, shape (..., L, pairs).
 
-    A pair is (2i, 2i + 1) where `traditional`, else (i, i + pairs); features past the pairs are copied.
+    A pair is (2i, 2i + 1) if `traditional`, else (i, i + pairs); features past the pairs are copied.
     """
     x = np.array(x, dtype=np.float64)
     dims = 2 * theta.shape[-1]
@@ -52,7 +52,7 @@ def yarn_wavelengths(
 ) -> Array:
     """YaRN's "NTK-by-parts": harmonic mean of λ and s·λ, weighted by a ramp.
 
-    The paper's ramp runs over turns in the original context; its authors' code (jquesnelle/yarn) and everybody else's
+    The paper's ramp runs over turns in the original context. Its authors' code (jquesnelle/yarn) and all others run it
     over the pair index, between the two pairs with `beta_fast` and `beta_slow` turns, rounded outward. So does this.
     """
 
@@ -73,7 +73,7 @@ def yarn_attention_scale(factor: float) -> float:
 
 
 def resonate(wavelengths: Iterable[float]) -> Array:
-    """Every wavelength rounded to a whole number of tokens."""
+    """Every wavelength rounded to an integer number of tokens."""
     return np.array([float(round(λ)) for λ in wavelengths])
 
 
@@ -84,9 +84,9 @@ def llama_logits(
 
     Args:
         tokens: token ids.
-        weights: arrays under their Hugging Face names; biases where there are any.
+        weights: arrays by their Hugging Face names, with or without biases.
         config: keys of config.json.
-        wavelengths, scale: of the rotary embedding; all positions count from 0.
+        wavelengths, scale: of the rotary embedding; positions start at 0.
     """
     weights = {name: np.asarray(value, dtype=np.float64) for name, value in weights.items()}
     heads = config["num_attention_heads"]

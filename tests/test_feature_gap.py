@@ -1,10 +1,11 @@
-"""The feature gap: how far from the angles of training a longer text takes each pair of features."""
+"""The feature gap: how far a longer text takes each feature pair from the angles seen in training."""
 
 from __future__ import annotations
 
 import math
 
 from mlx_resonance import RotaryFrequencies, default_frequencies, feature_gap, yarn_frequencies
+from mlx_resonance.errors import UsageError
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from . import oracle
 
 
 def brute_force_gap(wavelengths, train_length, test_length):
-    """The definition, position by position: distance of points on the unit circle."""
+    """The definition, position by position: distances between points on the unit circle."""
 
     def point(m, wavelength):
         angle = 2 * math.pi * oracle.turns(m, wavelength)
@@ -42,7 +43,7 @@ def test_feature_gap_to_other_angles_of_training():
     expected = np.abs(new[:, None] - seen).min(axis=1).max(axis=0)
     np.testing.assert_allclose(feature_gap(tested, 30, 100, trained), expected, rtol=0, atol=1e-13)
     assert np.any(feature_gap(tested, 30, 100) < expected - 0.01)
-    with pytest.raises(ValueError, match="trained has 4 pairs, expected 8"):
+    with pytest.raises(UsageError, match="trained has 4 pairs, expected 8"):
         feature_gap(tested, 30, 100, default_frequencies(8))
 
 
@@ -64,7 +65,7 @@ def test_feature_gap_of_a_pair_that_never_turns_is_zero():
     assert feature_gap(RotaryFrequencies(np.array([np.inf])), 4, 100) == [0]
 
 
-@pytest.mark.parametrize("train_length, test_length", [(0, 10), (-1, 10), (10, 9)])
-def test_feature_gap_refuses_lengths_out_of_order(train_length, test_length):
-    with pytest.raises(ValueError, match="train_length"):
+@pytest.mark.parametrize("train_length, test_length", [(0, 10), (-1, 10), (10, 9), (10, 2**24 + 1)])
+def test_feature_gap_refuses_lengths_out_of_range(train_length, test_length):
+    with pytest.raises(UsageError, match=r"\[feature_gap\] .*test_length"):
         feature_gap(default_frequencies(8), train_length, test_length)

@@ -103,7 +103,7 @@ def test_lora_is_fused(run: Any, texts: Path, tmp_path: Path, bits: int | None) 
 KILLED = """
 import os, signal
 from mlx_resonance import cli
-from mlx_resonance.storage import RunLog
+from mlx_resonance.run_log import RunLog
 append = RunLog.append
 def append_and_die(log, line):
     append(log, line)

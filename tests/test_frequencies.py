@@ -1,4 +1,4 @@
-"""Wavelengths and attention scales: against the authors' figures, transformers, and the paper's formulas."""
+"""Wavelengths and attention scales against the authors' numbers, transformers, and the papers' formulas."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def made_here(golden):
     return yarn_frequencies(golden["dim"], golden["base"], **{key: golden[key] for key in keys})
 
 
-# --- the authors' figures
+# --- the authors' numbers
 
 
 def test_wavelengths_equal_those_of_the_authors(golden):
     exact = made_here(golden).wavelengths
     ours, theirs = made_here(golden).resonate().wavelengths, np.array(golden["wavelengths"])
-    # Theirs are float32: a wavelength that near to a half may round to the other side, a longer one has no more digits.
+    # Theirs are float32: a wavelength this close to a half may round either way, and a longer one has no more digits.
     float32_step = exact * 2.0**-22
     may_differ = (np.abs(exact - np.floor(exact) - 0.5) <= float32_step) | (exact > 2**22)
     allowed = np.where(may_differ, np.maximum(1, float32_step), 0)
@@ -181,7 +181,7 @@ def test_dynamic_is_ntk_with_the_growth_as_factor():
 # --- rounding
 
 
-def test_resonate_rounds_to_the_nearest_whole_number_and_keeps_the_scale():
+def test_resonate_rounds_to_the_nearest_integer_and_keeps_the_scale():
     frequencies = RotaryFrequencies(np.array([6.283, 7.5, 8.5, 9.51, np.inf]), 1.25)
     assert frequencies.resonate() == RotaryFrequencies(np.array([6.0, 8.0, 8.0, 10.0, np.inf]), 1.25)
 

@@ -1,4 +1,4 @@
-"""What the makers of frequencies refuse, with the key in the message."""
+"""Arguments that the makers of frequencies refuse, with the key in the message."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from mlx_resonance import (
     ntk_frequencies,
     yarn_frequencies,
 )
+from mlx_resonance.errors import UsageError
 
 import numpy as np
 import pytest
@@ -85,5 +86,5 @@ REFUSED = [
 
 @pytest.mark.parametrize("key, maker, arguments", REFUSED)
 def test_refused_with_the_key_in_the_message(key, maker, arguments):
-    with pytest.raises(ValueError, match=rf"^\[\w+\] .*\b{key}\b"):
+    with pytest.raises(UsageError, match=rf"^\[\w+\] .*\b{key}\b"):
         maker(**arguments)

@@ -1,4 +1,4 @@
-"""ResonanceRoPE: exact phases at every position, and otherwise nn.RoPE's behaviour."""
+"""ResonanceRoPE: exact phases at every position; in everything else it behaves as nn.RoPE."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def assert_rotated(actual, x, frequencies, positions, traditional=False):
 
 
 def phase_error(frequencies, rotated_unit, position):
-    """Largest error of cosine and sine, read off the rotated pair (1, 0); in units of the attention scale."""
+    """Largest error of cosine and sine, read off the rotated pair (1, 0), relative to the attention scale."""
     pairs = frequencies.dims // 2
     theta = oracle.angles([position], frequencies.wavelengths)[0]
     scale = frequencies.attention_scale
@@ -150,7 +150,7 @@ def test_one_offset_per_row(dtype):
 
 @pytest.mark.parametrize("table", TABLES)
 def test_left_padding_gives_negative_positions(table):
-    """As mlx-lm's BatchKVCache does: a row with n tokens of padding starts at -n."""
+    """As in mlx-lm's BatchKVCache, a row with n tokens of padding starts at position -n."""
     frequencies = TABLES[table]
     x = normal(3, 2, 6, frequencies.dims)
     rotated = ResonanceRoPE(frequencies)(mx.array(x), offset=mx.array([-5, -2, 0]))
@@ -171,7 +171,7 @@ def test_far_offsets_per_row():
     assert_rotated(rotated[1], x[1], YARN, range(1000003, 1000006))
 
 
-def test_repr_says_what_it_is():
+def test_repr():
     assert repr(ResonanceRoPE(YARN)) == "ResonanceRoPE(128, traditional=False, resonant=True, scale=1.20794)"
 
 
@@ -191,7 +191,7 @@ def test_rotate_is_two_calls(traditional, offset):
 
 
 @pytest.mark.parametrize("offset", [0, 1000003, "(B,)"])
-def test_rotate_with_angles_computed_before(offset):
+def test_rotate_with_precomputed_angles(offset):
     offset = mx.array([3, 70000]) if offset == "(B,)" else offset
     rope = ResonanceRoPE(YARN)
     q, k = mx.array(normal(2, 4, 5, 128)), mx.array(normal(2, 2, 5, 128, seed=1))

@@ -1,8 +1,9 @@
-"""What ResonanceRoPE refuses: offsets, arrays, angles and frequencies that are wrong or do not fit."""
+"""ResonanceRoPE refuses offsets, arrays, angles and frequencies that are wrong or do not fit."""
 
 from __future__ import annotations
 
 from mlx_resonance import ResonanceRoPE
+from mlx_resonance.errors import UsageError
 
 import mlx.core as mx
 import numpy as np
@@ -20,22 +21,22 @@ def test_offsets_that_are_refused(offset):
     rope = ResonanceRoPE(YARN)
     x = mx.zeros((1, 1, 2, 128))
     for call in (lambda: rope(x, offset=offset), lambda: rope.rotate(x, x, offset), lambda: rope.angles(2, offset)):
-        with pytest.raises(ValueError, match=r"\[ResonanceRoPE\] offset"):
+        with pytest.raises(UsageError, match=r"\[ResonanceRoPE\] offset"):
             call()
 
 
 def test_the_last_position_is_allowed():
     ResonanceRoPE(YARN).angles(2, MAX_POSITION - 1)
-    with pytest.raises(ValueError, match=r"\[ResonanceRoPE\] offset"):
+    with pytest.raises(UsageError, match=r"\[ResonanceRoPE\] offset"):
         ResonanceRoPE(YARN).angles(0, MAX_POSITION + 1)
 
 
 @pytest.mark.parametrize("batch", [1, 2])
 def test_offsets_for_another_number_of_rows(batch):
     x = mx.zeros((batch, 1, 2, 128))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(UsageError, match="do not fit"):
         ResonanceRoPE(YARN)(x, offset=mx.array([1, 2, 3]))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(UsageError, match="do not fit"):
         ResonanceRoPE(YARN).rotate(x, x, mx.array([1, 2, 3]))
 
 
@@ -49,13 +50,13 @@ def test_offsets_for_another_number_of_rows(batch):
     ids=["too few features", "1-D", "integers"],
 )
 def test_arrays_that_are_refused(x, message):
-    with pytest.raises(ValueError, match=rf"\[ResonanceRoPE\] .*{message}"):
+    with pytest.raises(UsageError, match=rf"\[ResonanceRoPE\] .*{message}"):
         ResonanceRoPE(YARN)(x)
 
 
 @pytest.mark.parametrize("shape", [(2, 2, 5, 128), (1, 2, 4, 128), (1, 2, 5, 160), (2, 5, 128)])
 def test_keys_that_do_not_fit_the_queries(shape):
-    with pytest.raises(ValueError, match=r"\[ResonanceRoPE\] q and k"):
+    with pytest.raises(UsageError, match=r"\[ResonanceRoPE\] q and k"):
         ResonanceRoPE(YARN).rotate(mx.zeros((1, 4, 5, 128)), mx.zeros(shape))
 
 
@@ -63,7 +64,7 @@ def test_keys_that_do_not_fit_the_queries(shape):
 def test_angles_of_another_length(length):
     rope = ResonanceRoPE(YARN)
     q = mx.zeros((1, 4, 5, 128))
-    with pytest.raises(ValueError, match="do not fit"):
+    with pytest.raises(UsageError, match="do not fit"):
         rope.rotate(q, q, angles=rope.angles(length))
 
 

@@ -13,7 +13,7 @@ from .rotations import ROTATION, YARN, layouts, normal
 
 
 @layouts
-def test_gradient_is_the_rotation_back(traditional):
+def test_gradient_is_the_inverse_rotation(traditional):
     rope = ResonanceRoPE(YARN, traditional)
     x, weight = mx.array(normal(1, 2, 5, 160)), normal(1, 2, 5, 160, seed=1)
     gradient = mx.grad(lambda x: (rope(x, offset=1000003) * mx.array(weight)).sum())(x)

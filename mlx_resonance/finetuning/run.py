@@ -18,7 +18,8 @@ from mlx_lm.tuner.utils import linear_to_lora_layers
 from ..checkpoint import Checkpoint
 from ..errors import ANOTHER, UsageError, check_option
 from ..files import user_path
-from ..storage import RunLog, atomic_folder, check_new_folder, in_the_way
+from ..run_log import RunLog
+from ..storage import atomic_folder, check_new_folder, in_the_way
 from ..training import train, warmup_linear
 from .chunks import activation_checkpointing, next_token_loss
 from .data import Batches, data_files, packed

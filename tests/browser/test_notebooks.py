@@ -1,4 +1,4 @@
-"""Notebooks as a person uses them: JupyterLab in a browser, Run All, a slider moved. `make test-browser` runs this."""
+"""Notebooks as a person uses them, by `make test-browser`: JupyterLab in a browser, Run All, a slider that moves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "build" / "screenshots"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 MINUTES = 4 * 60_000  # of a busy machine, in ms
-# All cells are in the page, not only those in sight.
+# The page holds all cells, not only the visible ones.
 SETTINGS = {
     "@jupyterlab/notebook-extension/tracker.jupyterlab-settings": {"windowingMode": "none"},
     "@jupyterlab/apputils-extension/notification.jupyterlab-settings": {"fetchNews": "false"},
@@ -29,9 +29,9 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A JupyterLab on loopback that has a copy of the notebooks: its address, with {0} for the one to open.
+    """A JupyterLab with a copy of the notebooks: its address, with {0} for the name of the one to open.
 
-    Each has a workspace of its own: in the default one what an earlier test had open is open again, behind it.
+    Each notebook gets its own workspace: the default one would reopen the notebooks of earlier tests behind it.
     """
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
@@ -43,7 +43,7 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     token = secrets.token_hex(16)
     places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTERLAB_SETTINGS_DIR": "settings"}
     environment = os.environ | {key: str(folder / value) for key, value in places.items()}
-    command = [sys.executable, "-m", "jupyter", "lab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
+    command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
             [*command, f"--IdentityProvider.token={token}", f"--ServerApp.root_dir={folder}"],
@@ -62,17 +62,17 @@ def _address(folder: Path, server: subprocess.Popen[bytes]) -> str:
         for path in (folder / "runtime").glob("jpserver-*.json"):
             try:
                 return str(json.loads(path.read_text())["url"])
-            except ValueError:  # it is being written
+            except ValueError:  # half written
                 pass
         time.sleep(0.5)
-    pytest.fail("JupyterLab has not started:\n" + (folder / "log").read_text()[-2000:])
+    pytest.fail("JupyterLab did not start:\n" + (folder / "log").read_text()[-2000:])
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[playwright.Browser]:
     program = next(filter(None, map(shutil.which, BROWSERS)), None)
     if program is None:
-        pytest.skip(f"none of {', '.join(BROWSERS)} is here")
+        pytest.skip(f"none of {', '.join(BROWSERS)} is installed")
     with playwright.sync_playwright() as driver:
         running = driver.chromium.launch(executable_path=program, args=["--no-sandbox", "--disable-gpu"])
         yield running
@@ -80,15 +80,15 @@ def browser() -> Iterator[playwright.Browser]:
 
 
 def run_all(page: playwright.Page, address: str) -> None:
-    """Open a notebook, run it, wait for its last cell, and see that no cell failed."""
+    """Open a notebook, run it, wait for its last cell, and check that no cell failed."""
     page.goto(address, timeout=MINUTES)
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=MINUTES)
-    idle = "() => document.querySelector('#jp-main-statusbar').innerText.includes('| Idle')"
-    try:
-        page.wait_for_selector(".jp-Dialog button.jp-mod-accept", timeout=10_000).click()  # the kernel that it names
-    except playwright.TimeoutError:
-        pass  # it was not asked for
-    page.wait_for_function(idle, timeout=MINUTES)
+    idle = "document.querySelector('#jp-main-statusbar')?.innerText.includes('| Idle')"
+    accept = ".jp-Dialog button.jp-mod-accept"  # of the dialog that asks for a kernel, if there is not the notebook's
+    page.wait_for_function(f"() => {idle} || document.querySelector('{accept}')", timeout=MINUTES)
+    if page.locator(accept).count():
+        page.locator(accept).click()
+        page.wait_for_function(f"() => {idle}", timeout=MINUTES)
     page.get_by_role("menuitem", name="Edit", exact=True).click()
     page.get_by_text("Clear Outputs of All Cells").click()
     page.wait_for_function("() => !document.querySelector('.jp-OutputArea-output')", timeout=MINUTES)
@@ -127,7 +127,7 @@ def test_a_slider_changes_the_figure(lab: str, browser: playwright.Browser) -> N
     page.wait_for_timeout(1000)
     page.screenshot(path=SCREENSHOTS / "01-after.png")
     after = pictures(page)
-    assert len(set(before) - set(after)) == 1  # that figure alone
+    assert len(set(before) - set(after)) == 1  # only that figure
     page.close()
 
 

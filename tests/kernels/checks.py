@@ -1,4 +1,4 @@
-"""What the tests of the kernel share: its arrays and types, and the check of a call against the oracle and the twin."""
+"""Shared by the kernel tests: arrays and types, and the check of a call against the oracle and the twin."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from .emulator import Strided
 
 TABLES = {"yarn": PLAIN_YARN, "resonance": YARN}
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
-# Half the distance of two neighbours, as a part of the smaller one: the rounding at the end.
+# Half the distance between neighbouring numbers, relative to the smaller one: the final rounding.
 ROUNDING = {mx.float32: 0.0, mx.float16: 2.0**-11, mx.bfloat16: 2.0**-8}
 SUBNORMAL = {mx.float32: 0.0, mx.float16: 2.0**-25, mx.bfloat16: 0.0}
-NO_COMPILER = "no GCC on Linux to run the Metal source with"
+NO_COMPILER = "running the Metal source needs GCC on Linux"
 
 Run = Callable[..., list[np.ndarray]]
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=lambda dtype: str(dtype).removeprefix("mlx.core."))
 
 
 def heads(batch: int, count: int, length: int, dims: int, seed: int = 0) -> np.ndarray:
-    """(B, H, L, D) as attention makes it from a projection."""
+    """(B, H, L, D), laid out as attention makes it from a projection."""
     return normal(batch, length, count * dims, seed=seed).reshape(batch, length, count, dims).transpose(0, 2, 1, 3)
 
 
@@ -43,7 +43,7 @@ def check(
     traditional: bool = False,
     backward: bool = False,
 ) -> list[np.ndarray]:
-    """Run the kernel; compare it with the oracle, and with the ops twin."""
+    """Run the kernel; compare the result with the oracle and with the twin in plain mlx.core."""
     constants = ops.phase_constants(frequencies)
     rotated = run(xs, offset, constants, traditional, backward)
     length = xs[0].shape[2]
@@ -58,7 +58,7 @@ def check(
         rotation = ROTATION * frequencies.attention_scale * np.abs(values).max(initial=0) * 2**0.5
         tolerance = rotation + SUBNORMAL[x.dtype] + ROUNDING[x.dtype] * (np.abs(expected) + rotation)
         assert np.all(np.abs(y - expected) <= tolerance), np.abs(y - expected).max()
-        # Two roundings apart at most, where the two float32 results fall on either side of a tie.
+        # At most two roundings apart: the two float32 results may fall on either side of a tie.
         apart = np.abs(y - np.array(twin.astype(mx.float32)))
         assert np.all(apart <= 2 * tolerance), apart.max()
         np.testing.assert_array_equal(y[..., frequencies.dims :], values[..., frequencies.dims :])

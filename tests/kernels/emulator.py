@@ -1,7 +1,7 @@
 """Runs the Metal kernel without a Mac: the source that MLX generates, compiled as C++ and run thread by thread.
 
 While `mx.export_function` traces, MLX builds the whole source of a Metal kernel, and prints it if asked. That text,
-with shim.h before it, is compiled with address and undefined-behaviour sanitizers; harness.h runs the whole grid.
+with shim.h before it, is compiled with the address and undefined-behaviour sanitizers; harness.h runs the whole grid.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ import mlx.core as mx
 import numpy as np
 
 HERE = Path(__file__).parent
-BUILT = HERE / ".built"  # programs, by the hash of what they were built from
-# Only GCC takes the attributes of the generated source where they stand; on a Mac g++ is another name of Clang.
+BUILT = HERE / ".built"  # programs, named by the hash of their sources
+# Only GCC accepts attributes where the generated source has them; on a Mac g++ is another name for Clang.
 COMPILER = shutil.which("g++") if sys.platform == "linux" else None
-FLAGS = [  # most of the time is the compiler's: nothing is optimized
+FLAGS = [  # compiling takes most of the time: no optimization
     "-std=c++17", "-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra",
     "-Werror", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
 ]  # fmt: skip
@@ -41,7 +41,7 @@ ELEMENTS = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint
 
 @dataclass(frozen=True)
 class Strided:
-    """An array of any layout: flat memory, and which of it is the array (shape, strides and start in elements)."""
+    """An array of any layout: flat memory, and the array's place in it (shape, strides and start in elements)."""
 
     memory: np.ndarray
     shape: tuple[int, ...]
@@ -63,7 +63,7 @@ class Strided:
         return cls(memory, view.shape, tuple(stride // 4 for stride in view.strides), start, dtype)
 
     def mlx(self) -> mx.array:
-        """The same array in MLX, of the same layout."""
+        """The same array in MLX, in the same layout."""
         memory = mx.array(self.memory)
         memory = memory.view(mx.bfloat16) if self.dtype == mx.bfloat16 else memory
         # as_strided takes no negative strides: slices do.
@@ -80,7 +80,7 @@ class Strided:
 
 @contextmanager
 def captured_stdout() -> Iterator[list[str]]:
-    """What C++ prints to standard output meanwhile, as the one item of the list afterwards."""
+    """Captures what C++ prints to standard output: after the block, the only item of the list."""
     sys.stdout.flush()
     text: list[str] = []
     with tempfile.TemporaryFile() as file:
@@ -96,16 +96,11 @@ def captured_stdout() -> Iterator[list[str]]:
 
 
 class BuildError(Exception):
-    """The compiler does not take the source."""
+    """The compiler rejects the source."""
 
 
 def metal_source(xs: list[Strided], offset: np.ndarray, constants: ops.PhaseConstants, *flags: bool) -> tuple[str, Any]:
-    """The source that MLX would compile for this call, and the arguments of the launch.
-
-    Args:
-        xs, offset, constants: of the call.
-        flags: traditional, backward.
-    """
+    """The source that MLX would compile for a call, and the arguments of its launch; flags: traditional, backward."""
     launched: dict[str, Any] = {}
     kernel = gpu._kernel("metal")
 
@@ -128,7 +123,7 @@ def metal_source(xs: list[Strided], offset: np.ndarray, constants: ops.PhaseCons
 
 @cache
 def build(source: str) -> Path:
-    """The program that runs this source, compiled once."""
+    """The program that runs a source, compiled once."""
     assert COMPILER is not None
     parameters = PARAMETER.findall(source)
     arguments = ", ".join(
@@ -170,9 +165,9 @@ def run(
     backward: bool,
     preamble: str = "metal.h",
 ) -> list[np.ndarray]:
-    """Launch the kernel in the emulator: `gpu.launch`, with results in float64.
+    """What `gpu.launch` does, in the emulator; results in float64.
 
-    With `preamble="cuda.h"` the same kernel between the same braces takes its place in the grid from CUDA's variables.
+    With `preamble="cuda.h"` the same kernel body reads its position in the grid from CUDA's variables.
     """
     source, launched = metal_source(xs, offset, constants, traditional, backward)
     if preamble != "metal.h":
@@ -189,7 +184,7 @@ def run(
 
 
 def row_major(shape: tuple[int, ...]) -> tuple[int, ...]:
-    """Strides, in elements, of an array without gaps."""
+    """Strides, in elements, of a contiguous array."""
     return tuple(int(np.prod(shape[i + 1 :])) for i in range(len(shape)))
 
 
@@ -204,11 +199,11 @@ class Request:
     constants: ops.PhaseConstants
     x_from: int = 0  # first thread of the grid along x and along y
     y_from: int = 0
-    window: tuple[int, int] | None = None  # bytes of the first output to return: from, number; None for all
-    stretch: tuple[int, ...] | None = None  # other strides of the first array, whose memory then grows to match
+    window: tuple[int, int] | None = None  # bytes of the first output to return: (first, number); None for all
+    stretch: tuple[int, ...] | None = None  # other strides for q and k, whose memory grows to match
 
     def run(self) -> bytes:
-        """The outputs' bytes. Raises AssertionError with the sanitizer's report where it stops the program."""
+        """The bytes of the outputs. Raises AssertionError, with the sanitizer's report, if it stops the program."""
         x_to, y_to, _ = self.launched["grid"]
         parts = [struct.pack("<4q", self.x_from, x_to, self.y_from, y_to)]
         parts += [self._input(name) for const, _, _, name in PARAMETER.findall(self.source) if const]
@@ -228,7 +223,7 @@ class Request:
             values = np.array(getattr(self.constants, name))
             x = Strided(values, values.shape, (1,), 0, mx.float32)
         elif name == "offset":
-            # One offset for all rows has, as MLX broadcasts it, a stride of 0.
+            # MLX broadcasts one offset for all rows: a stride of 0.
             values = np.ascontiguousarray(self.offset, dtype=np.int32)
             x = Strided(values, (self.xs[0].shape[0],), (0 if values.size == 1 else 1,), 0, mx.float32)
         else:
@@ -250,6 +245,6 @@ class Request:
 
 
 def buffer(size: int, start: int, pieces: dict[int, np.ndarray]) -> bytes:
-    """An input as harness.h reads it; all places in bytes."""
+    """An input as harness.h reads it; sizes and positions in bytes."""
     data = [struct.pack("<2q", at, piece.nbytes) + piece.tobytes() for at, piece in pieces.items()]
     return struct.pack("<3q", size, start, len(data)) + b"".join(data)

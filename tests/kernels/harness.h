@@ -1,9 +1,9 @@
 // Runs every thread of a kernel over buffers read from standard input, and writes the outputs to standard output.
-// Before it: the kernel, `void run(char** buffers, uint3 at)` that calls it, the number of its INPUTS and OUTPUTS, and of
-// the THREADS of a block.
-// Input: x and y ranges of the grid; for every input its bytes in all, where its first element is, and the number of
-// pieces of it that follow, each with its place and its bytes (the rest is zero); for every output its bytes in all, and
-// which of them to return.
+// Included after the kernel, after `void run(char** buffers, uint3 at)`, which calls it, and after the numbers of its
+// INPUTS and OUTPUTS and of the THREADS of a block.
+// Reads the ranges of the grid along x and y; for each input its size in bytes, the position of its first element, and
+// the number of its pieces, which follow with position, size and bytes (the rest is zero); for each output its size and
+// the range of bytes to return.
 
 static int64_t number() {
   int64_t value;
@@ -20,7 +20,7 @@ int main() {
   int64_t from[OUTPUTS], bytes[OUTPUTS];
   for (int i = 0; i < INPUTS; ++i) {
     const int64_t size = number(), start = number();
-    // Exactly as large as the array's memory, so that the sanitizer sees every access beside it.
+    // Exactly as large as the array's memory: the sanitizer notices every access outside.
     memory[i] = static_cast<char*>(std::calloc(size, 1));
     buffers[i] = memory[i] + start;
     for (int64_t pieces = number(); pieces > 0; --pieces) {
@@ -35,7 +35,7 @@ int main() {
     from[i] = number();
     bytes[i] = number();
     buffers[INPUTS + i] = memory[INPUTS + i] = static_cast<char*>(std::malloc(size));
-    std::memset(memory[INPUTS + i] + from[i], 0xff, bytes[i]);  // not a number in any of the types
+    std::memset(memory[INPUTS + i] + from[i], 0xff, bytes[i]);  // NaN in every type
   }
   for (int64_t y = y_from; y < y_to; ++y) {
     for (int64_t x = x_from; x < x_to; ++x) {

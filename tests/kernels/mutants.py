@@ -1,12 +1,16 @@
 """Put deliberate faults into the kernel, one at a time: the tests must notice every one.
 
-    python tests/kernels/mutants.py [NAME …]
+    python tests/kernels/mutants.py [--if-changed | NAME …]
 
-Each runs in a copy of the package and its tests. Prints which test fails for each fault; exits with 1 where none does.
+Prints for each fault the first test that fails; exits with 1 if there is none. After a run of all faults in which each
+was noticed, mutants.sha256 holds the hashes of the files that decide the outcome. With --if-changed, nothing runs while
+they still fit.
 """
 
 from __future__ import annotations
 
+import argparse
+import hashlib
 import os
 import shutil
 import subprocess
@@ -17,14 +21,22 @@ from pathlib import Path
 from typing import NamedTuple
 
 ROOT = Path(__file__).parents[2]
+HASHES = Path(__file__).with_suffix(".sha256")
+# What decides whether a fault is noticed: the kernel, and its tests with all that they call. The versions of MLX and of
+# the compiler do too, which is why all faults are tried every night.
+DECISIVE = [
+    "mlx_resonance/frequencies.py", "mlx_resonance/kernels/*.py", "mlx_resonance/kernels/*.h",
+    "tests/oracle.py", "tests/rotations.py", "tests/kernels/*.py", "tests/kernels/*.h",
+]  # fmt: skip
+NOT_DECISIVE = ["tests/kernels/test_gpu.py", "tests/kernels/test_mutants.py"]  # they do not run the kernel
 TESTS = [
-    "tests/kernels/test_kernel.py", "tests/kernels/test_source.py", "-k", "not address_spaces",
-    "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants",
+    "tests/kernels/test_kernel.py", "tests/kernels/test_source.py", "-m", "not metal and not gpu and not long",
+    "-k", "not address_spaces", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants",
 ]  # fmt: skip
 
 
 class Fault(NamedTuple):
-    """What stands in a file, and what stands there instead."""
+    """A text in a file, and what replaces it."""
 
     file: str
     right: str
@@ -33,7 +45,7 @@ class Fault(NamedTuple):
 
 FAULTS = {
     "none": Fault("body.h", "// CUDA launches", "// CUDA launches"),  # the tests pass without a fault
-    "sine turned round": Fault("rotary.h", "turn.sin = (odd ? cos : sin)", "turn.sin = -(odd ? cos : sin)"),
+    "sine negated": Fault("rotary.h", "turn.sin = (odd ? cos : sin)", "turn.sin = -(odd ? cos : sin)"),
     "cosine and sine swapped": Fault("rotary.h", "turn.cos = (odd ? sin : cos)", "turn.cos = (odd ? cos : sin)"),
     "sign of a quadrant": Fault("rotary.h", "quadrant == 1 || quadrant == 2 ?", "quadrant == 1 || quadrant == 3 ?"),
     "no attention scale": Fault("body.h", "attention_scale[0])", "1.0f)"),
@@ -44,8 +56,8 @@ FAULTS = {
     ),
     "no modulus": Fault("rotary.h", "if (modulus != 0) {", "if (false) {"),
     "modulus of a negative position": Fault("rotary.h", "position < 0 && rest != 0 ? modulus - rest : rest", "rest"),
-    "phase cut, not rounded": Fault("rotary.h", "(reduced * turns + 0x80000000u) >> 32", "(reduced * turns) >> 32"),
-    "term of the series": Fault("rotary.h", "2.55016404f", "2.55316404f"),
+    "phase truncated": Fault("rotary.h", "(reduced * turns + 0x80000000u) >> 32", "(reduced * turns) >> 32"),
+    "wrong term of the series": Fault("rotary.h", "2.55016404f", "2.55316404f"),
     "offset by one": Fault("body.h", "+ uint32_t(step));", "+ uint32_t(step) + 1u);"),
     "one offset for all rows": Fault("body.h", "offset[row * offset_strides[0]]", "offset[0]"),
     "row added to the position": Fault(
@@ -62,7 +74,7 @@ FAULTS = {
         "rotary.h", "TRADITIONAL ? 2 * j + 1 : PAIRS + j", "TRADITIONAL ? PAIRS + j : 2 * j + 1"
     ),
     "past the last pair": Fault("body.h", "pairs + first, 2 * pairs};", "pairs + first, 2 * pairs + 1};"),
-    "last heads left out": Fault(
+    "last heads skipped": Fault(
         "body.h", "const uint32_t q_blocks = (q_shape[1] + HEADS - 1)", "const uint32_t q_blocks = q_shape[1]"
     ),
     "heads past the last": Fault(
@@ -75,11 +87,11 @@ FAULTS = {
         "rotary.h", "(x + runs.high) % sizeof(Pack<PAIRS, T>) == 0", "(x) % 2 == 0"
     ),
     "packed across a gap": Fault("rotary.h", "&& feature_stride == 1 &&", "&&"),
-    "heads off the packs": Fault("rotary.h", "head_stride % PAIRS == 0 &&", ""),
+    "heads between two packs": Fault("rotary.h", "head_stride % PAIRS == 0 &&", ""),
     "output packed like the input": Fault("rotary.h", "&& is_packed<PAIRS>(y, y_head_stride, 1, runs)", ""),
-    "other features turned": Fault("rotary.h", "if (is_copy) {", "if (is_copy && !TRADITIONAL) {"),
-    "other features left out": Fault("body.h", "{copied, dims, copied + PAIRS, dims}", "{copied, dims, dims, dims}"),
-    "stride of other features": Fault("rotary.h", "y[a] = x[a * stride];", "y[a] = x[a];"),
+    "unrotated features rotated": Fault("rotary.h", "if (is_copy) {", "if (is_copy && !TRADITIONAL) {"),
+    "unrotated features skipped": Fault("body.h", "{copied, dims, copied + PAIRS, dims}", "{copied, dims, dims, dims}"),
+    "stride of unrotated features": Fault("rotary.h", "y[a] = x[a * stride];", "y[a] = x[a];"),
     "neighbours across the runs": Fault(
         "rotary.h", "!is_copy ? a + 1 : runs.high + j", "!is_copy ? a + 2 : runs.high + j"
     ),
@@ -95,36 +107,55 @@ FAULTS = {
 }
 
 
+def decisive_files() -> list[Path]:
+    """The files that decide the outcome, relative to the repository."""
+    found = {path for pattern in DECISIVE for path in ROOT.glob(pattern)} - {ROOT / path for path in NOT_DECISIVE}
+    return sorted(path.relative_to(ROOT) for path in found)
+
+
+def hashes() -> dict[str, str]:
+    """The SHA-256 of each of them, by path."""
+    return {path.as_posix(): hashlib.sha256((ROOT / path).read_bytes()).hexdigest() for path in decisive_files()}
+
+
+def changed() -> list[str]:
+    """The decisive files that are not as they were at the last complete run: changed, new or removed."""
+    text = HASHES.read_text() if HASHES.exists() else ""
+    before = {path: digest for digest, path in (line.split("  ") for line in text.splitlines())}
+    now = hashes()
+    return sorted(path for path in before | now if before.get(path) != now.get(path))
+
+
 def outcome(fault: Fault, folder: Path) -> str:
-    """The first test that fails; `nothing` where all pass; what else happened where that says nothing of the tests."""
-    for part in ("mlx_resonance", "tests", "pyproject.toml"):
-        source, target = ROOT / part, folder / part
-        if source.is_dir():
-            shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__", ".built", "*.safetensors"))
-        else:
-            shutil.copy(source, target)
+    """The first test that fails; `nothing` if all pass; the error if the tests cannot decide."""
+    shutil.copytree(
+        ROOT / "mlx_resonance", folder / "mlx_resonance", ignore=shutil.ignore_patterns("__pycache__", "assets")
+    )
+    # Without tests/conftest.py, which imports the whole package.
+    for part in ("pyproject.toml", "tests/__init__.py", *decisive_files()):
+        (folder / part).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / part, folder / part)
     path = folder / "mlx_resonance" / "kernels" / fault.file
     text = path.read_text()
     if text.count(fault.right) != 1:
-        return f"ERROR: {fault.file} has {text.count(fault.right)} times {fault.right!r}"
+        return f"ERROR: {fault.right!r} occurs {text.count(fault.right)} times in {fault.file}"
     path.write_text(text.replace(fault.right, fault.wrong))
     # The copy comes before an installed package: -m puts the working directory first.
-    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
-    before = filter(None, [environment.get("PYTHONPATH")])
-    environment["PYTHONPATH"] = os.pathsep.join([str(folder / "tests" / "without_torch"), *before])
     command = [sys.executable, "-m", "pytest", *TESTS]
+    environment = os.environ | {"PYTHONDONTWRITEBYTECODE": "1"}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if "BuildError" in done.stdout:
-        return "ERROR: the compiler does not take it"
+        return "ERROR: it does not compile"
     failures = [line.split(" - ")[0] for line in done.stdout.splitlines() if line.startswith("FAILED ")]
     if done.returncode == 1 and failures:
         return failures[0].removeprefix("FAILED tests/kernels/")
     return "nothing" if done.returncode == 0 else f"ERROR: {(done.stdout + done.stderr)[-500:]}"
 
 
-def main() -> None:
-    """Try the faults that the command line names, or all."""
-    names = sys.argv[1:] or list(FAULTS)
+def survivors(names: list[str]) -> list[str]:
+    """Try the faults of these names and print each outcome. Returns those that no test notices."""
+    if sys.platform != "linux" or shutil.which("g++") is None:
+        sys.exit("error: the emulator, in which the tests run the kernel, needs g++ on Linux")
 
     def attempt(name: str) -> str:
         with tempfile.TemporaryDirectory() as folder:
@@ -136,8 +167,29 @@ def main() -> None:
             print(f"{name}: {failed}", flush=True)
             if failed.startswith("ERROR") or (failed == "nothing") != (name == "none"):
                 unnoticed.append(name)
-    print(f"{len(names) - len(unnoticed)} of {len(names)} as it should be", *unnoticed, sep="; ")
-    sys.exit(1 if unnoticed else 0)
+    print(f"{len(names) - len(unnoticed)} of {len(names)} as expected", *unnoticed, sep="; ")
+    return unnoticed
+
+
+def main() -> None:
+    """Try the faults that the command line names, or all."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(FAULTS)}")
+    parser.add_argument("--if-changed", action="store_true", help="only if a file that decides the outcome has changed")
+    args = parser.parse_args()
+    if unknown := [name for name in args.names if name not in FAULTS]:
+        parser.error(f"there is no fault {unknown[0]!r}: see --help")
+    if args.if_changed:
+        different = changed()
+        if not different:
+            print(f"mutants: the kernel and its tests are as in {HASHES.name}, when every fault was noticed")
+            return
+        print("mutants: all are tried because of", *different, flush=True)
+    before = hashes()
+    if survivors(args.names or list(FAULTS)):
+        sys.exit(1)
+    if not args.names and before == hashes():
+        HASHES.write_text("".join(f"{digest}  {path}\n" for path, digest in before.items()))
 
 
 if __name__ == "__main__":

@@ -8,16 +8,16 @@ struct uint3 {
   uint32_t x, y, z;
 };
 
-// Where CUDA has a thread's place in the grid.
+// The position of a thread in CUDA's grid.
 static uint3 blockIdx, blockDim, threadIdx;
 inline uint3 make_uint3(uint32_t x, uint32_t y, uint32_t z) { return {x, y, z}; }
 #define __device__
 
-// Both 16-bit types round to the nearest, ties to even.
+// Both 16-bit types round to nearest, ties to even.
 #ifdef __aarch64__
 typedef __fp16 float16_t;
 #else
-// What immintrin.h calls: reading that header would take most of a compiler's time.
+// The builtins behind immintrin.h: parsing that header would take most of the compile time.
 typedef float float4 __attribute__((vector_size(16)));
 typedef int16_t short8 __attribute__((vector_size(16)));
 struct float16_t {

@@ -1,4 +1,4 @@
-"""What surrounds the launch of the kernel: which op is picked, what falls back and says so, every transformation."""
+"""Around the kernel's launch: the choice of the op, the fallback and its warning, every transformation."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
 
 @pytest.fixture(autouse=True)
 def forget() -> Iterator[None]:
-    """Every test starts without what was found out about the GPU, and leaves nothing behind."""
+    """Every test starts without results of earlier trials on the GPU, and leaves none behind."""
     for clear in (gpu._rotation.cache_clear, gpu._fault.cache_clear, gpu._unusable.clear):
         clear()
     yield
@@ -35,14 +35,14 @@ def forget() -> Iterator[None]:
 def launch_twin(
     backend: str, xs: list[mx.array], offset: mx.array, constants: PhaseConstants, traditional: bool, backward: bool
 ) -> list[mx.array]:
-    """The kernel's part, done by its twin, without its derivatives."""
+    """Does the kernel's work with its twin, without the twin's derivatives."""
     assert offset.dtype == mx.int32 and offset.shape in ((1,), (xs[0].shape[0],))
     return gpu.twin([mx.stop_gradient(x) for x in xs], offset, constants, traditional, backward)
 
 
 @pytest.fixture
 def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
-    """A GPU is there: the list grows by one item per launch, whether it turns backward."""
+    """Pretends that there is a GPU; the list gets an item for each launch: whether it turns backward."""
     launches: list[bool] = []
 
     def launch(*call: object) -> list[mx.array]:
@@ -65,7 +65,7 @@ def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
 # --- which op is picked
 
 
-def test_a_machine_without_a_gpu_is_told_once(
+def test_a_machine_without_a_gpu_gets_one_warning(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(mx.metal, "is_available", lambda: False)
@@ -76,9 +76,7 @@ def test_a_machine_without_a_gpu_is_told_once(
     assert warnings_of(caplog) == [f"[ResonanceRoPE] MLX has no GPU here: {WARNING}"]
 
 
-def test_the_cpu_by_choice_is_no_matter_for_a_warning(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_cpu_by_choice_gets_no_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     with mx.stream(mx.cpu):
         assert gpu.current_backend() is None
@@ -89,7 +87,7 @@ def test_one_launch_for_queries_and_keys(launches: list[bool]) -> None:
     rope, q, k = ResonanceRoPE(YARN), normal(2, 4, 3, 128), normal(2, 2, 3, 128)
     rope.rotate(q, k)
     rope(q)
-    launches.clear()  # without those that tried the kernel
+    launches.clear()  # those that tried the kernel
     assert rope.angles(3, 5).table is None
     rope.rotate(q, k, 5)
     assert launches == [False]
@@ -110,14 +108,14 @@ def test_the_smallest_array_that_is_launched(launches: list[bool], features: int
 
 @pytest.mark.parametrize(("length", "launched"), [(2**26, True), (2**27, False)])
 def test_a_grid_of_31_bits(launches: list[bool], length: int, launched: bool) -> None:
-    """16 groups of pairs in each token; nothing of it is computed."""
+    """16 groups of pairs in each token; nothing is evaluated."""
     rope, x = ResonanceRoPE(YARN), mx.broadcast_to(mx.zeros((), mx.float16), (1, 1, length, 128))
     rope(x[:, :, :1])
     launches.clear()
     rope(x)
     assert launches == [False] * launched
     mx.vmap(rope)(mx.broadcast_to(x[:, :, : length // 4], (4, 1, 1, length // 4, 128)))
-    assert len(launches) == (3 if launched else 1)  # vmap traces the function itself too, and computes it never
+    assert len(launches) == (3 if launched else 1)  # vmap also traces the function, evaluating nothing
 
 
 def test_a_kernel_that_cannot_be_built_falls_back_and_says_why(
@@ -173,7 +171,7 @@ def assert_used(backend: str) -> None:
                 assert gpu.can_rotate(backend, xs, constants, traditional)
 
 
-# --- transformations: what MLX derives for the twin, gpu.py says for the kernel
+# --- transformations: MLX derives them for the twin, gpu.py defines them for the kernel
 
 
 def both(launches: list[bool], monkeypatch: pytest.MonkeyPatch, call: Callable[[], object]) -> tuple[object, object]:
@@ -209,7 +207,7 @@ def test_gradients(
     rope, q, k = ResonanceRoPE(YARN, traditional), normal(2, 4, 3, 144), normal(2, 2, 3, 144, seed=1)
     at = mx.array([3, 1_000_003]) if offset == "(B,)" else offset
     results = both(launches, monkeypatch, lambda: mx.grad(transform(loss(rope, at)), argnums=(0, 1))(q, k))
-    assert launches.count(True) == 3  # two trials of the variant, and one launch for both gradients
+    assert launches.count(True) == 3  # two trials of the variant and one launch for both gradients
     assert_alike(results)
 
 

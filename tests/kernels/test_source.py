@@ -1,4 +1,4 @@
-"""What only the kernel's source shows: indices beyond 2³¹, whole blocks of CUDA, Metal's address spaces."""
+"""What needs the kernel's source: indices beyond 2³¹, whole blocks of CUDA, Metal's address spaces."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason=NO_COMPILER)
 
 
 def test_an_output_of_more_than_2_31_elements() -> None:
-    """Nine heads of 2²¹ tokens, every one of them the same in memory; the last threads write the last token."""
+    """Nine heads of 2²¹ tokens that share memory; the last threads write the last token."""
     length, dims, frequencies = 2**21, 128, TABLES["resonance"]
     token = Strided.of(normal(1, 1, 1, dims), mx.float16)
     x = replace(token, shape=(1, 9, length, dims), strides=(0, 0, 0, 1))
@@ -46,7 +46,7 @@ def test_an_output_of_more_than_2_31_elements() -> None:
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 def test_strides_beyond_2_31_elements(axis: int) -> None:
-    """Two rows, heads, tokens or features of which the second lies 2³¹ + 16 elements further on."""
+    """Two rows, heads, tokens or features; the second lies 2³¹ + 16 elements after the first."""
     x = Strided.of(normal(2, 2, 2, 2), mx.float16)
     far = tuple(2**31 + 16 if i == axis else stride for i, stride in enumerate(x.strides))
     constants = ops.phase_constants(RotaryFrequencies(np.array([6.0])))
@@ -60,8 +60,8 @@ def test_strides_beyond_2_31_elements(axis: int) -> None:
 @layouts
 @dtypes
 @pytest.mark.parametrize("length", [1, 100])
-def test_the_text_for_cuda(dtype: mx.Dtype, length: int, traditional: bool) -> None:
-    """CUDA launches whole blocks: 16 groups of pairs of 200 tokens are 12 blocks of 256 threads and a half."""
+def test_the_source_for_cuda(dtype: mx.Dtype, length: int, traditional: bool) -> None:
+    """CUDA launches whole blocks: 16 groups of pairs of 200 tokens fill 12 and a half blocks of 256 threads."""
     xs = [Strided.of(heads(2, count, length, 128, count), dtype) for count in (9, 2)]
     check(partial(emulator.run, preamble="cuda.h"), xs, offsets(3, 70_000), TABLES["resonance"], traditional)
 
@@ -69,10 +69,10 @@ def test_the_text_for_cuda(dtype: mx.Dtype, length: int, traditional: bool) -> N
 @dtypes
 @pytest.mark.parametrize(("batch", "pairs"), [(1, 64), (9, 2), (1, 2), (9, 64)])
 def test_address_spaces(tmp_path: Path, dtype: mx.Dtype, batch: int, pairs: int) -> None:
-    """C++ for OpenCL has address spaces like Metal's, of which plain C++ knows nothing."""
+    """C++ for OpenCL has address spaces like Metal's; plain C++ has none."""
     clang = shutil.which("clang++")
     if clang is None:
-        pytest.skip("no clang++, which reads C++ for OpenCL")
+        pytest.skip("reading C++ for OpenCL needs clang++")
     x = Strided.of(normal(batch, 2, 3, 2 * pairs), dtype)
     constants = ops.phase_constants(default_frequencies(2 * pairs))
     source, _ = emulator.metal_source([x, x], np.zeros(batch, np.int32), constants, False, False)
@@ -92,15 +92,15 @@ def test_address_spaces(tmp_path: Path, dtype: mx.Dtype, batch: int, pairs: int)
 
 
 def test_every_pointer_names_its_address_space() -> None:
-    """Metal demands it of casts and of parameters; C++ for OpenCL would take a generic pointer."""
+    """Metal demands it of casts and parameters; C++ for OpenCL would accept a generic pointer."""
     x = Strided.of(normal(1, 2, 3, 128))
     source, _ = emulator.metal_source([x, x], offsets(0), ops.phase_constants(PLAIN_YARN), False, False)
-    spaces = re.findall(r"(\w+) (?:\w+|Pack<[^>]*>)\*", source)  # a product has spaces around its sign
+    spaces = re.findall(r"(\w+) (?:\w+|Pack<[^>]*>)\*", source)  # a product has spaces around its *
     assert len(spaces) > 15 and set(spaces) == {"device", "constant", "DEVICE_MEMORY"}
 
 
 def test_queries_and_keys_are_in_device_memory() -> None:
-    """From `gpu.SMALL` elements on, which is MLX's constant; rotary.h knows no other address space for them."""
+    """From `gpu.SMALL` elements on, a constant of MLX; rotary.h supports no other address space for them."""
     x = Strided.of(normal(1, gpu.SMALL // 4, 1, 4))
     source, _ = emulator.metal_source([x, x], offsets(0), ops.phase_constants(default_frequencies(4)), False, False)
     assert "const device float* q " in source and "const device float* k " in source

@@ -1,4 +1,4 @@
-"""What the package does on Linux: load OpenBLAS, or say in one line that there is none; have malloc keep memory."""
+"""On Linux the package loads OpenBLAS, or warns in one line that there is none, and has malloc keep freed memory."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from mlx_resonance.linux import core_type
+from mlx_resonance.blas import core_type
 
 import pytest
 
-pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="only for Linux")
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="for Linux only")
 
 PRINT_WHETHER_LOADED = "import sys; print('libopenblas' in open('/proc/self/maps').read(), end='', file=sys.stderr)"
 
@@ -30,11 +30,11 @@ def test_a_missing_library_is_one_line() -> None:
     assert len(lines) == 1 and "libno-such-blas.so" in lines[0]
 
 
-def test_it_can_be_told_not_to() -> None:
+def test_the_environment_can_switch_it_off() -> None:
     assert stderr_of(f"import mlx_resonance; {PRINT_WHETHER_LOADED}", MLX_RESONANCE_BLAS="off") == "False"
 
 
-def test_mlx_imported_first_is_said() -> None:
+def test_importing_mlx_first_gives_a_warning() -> None:
     assert "before mlx_resonance" in stderr_of("import mlx.core, mlx_resonance")
 
 
@@ -56,7 +56,7 @@ def test_a_system_openblas_is_used() -> None:
         ("AuthenticAMD", "fma avx2", None),
     ],
 )
-def test_kernels_for_an_intel_cpu_go_by_its_flags(
+def test_the_kernels_for_an_intel_cpu_depend_on_its_flags(
     tmp_path: Path, vendor: str, flags: str, expected: str | None
 ) -> None:
     cpuinfo = tmp_path / "cpuinfo"
@@ -65,13 +65,13 @@ def test_kernels_for_an_intel_cpu_go_by_its_flags(
     assert core_type(str(tmp_path / "none")) is None
 
 
-def test_openblas_gets_the_kernels_and_the_environment_stays() -> None:
-    """`openblas_get_corename` of the loaded library: what a wrong guess would show."""
+def test_openblas_gets_these_kernels_and_the_environment_stays() -> None:
+    """Asks the loaded library itself, with `openblas_get_corename`."""
     import ctypes.util
 
     expected = core_type()
     if ctypes.util.find_library("openblas") is None or expected is None:
-        pytest.skip("no OpenBLAS, or no Intel CPU with AVX2")
+        pytest.skip("needs OpenBLAS and an Intel CPU with AVX2")
     code = (
         "import mlx_resonance, ctypes, os, sys; name = ctypes.CDLL(None).openblas_get_corename;"
         "name.restype = ctypes.c_char_p; print(name().decode(), os.environ.get('OPENBLAS_CORETYPE'), file=sys.stderr)"
@@ -82,12 +82,12 @@ def test_openblas_gets_the_kernels_and_the_environment_stays() -> None:
 
 @pytest.mark.parametrize(("environment", "few"), [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)], ids=["kept", "set"])
 def test_freed_arrays_are_used_again(environment: dict[str, str], few: bool) -> None:
-    """Page faults of ten arrays of 40 MB, one after another: those of one, or of all ten."""
+    """Ten arrays of 40 MB, one after another, cause the page faults of one array, or of all ten."""
     import platform
 
     if platform.libc_ver()[0] != "glibc":
-        pytest.skip("malloc settings are for glibc")
-    # PR_SET_THP_DISABLE: with huge pages a fault is for 2 MB, and all ten arrays have few.
+        pytest.skip("the malloc settings are for glibc")
+    # PR_SET_THP_DISABLE: with huge pages one fault maps 2 MB, and even ten arrays cause few.
     code = (
         "import ctypes; ctypes.CDLL(None).prctl(41, 1, 0, 0, 0);"
         "import mlx_resonance, mlx.core as mx, resource, sys; x = mx.zeros((10, 2**20)); mx.eval(x + 1);"
