@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from mlx_resonance.attention import next_token_logits
 from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.errors import MissingFileError, UsageError
 
@@ -130,8 +131,7 @@ class Streamed:
 
     def log_probabilities(self, states: mx.array) -> mx.array:
         """The log-probabilities (n, vocabulary) of the token after each state (n, hidden)."""
-        head = self.model.lm_head if "lm_head" in self.model else self.model.model.embed_tokens.as_linear
-        logits = head(states)
+        logits = next_token_logits(self.model, states)
         return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 

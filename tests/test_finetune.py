@@ -174,7 +174,7 @@ def test_a_stopped_run_resumes(
         (("--warmup", 4), "warmup must be less than the 4 steps, got 4 (--warmup)"),
         (("--num-layers", 6), "num_layers must be at most the model's 5, got 6 (--num-layers)"),
         (("--fine-tune-type", "dora"), "'dora' is not one of 'full', 'lora'"),
-        (("--dtype", "int8"), "float32, float16, bfloat16"),
+        (("--dtype", "int8"), "'float32', 'float16', 'bfloat16'"),
         (("--memory", "3300MB", "--length", 2048, "--batch-size", 4), "give --batch-size 1 --accumulate 4"),
         (("--mlx-path", "taken"), "taken exists: delete it or choose another folder: give another --mlx-path"),
         (("--steps", 10**20, "--force"), "'--steps': Input should be less than or equal to 2147483647"),

@@ -93,7 +93,7 @@ CASES = {
     "finetune": Case(
         "finetune -m {model} --data {text} --mlx-path {out} --length 64 --steps 4 --accumulate 1 --checkpoint-every 1",
         ("step",), ("--learning-rate 0.001", "learning_rate is 2e-05 there and 0.001 here"),
-        ("text", "data_digest is "), log="{out}.partial/finetune.jsonl",
+        ("text", "sequences is "), log="{out}.partial/finetune.jsonl",
     ),
 }  # fmt: skip
 WITH_MODEL = [name for name, case in CASES.items() if "{model}" in case.command and case.one_model]

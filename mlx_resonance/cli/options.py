@@ -80,11 +80,3 @@ PrefillStep = Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of 
 Memory = Annotated[int | None, Option(**size, help="Memory budget, e.g. 16GB. Default: the device's limit.")]
 Force = Annotated[bool, Option("--force", help="Run although it does not fit into memory.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]
-
-
-def memory_bytes(memory: int | None) -> int | None:  # TEMPORARY: until every command is on the parsers above
-    return memory
-
-
-def whole_numbers(kind: str, flag: str, text: str) -> list[int]:  # TEMPORARY
-    return _integers(text)

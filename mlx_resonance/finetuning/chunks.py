@@ -25,16 +25,14 @@ def next_token_loss(model: nn.Module, tokens: mx.array) -> mx.array:
         tokens: ids, (B, L): L - 1 are predicted in each row.
     """
     hidden, targets = model.model(tokens)[:, :-1], tokens[:, 1:]
-    tied = model.args.tie_word_embeddings
-    head = model.model.embed_tokens if tied else model.lm_head
-    divisor = getattr(model, "logits_scaling", 1)  # Granite's
+    head = model.model.embed_tokens if model.args.tie_word_embeddings else model.lm_head
 
     def loss(i: int) -> mx.array:
         wanted = targets[:, i : i + POSITIONS]  # a closure: checkpoint() would differentiate an argument
 
         def of(states: mx.array) -> mx.array:
-            logits = (head.as_linear(states) if tied else head(states)) / divisor
-            return nn.losses.cross_entropy(logits.astype(mx.float32), wanted, reduction="sum")
+            logits = attention.next_token_logits(model, states).astype(mx.float32)
+            return nn.losses.cross_entropy(logits, wanted, reduction="sum")
 
         chunk = nn.utils.checkpoint(head, of) if targets.shape[1] > POSITIONS else of
         return chunk(hidden[:, i : i + POSITIONS])
