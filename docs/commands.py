@@ -13,7 +13,7 @@ import typer
 
 HEAD = """# Commands and flags
 
-Written by `python docs/commands.py docs/commands.md`; a test compares this page with what the commands print.
+Written by `python docs/commands.py docs/commands.md`; a test compares the two.
 """
 
 
