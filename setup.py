@@ -2,8 +2,8 @@
 
 from setuptools import find_packages, setup
 
-# Everything else stands in pyproject.toml, where a package's place can be said (package-dir) but a search for packages
-# and a name given by hand cannot be combined.
+# Everything else is in pyproject.toml, which can give a package another folder (package-dir), but cannot combine a
+# search for packages with a name of ours.
 setup(
     packages=[
         *find_packages(include=["mlx_resonance", "mlx_resonance.*"]),

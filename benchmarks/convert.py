@@ -2,8 +2,8 @@
 
     python benchmarks/convert.py [--gigabytes 2] [--repeats 3] [--max-shard-size 500MB]
 
-The checkpoint is made on the spot, in float16. Each conversion is a process of its own; they take turns, and the
-figures are medians. mlx-lm's files are of 5 GB at most, which cannot be changed. Last line: one JSON object.
+The checkpoint is made first, in float16. Each conversion is a process of its own; they take turns, and the figures are
+medians. mlx-lm's files have at most 5 GB, which cannot be changed. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -19,16 +19,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-import mlx_resonance
-from mlx_resonance.llama import Model, ModelArgs
+import mlx_resonance  # noqa: F401  (loads a fast BLAS on Linux, before MLX)
 
 import mlx.core as mx
 import mlx_lm
-from mlx.utils import tree_flatten, tree_map
+from random_llama import make
 from rich.console import Console
 from rich.table import Table
 
-TOKENIZER = Path(mlx_resonance.__file__).parent / "assets" / "stdlib-llama"
 LAYER = 4 * 2048**2 + 3 * 2048 * 5632  # weights of a layer of TinyLlama's shape
 CONVERT = {
     "ours": """
@@ -41,7 +39,7 @@ from mlx_lm import convert
 convert({src!r}, {out!r}, quantize={q})
 """,
 }
-# Bytes. Linux hands the largest resident set of ru_maxrss down to the programs that a process starts; VmHWM is its own.
+# Bytes. On Linux a process inherits the largest resident set of ru_maxrss from the one that starts it; not VmHWM.
 MEASURE = """
 import re, resource, sys
 if sys.platform == "linux":
@@ -49,23 +47,6 @@ if sys.platform == "linux":
 else:
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
 """
-
-
-def make(folder: Path, gigabytes: float) -> int:
-    """A LLaMA of random weights, in float16. Returns the bytes of its weights."""
-    config = {
-        "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_attention_heads": 32,
-        "num_key_value_heads": 32, "num_hidden_layers": max(1, round(gigabytes * 1e9 / 2 / LAYER)), "vocab_size": 2048,
-        "rms_norm_eps": 1e-5, "rope_theta": 10000.0, "max_position_embeddings": 2048, "tie_word_embeddings": False,
-    }  # fmt: skip
-    folder.mkdir()
-    (folder / "config.json").write_text(json.dumps(config))
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(TOKENIZER / name, folder / name)
-    model = Model(ModelArgs.from_dict(config))
-    model.update(tree_map(lambda value: value.astype(mx.float16), model.parameters()))
-    mx.save_safetensors(str(folder / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "pt"})
-    return (folder / "model.safetensors").stat().st_size
 
 
 def run(code: str, out: Path) -> dict[str, float]:
@@ -89,7 +70,9 @@ def main() -> None:
     table = Table("conversion", "", "seconds", "peak memory, MB", "disk, MB")
     with tempfile.TemporaryDirectory() as folder:
         src, out = Path(folder) / "source", Path(folder) / "out"
-        report["source_mb"] = make(src, arguments.gigabytes) / 1e6
+        layers = max(1, round(arguments.gigabytes * 1e9 / 2 / LAYER))
+        make(src, 2048, 5632, layers, 32, 32, 2048, mx.float16, tied=False)
+        report["source_mb"] = (src / "model.safetensors").stat().st_size / 1e6
         for kind, quantize in (("float16", False), ("4 bit", True)):
             runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONVERT}
             for _ in range(arguments.repeats):

@@ -1,28 +1,26 @@
-"""The checkpoints that `extension.py` extends: the package's, one that copies, and models trained from the start."""
+"""The checkpoints that `extension.py` extends: the package's, one that copies, and models trained from scratch."""
 
 from __future__ import annotations
 
 import json
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from mlx_resonance import load
-from mlx_resonance.checks import model_classes
+from mlx_resonance import Checkpoint
 from mlx_resonance.convert import convert
 from mlx_resonance.evaluation.passkey import ANSWER_TOKENS, passkey_prompt
-from mlx_resonance.files import read_config
-from mlx_resonance.loading import load_model
+from mlx_resonance.storage import atomic_folder
+from mlx_resonance.tokenizer import copy_tokenizer
 from mlx_resonance.training import train
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
+from random_llama import TINY
 from stdlib_llama import CONFIG, muon_and_adam, read, source_files
 
-TINY = Path(__file__).parents[1] / "mlx_resonance/assets/stdlib-llama"
 CONTEXT = 256  # that mini is trained with
 MINI = CONFIG | {
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -32,7 +30,7 @@ MINI = CONFIG | {
 
 @dataclass(frozen=True)
 class Rows:
-    """How a base is trained: rows of text and of passkeys in a step, steps, part of stdlib-llama's learning rates."""
+    """The training of a base: rows of text and of passkeys in a step, steps, part of stdlib-llama's learning rates."""
 
     text: int
     keys: int
@@ -55,7 +53,7 @@ def key_row(tokenizer, context: int, seed: list[int]) -> list[int]:
 
 def train_rows(model: nn.Module, rows: Rows, context: int, seed: int, checkpoint: Path) -> None:
     """Train on rows of text and of passkeys."""
-    _, tokenizer = load(TINY)
+    tokenizer = Checkpoint.open(TINY).tokenizer
     parts = [[*tokenizer.encode(read(path)), CONFIG["eos_token_id"]] for path in source_files()[0]]
     stream = np.concatenate([np.array(part, np.int32) for part in parts])
 
@@ -77,35 +75,33 @@ def train_rows(model: nn.Module, rows: Rows, context: int, seed: int, checkpoint
 
 
 def train_mini(rope: str, seed: int, folder: Path) -> None:
-    """Train a model from the start, and write a checkpoint."""
+    """Train a model from scratch, and write a checkpoint."""
     config = MINI | {"rope_scaling": None if rope == "default" else {"rope_type": rope}}
-    model_class, args_class = model_classes(config)
     mx.random.seed(seed)
-    model = model_class(args_class.from_dict(config))
+    model = Checkpoint.of("mini", folder, config, {}).build()
     train_rows(model, ROWS["mini"], CONTEXT, seed, folder.with_suffix(".safetensors"))
     write_checkpoint(model, config, TINY, folder)
 
 
 def train_copy(seed: int, source: Path, folder: Path) -> None:
     """Train the package's checkpoint to say passkeys, and write a checkpoint."""
-    model, _ = load_model(source)
+    checkpoint = Checkpoint.open(source)
+    model = checkpoint.load()
     train_rows(model, ROWS["copy"], 512, seed, folder.with_suffix(".safetensors"))
-    write_checkpoint(model, read_config(source), source, folder)
+    write_checkpoint(model, dict(checkpoint.config), source, folder)
 
 
 def write_checkpoint(model: nn.Module, config: dict, source: Path, folder: Path) -> None:
-    """A folder with the model's weights and the tokenizer of another; it appears whole."""
-    partial = folder.with_suffix(".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    others = shutil.ignore_patterns("*.safetensors*", "config.json", "training.json", "conversion.json", "README.md")
-    shutil.copytree(source, partial, ignore=others)
-    mx.save_safetensors(str(partial / "model.safetensors"), dict(tree_flatten(model.parameters())), {"format": "mlx"})
-    (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    partial.rename(folder)
+    """A folder with the model's weights and the tokenizer of another, written atomically."""
+    weights = dict(tree_flatten(model.parameters()))
+    with atomic_folder(folder) as partial:
+        copy_tokenizer(source, partial)
+        mx.save_safetensors(str(partial / "model.safetensors"), weights, {"format": "mlx"})
+        (partial / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 def base_folder(name: str, base: str, seed: int, work: Path) -> Path:
-    """The checkpoint to extend, made where it is not there; in float32, the fast type on a CPU."""
+    """The checkpoint to extend, made if missing; in float32, the fast type on a CPU."""
     folder = work / {"mini": f"base-{base}-{seed}", "copy": f"copy-{seed}"}.get(name, name)
     if folder.exists():
         return folder

@@ -1,11 +1,11 @@
-"""Tokens per second, ours and stock mlx-lm's on the same weights; the prompt cache; what KV formats cost in perplexity.
+"""Tokens per second of ours and of stock mlx-lm on the same weights; the on-disk KV cache; KV formats' perplexity.
 
     python benchmarks/generate.py [--repeats 5]
 
-The tiny checkpoint and a random LLaMA of 100 M parameters are converted to plain YaRN, which both can read, in float32
-on a CPU and float16 on a GPU. Ours and mlx-lm's take turns; figures are medians. Then a second question on a document
-of 4 k tokens with and without the prompt cache, and the tiny checkpoint's perplexity on held-out Python with keys and
-values of 16 (or 32), 8 and 4 bits. Last line: one JSON object.
+The tiny checkpoint and a random LLaMA of 100 M parameters are converted to plain YaRN, which both read, in float32 on a
+CPU and float16 on a GPU. Ours and mlx-lm's take turns; figures are medians. Then a second question on a document of 4 k
+tokens with and without the on-disk KV cache, and the tiny checkpoint's perplexity on held-out Python with a KV cache of
+16 (or 32), 8 and 4 bits. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from mlx_resonance.generation.cache import make_cache
 import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm
-from memory import ASSETS, make
+from random_llama import TINY, make
 from rich.console import Console
 from rich.table import Table
 
@@ -46,9 +46,9 @@ def speeds(generate: Any, model: Any, tokenizer: Any) -> tuple[float, float]:
 
 
 def compare(folder: Path, repeats: int) -> dict[str, Any]:
-    """Ours and mlx-lm's in turn, after one run of each that is not counted."""
+    """Ours and mlx-lm's in turns, after a warm-up of each."""
     ours, stock = load(folder), mlx_lm.load(str(folder))
-    for _, tokenizer in (ours, stock):  # all of the answer's tokens are written
+    for _, tokenizer in (ours, stock):  # nothing ends an answer early
         tokenizer.eos_token_ids = set()
     runs: dict[str, list[tuple[float, float]]] = {"ours": [], "mlx_lm": []}
     for turn in range(repeats + 1):
@@ -77,7 +77,7 @@ def first_token(model: Any, tokenizer: Any, tokens: list[int], kept: PromptCache
 
 
 def second_question(folder: Path, repeats: int) -> dict[str, float]:
-    """Seconds to the first token of a question on a document that was read before, and on one that was not."""
+    """Seconds to the first token of a question on a document, without the on-disk KV cache and with it."""
     model, tokenizer = load(folder)
     document = [i % 2000 + 10 for i in range(DOCUMENT)]
     times: dict[str, list[float]] = {"uncached": [], "cached": []}
@@ -93,9 +93,9 @@ def second_question(folder: Path, repeats: int) -> dict[str, float]:
 
 
 def perplexities(folder: Path) -> dict[str, float]:
-    """Of the tiny checkpoint on held-out Python, in one text as long as its context of 4096, by bits of the caches."""
+    """Of the tiny checkpoint on a held-out text of 4096 tokens, by bits of the KV cache."""
     model, tokenizer = load(folder)
-    names = json.loads((ASSETS / "training.json").read_text())["held_out_files"]
+    names = json.loads((TINY / "training.json").read_text())["held_out_files"]
     root = Path(sysconfig.get_paths()["stdlib"])
     text = "".join((root / name).read_text(errors="replace") for name in names if (root / name).is_file())
     tokens = [tokenizer.bos_token_id, *tokenizer.encode(text[: 10 * DOCUMENT], add_special_tokens=False)][
@@ -125,7 +125,7 @@ def main() -> None:
     table = Table("model", "", "ours, tokens/s", "mlx-lm, tokens/s", "ratio", "median of ratios")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sources = {"tiny": (ASSETS, 16), "random": (make(folder / "source", RANDOM), 1)}
+        sources = {"tiny": (TINY, 16), "random": (make(folder / "source", *RANDOM), 1)}
         for name, (source, factor) in sources.items():
             settings: dict[str, Any] = {"rope": "yarn", "factor": factor, "resonance": False, "dtype": DTYPE}
             convert(source, folder / name, **settings)
@@ -139,9 +139,9 @@ def main() -> None:
     for name, row in report["second_question"].items():
         console.print(
             f"first token of a second question on {DOCUMENT} tokens, {name}: {row['uncached_seconds']} s; "
-            f"with the prompt cache {row['cached_seconds']} s, {row['times_sooner']} times sooner"
+            f"with the on-disk KV cache {row['cached_seconds']} s, {row['times_sooner']} times sooner"
         )
-    console.print("perplexity by the format of keys and values:", report["perplexity"])
+    console.print("perplexity by KV format:", report["perplexity"])
     print(json.dumps(report))
 
 

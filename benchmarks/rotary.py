@@ -1,10 +1,10 @@
-"""Time the rotation of queries and keys: ours, mlx-lm's YarnRoPE, mx.fast.rope, and x + 1, the least there is to do.
+"""Time the rotation of queries and keys: ours, mlx-lm's YarnRoPE, mx.fast.rope, and x + 1, the floor.
 
     python benchmarks/rotary.py [--repeats 25] [--figure angle-error.svg]
 
 All contenders take turns in one run on MLX's default device; times are medians in milliseconds, ratios medians of the
-rounds' ratios. mx.fast.rope has our wavelengths but leaves the attention scale out. Also: what each contender launches,
-counted in MLX's graph, and the largest error of cosine and sine at far positions. Last line: one JSON object.
+rounds' ratios. mx.fast.rope has our wavelengths but no attention scale. Also: the launches of each contender, counted
+in MLX's graph, and the largest error of cosine and sine at far positions. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -15,25 +15,23 @@ import json
 import platform
 import re
 import statistics
-import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance import ResonanceRoPE, RotaryFrequencies, yarn_frequencies
 from mlx_resonance.kernels import gpu
-from mlx_resonance.plots import plot_angle_errors
+from mlx_resonance.plots import BLUE, GREEN, GREY, ORANGE, STYLE
 
+import matplotlib
 import mlx.core as mx
 import mlx_lm
 import numpy as np
+from matplotlib.figure import Figure
 from mlx_lm.models.rope_utils import YarnRoPE
 from rich.console import Console
 from rich.table import Table
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
-import oracle
 
 FACTOR, ORIGINAL, BASE = 8, 4096, 10000.0
 # batch, tokens, query heads, key heads, features of a head, offset
@@ -45,7 +43,7 @@ CASES = {
 }
 DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 FAR = (131_071, 1_000_003, 10_000_019)
-# In these graphs only another look at the same memory.
+# Operations that are only views of the same memory in these graphs.
 VIEWS = {
     "AsStrided", "Broadcast", "BroadcastAxes", "CustomTransforms", "ExpandDims", "Flatten", "Reshape", "Slice", "Split",
     "Squeeze", "StopGradient", "Transpose", "Unflatten", "View",
@@ -82,7 +80,7 @@ def contenders(length: int, dims: int, offset: int) -> dict[str, Rotation]:
 
 
 def measure(case: str, dtype: mx.Dtype, repeats: int) -> dict[str, float]:
-    """Medians in milliseconds, and what part of YarnRoPE's time ours takes, and the floor of ours."""
+    """Medians in milliseconds; our time as a part of YarnRoPE's, and the floor's as a part of ours."""
     batch, length, q_heads, k_heads, dims, offset = CASES[case]
     q, k = heads(batch, length, q_heads, dims, dtype), heads(batch, length, k_heads, dims, dtype)
     runs = contenders(length, dims, offset)
@@ -103,7 +101,7 @@ def measure(case: str, dtype: mx.Dtype, repeats: int) -> dict[str, float]:
 
 
 def launches(run: Rotation, q: mx.array, k: mx.array) -> int:
-    """How many operations of a rotation's graph compute something."""
+    """The number of operations of a rotation's graph that compute something."""
     text = io.StringIO()
     mx.export_to_dot(text, *run(q, k))
     operations = re.findall(r'\[label ="(\w+)', text.getvalue())
@@ -111,7 +109,7 @@ def launches(run: Rotation, q: mx.array, k: mx.array) -> int:
 
 
 def traffic(run: Rotation, q: mx.array, k: mx.array) -> dict[str, int] | None:
-    """Operations that compute, and the bytes they read and write; None where MLX has compiled them and hides both."""
+    """Operations that compute, and the bytes they read and write; None where MLX has compiled and hides both."""
     nodes: list[dict[str, Any]] = []
     try:
         mx.export_function(nodes.append, lambda q, k: list(run(q, k)), q, k)
@@ -121,7 +119,7 @@ def traffic(run: Rotation, q: mx.array, k: mx.array) -> dict[str, int] | None:
     for node in (node for node in nodes if node["type"] == "primitive"):
         read = [min(size(entry), view_of.get(entry[0], size(entry))) for entry in node["inputs"]]
         if node["name"] in VIEWS:
-            view_of[node["outputs"][0][0]] = read[0]  # a broadcast array is no larger than what it repeats
+            view_of[node["outputs"][0][0]] = read[0]  # a broadcast array counts as the array that it repeats
         else:
             operations += 1
             moved += sum(read) + sum(map(size, node["outputs"]))
@@ -141,9 +139,9 @@ def graphs() -> dict[str, Any]:
     result: dict[str, Any] = {}
     for name in ("ours", "mlx_lm_yarn", "mx_fast_rope", "add_one"):
         run = rotations[name]
-        mx.eval(run(q, k))  # first what is made once, such as YarnRoPE's frequencies
+        mx.eval(run(q, k))  # make first what is made once, such as YarnRoPE's frequencies
         result[name] = traffic(run, q, k) or {"launches": launches(run, q, k), "bytes": None}
-    backend = "cuda" if mx.cuda.is_available() else "metal"  # without a GPU MLX exports the latter all the same
+    backend = "cuda" if mx.cuda.is_available() else "metal"  # MLX exports the latter even without a GPU
     angles = ResonanceRoPE(yarn_frequencies(dims, BASE, FACTOR, ORIGINAL).resonate()).angles(length, offset)
     result["kernel"] = traffic(
         lambda q, k: gpu.launch(backend, [q, k], angles.offset, angles.constants, False, False), q, k
@@ -171,12 +169,38 @@ def angle_errors(positions: list[int]) -> dict[str, list[float]]:
     for name, (frequencies, scale, rotate) in rotations.items():
         errors[name] = []
         for position in positions:
-            theta = oracle.angles([position], frequencies.wavelengths)[0]
+            # fmod is exact in float64, so the only roundings are of the quotient and of the product with 2π.
+            theta = 2 * np.pi * (np.fmod(position, frequencies.wavelengths) / frequencies.wavelengths)
             exact = np.concatenate([np.cos(theta), np.sin(theta)])
             unit = mx.concatenate([mx.ones((1, 1, 1, dims // 2)), mx.zeros((1, 1, 1, dims // 2))], axis=-1)
             rotated = np.array(rotate(unit, position), dtype=np.float64).ravel() / scale
             errors[name].append(float(f"{np.abs(rotated - exact).max():.2g}"))
     return errors
+
+
+def plot_angle_errors(positions: Sequence[int], errors: Mapping[str, Sequence[float]], path: str | Path) -> None:
+    """Draw the largest error of cosine and sine over the position, both logarithmic.
+
+    Args:
+        positions: tokens, from 1 on.
+        errors: of `ours`, `ours_yarn`, `mlx_lm_yarn` and `mx_fast_rope`, one for each position.
+        path: the image to write; its suffix gives the format.
+    """
+    lines = {
+        "mlx_lm_yarn": ("mlx-lm YarnRoPE", GREEN, "--"),
+        "mx_fast_rope": ("mx.fast.rope, our wavelengths", ORANGE, "-"),
+        "ours_yarn": ("ours, YaRN", GREY, "--"),
+        "ours": ("ours, Resonance YaRN", BLUE, "-"),
+    }
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(7, 3.6), layout="constrained")
+        axis = figure.subplots()
+        for name, (label, color, style) in lines.items():
+            axis.plot(positions, errors[name], style, color=color, label=label, linewidth=1.4)
+        axis.axhline(2.5e-7, color="black", linewidth=0.8, linestyle=":", label="bound of ours: 2.5e-7")
+        axis.set(xscale="log", yscale="log", xlabel="position", ylabel="largest error of cos and sin", ylim=(2e-8, 4))
+        axis.legend(loc="upper left")
+        figure.savefig(path)
 
 
 def main() -> None:

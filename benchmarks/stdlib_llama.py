@@ -2,8 +2,8 @@
 
     python benchmarks/stdlib_llama.py --work-dir /tmp/stdlib-llama --output mlx_resonance/assets/stdlib-llama
 
-A run that was killed goes on from the checkpoint in the work folder. The last line is one JSON object with the
-held-out loss of the weights as they are saved.
+A killed run resumes from the checkpoint in the work folder. The last line is one JSON object with the held-out loss of
+the saved weights.
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def cross_entropy(model: nn.Module, tokens: mx.array) -> mx.array:
 
 
 def muon_and_adam(steps: int, part: float = 1.0) -> optim.MultiOptimizer:
-    """Muon for the matrices, AdamW for embeddings and gains; `part` of the learning rates that a start needs."""
+    """Muon for the matrices, AdamW for embeddings and gains; `part` scales the learning rates of a full training."""
     warmup = steps * WARMUP // STEPS
     return optim.MultiOptimizer(
         [
@@ -186,7 +186,7 @@ def save(model: nn.Module, tokenizer: Tokenizer, output: Path, record: dict) -> 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--work-dir", type=Path, required=True, help="checkpoint and log")
+    parser.add_argument("--work-dir", type=Path, required=True, help="for the checkpoint and the log")
     parser.add_argument("--output", type=Path, required=True, help="the Hugging Face folder to write")
     parser.add_argument("--steps", type=int, default=STEPS)
     args = parser.parse_args()
@@ -206,7 +206,7 @@ def main() -> None:
         return (mx.array(np.stack([train_tokens[i : i + CONTEXT + 1] for i in starts]).astype(np.int32)),)
 
     optimizer = muon_and_adam(args.steps)
-    log = args.work_dir / "log.jsonl"  # a line for every step: a resumed run knows the whole history
+    log = args.work_dir / "log.jsonl"  # a line per step, for the history of a resumed run
     last = time.perf_counter()
 
     def on_step(step: int, loss: float) -> None:
@@ -221,7 +221,7 @@ def main() -> None:
     checkpoint = args.work_dir / "checkpoint.safetensors"
     train(model, optimizer, cross_entropy, batch, args.steps, seed=SEED, checkpoint=checkpoint, on_step=on_step)
 
-    model.set_dtype(mx.float16)  # what is saved is what is measured
+    model.set_dtype(mx.float16)  # as saved
     model.set_dtype(mx.float32)
     loss = held_out_loss(model, held_out)
     root = Path(sysconfig.get_paths()["stdlib"])

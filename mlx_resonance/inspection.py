@@ -19,8 +19,8 @@ class Inspection:
         train_length: tokens seen in training.
         test_length: tokens of the longer text.
         unrounded: the frequencies of the base type.
-        in_use: the frequencies the model turns by at `test_length`.
-        trained: those that it turned by in training, before any rounding.
+        in_use: the frequencies of the model at `test_length`.
+        trained: those of its training, before any rounding.
         gap: feature gap of every pair, as in use.
     """
 
@@ -72,7 +72,7 @@ def inspect_rope(rope: RopeConfig, train_length: int | None = None, test_length:
     """
     train_length = rope.trained_length if train_length is None else train_length
     if train_length is None:
-        raise UsageError("config.json does not tell the context before scaling", remedies=[{"train_length": None}])
+        raise UsageError("config.json does not say the context before scaling", remedies=[{"train_length": None}])
     if test_length is None:
         test_length = max(rope.context_length or 0, train_length)
         test_length = 4 * train_length if test_length == train_length else test_length

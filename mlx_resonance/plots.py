@@ -1,4 +1,4 @@
-"""Every figure of the project, in one style."""
+"""The figures that commands draw, and the style of all figures."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
+from .errors import UsageError
 from .frequencies import Float64Array
 from .inspection import Inspection
 
-# Okabe and Ito's colours: told apart without seeing red and green.
+# Okabe and Ito's colors, which the color-blind can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
 MORE_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "black")
 STYLE: dict[Any, Any] = {
@@ -38,14 +39,14 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
         path: the image to write; its suffix gives the format.
 
     Raises:
-        ValueError: matplotlib does not write that format.
+        UsageError: matplotlib does not write that format.
     """
     path = image_path(path)
     pairs = np.arange(len(inspection.in_use.wavelengths))
     unrounded = inspection.unrounded
     lengths = inspection.train_length, inspection.test_length
     with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 7), layout="constrained")  # not pyplot's: a notebook's figures stay as they are
+        figure = Figure(figsize=(7, 7), layout="constrained")  # without pyplot and its global state
         axes = figure.subplots(3, 1, sharex=True)
         _wavelengths(axes[0], pairs, inspection)
         axes[1].bar(pairs, 100 * unrounded.angle_shift(), color=GREY)
@@ -55,35 +56,6 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
             f"{inspection.rope.rope_type}, base {inspection.rope.base:g}: "
             f"trained on {lengths[0]} tokens, read at {lengths[1]}"
         )
-        figure.savefig(path)
-
-
-def plot_angle_errors(positions: Sequence[int], errors: Mapping[str, Sequence[float]], path: str | Path) -> None:
-    """The largest error of cosine and sine over the position, both logarithmic.
-
-    Args:
-        positions: tokens, from 1 on.
-        errors: of `ours`, `ours_yarn`, `mlx_lm_yarn` and `mx_fast_rope`, one for each position.
-        path: the image to write; its suffix gives the format.
-
-    Raises:
-        ValueError: matplotlib does not write that format.
-    """
-    path = image_path(path)
-    lines = {
-        "mlx_lm_yarn": ("mlx-lm YarnRoPE", GREEN, "--"),
-        "mx_fast_rope": ("mx.fast.rope, our wavelengths", ORANGE, "-"),
-        "ours_yarn": ("ours, YaRN", GREY, "--"),
-        "ours": ("ours, Resonance YaRN", BLUE, "-"),
-    }
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 3.6), layout="constrained")
-        axis = figure.subplots()
-        for name, (label, color, style) in lines.items():
-            axis.plot(positions, errors[name], style, color=color, label=label, linewidth=1.4)
-        axis.axhline(2.5e-7, color="black", linewidth=0.8, linestyle=":", label="bound of ours: 2.5e-7")
-        axis.set(xscale="log", yscale="log", xlabel="position", ylabel="largest error of cos and sin", ylim=(2e-8, 4))
-        axis.legend(loc="upper left")
         figure.savefig(path)
 
 
@@ -99,7 +71,7 @@ def plot_posgen(
         path: the image to write; its suffix gives the format.
 
     Raises:
-        ValueError: matplotlib does not write that format.
+        UsageError: matplotlib does not write that format.
     """
     path = image_path(path)
     with matplotlib.rc_context(STYLE):
@@ -115,7 +87,7 @@ def plot_posgen(
 
 
 def posgen_curves(axis: Axes, accuracies: Mapping[str, np.ndarray], seed_length: int) -> None:
-    """A line for every encoding; rounded ones are solid, in the colour of their dashed twin.
+    """A line for every encoding; rounded ones are solid, in the color of their dashed twin.
 
     Args:
         axis: to draw on.
@@ -132,7 +104,7 @@ def posgen_curves(axis: Axes, accuracies: Mapping[str, np.ndarray], seed_length:
 
 
 def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarray, path: str | Path) -> None:
-    """How often a hidden number was found, by length of the prompt and depth in it.
+    """The share of hidden numbers that were found, by length of the prompt and depth in it.
 
     Args:
         lengths, depths: of the grid, in tokens and %.
@@ -140,7 +112,7 @@ def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarra
         path: the image to write; its suffix gives the format.
 
     Raises:
-        ValueError: matplotlib does not write that format.
+        UsageError: matplotlib does not write that format.
     """
     path = image_path(path)
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
@@ -167,7 +139,7 @@ def plot_perplexity(
         path: the image to write; its suffix gives the format.
 
     Raises:
-        ValueError: matplotlib does not write that format.
+        UsageError: matplotlib does not write that format.
     """
     path = image_path(path)
     with matplotlib.rc_context(STYLE):
@@ -179,7 +151,7 @@ def plot_perplexity(
 def perplexity_panels(
     figure: Figure, contexts: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]]
 ) -> None:
-    """Panels of `perplexity_curves` beside each other.
+    """Panels of `perplexity_curves`, side by side.
 
     Args:
         figure: to draw on.
@@ -192,17 +164,17 @@ def perplexity_panels(
         axis.set(title=title, xlabel="context, tokens")
     axes[0].set_ylabel("perplexity")
     longest = max(len(name) for curves in panels.values() for name in curves)
-    legend_below(figure, 5 if longest < 20 else 1)  # names that have a model before them are long
+    legend_below(figure, 5 if longest < 20 else 1)  # names with a model are long
 
 
 def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, Sequence[float] | np.ndarray]) -> None:
-    """A line for every rope; rounded ones are solid, in the colour of their dashed twin.
+    """A line for every rope; rounded ones are solid, in the color of their dashed twin.
 
     Args:
         axis: to draw on.
         contexts: tokens, in rising order.
-        curves: by name of the rope, with the model's before it where there are several; shape (contexts,), or (seeds,
-            contexts): then the line is the mean, and a band spans the seeds.
+        curves: by name of the rope, after the model's where there are several; shape (contexts,), or (seeds, contexts):
+            then the line is the mean, and a band spans the seeds.
     """
     colors = {"default": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
     twins = dict.fromkeys(name.replace("resonance_", "") for name in curves)
@@ -218,7 +190,7 @@ def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, 
     axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axis.set_xticks([], minor=True)
     every = np.concatenate([values.ravel() for values in seeds.values()])
-    if every.max() > 5 * every.min():  # a scaling that breaks down would press the others to the bottom
+    if every.max() > 5 * every.min():  # a scaling that breaks down would flatten the others
         axis.set_yscale("log")
         for formats in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formats(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
@@ -234,7 +206,7 @@ def gap_panel(axis: Axes, gaps: Mapping[str, Float64Array]) -> None:
     looks = zip((ORANGE, BLUE, GREEN, GREY), ("^", "o", "s", "x"), (7, 3, 5, 5), strict=True)
     for (name, gap), (color, marker, size) in zip(gaps.items(), looks, strict=False):
         axis.plot(np.arange(len(gap)), gap, marker, color=color, label=name, markersize=size)
-    axis.set_yscale("symlog", linthresh=1e-3)  # a gap of exactly zero has its place
+    axis.set_yscale("symlog", linthresh=1e-3)  # shows a gap of exactly zero
     axis.set(xlabel="feature pair", ylabel="feature gap", ylim=(-2e-4, 4))
     axis.set_yticks([0, 1e-3, 1e-2, 0.1, 1], ["0", "0.001", "0.01", "0.1", "1"])
     axis.minorticks_off()
@@ -242,18 +214,18 @@ def gap_panel(axis: Axes, gaps: Mapping[str, Float64Array]) -> None:
 
 
 def legend_below(figure: Figure, columns: int) -> None:
-    """One legend for all panels, each name once."""
+    """One legend for all panels, with each name once."""
     found = [axis.get_legend_handles_labels() for axis in figure.axes]
     lines = {name: line for lines, names in found for line, name in zip(lines, names, strict=True)}
     figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns)
 
 
 def image_path(path: str | Path) -> Path:
-    """A path that a figure can be written to. Raises ValueError where matplotlib does not write its format."""
+    """A path that a figure can be written to. Raises UsageError where matplotlib does not write its format."""
     path = Path(path)
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in formats:
-        raise ValueError(f"[plot] {path}: the suffix must be one of {', '.join(formats)}")
+        raise UsageError(f"{path}: the suffix must be one of {', '.join(formats)}", option="plot")
     return path
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from mlx_resonance.config import RopeConfig
+from mlx_resonance import RopeConfig
 from mlx_resonance.inspection import inspect_rope
 
 import numpy as np

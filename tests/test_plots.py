@@ -4,21 +4,31 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from mlx_resonance.plots import plot_angle_errors, plot_perplexity
+from mlx_resonance import RopeConfig
+from mlx_resonance.errors import UsageError
+from mlx_resonance.inspection import inspect_rope
+from mlx_resonance.plots import plot_inspection, plot_passkey, plot_perplexity
 
 import numpy as np
 import pytest
 
-ERRORS = {name: [1e-7, 1e-3] for name in ("ours", "ours_yarn", "mlx_lm_yarn", "mx_fast_rope")}
+FORMATS = pytest.mark.parametrize(("name", "start"), [("figure.png", b"\x89PNG"), ("figure.svg", b"<?xml")])
+INSPECTION = inspect_rope(RopeConfig(dims=16, max_position_embeddings=64))
 
 
-@pytest.mark.parametrize(("name", "start"), [("errors.png", b"\x89PNG"), ("errors.svg", b"<?xml")])
-def test_angle_errors(tmp_path: Path, name: str, start: bytes) -> None:
-    plot_angle_errors([1, 1000], ERRORS, tmp_path / name)
+@FORMATS
+def test_inspection(tmp_path: Path, name: str, start: bytes) -> None:
+    plot_inspection(INSPECTION, tmp_path / name)
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
-@pytest.mark.parametrize(("name", "start"), [("curve.png", b"\x89PNG"), ("curve.svg", b"<?xml")])
+@FORMATS
+def test_passkey(tmp_path: Path, name: str, start: bytes) -> None:
+    plot_passkey([512, 1024], [10, 50, 90], np.array([[1, 0.5], [0, 1], [0.25, 0]]), tmp_path / name)
+    assert (tmp_path / name).read_bytes().startswith(start)
+
+
+@FORMATS
 def test_perplexity(tmp_path: Path, name: str, start: bytes) -> None:
     curves = {"default": [9.0, 8.0, 300.0], "yarn": [9.1, 8.1, 7.6], "resonance_yarn": [9.1, 8.05, 7.4]}
     seeds = {name: np.stack([values, values]) for name, values in curves.items()}
@@ -26,7 +36,7 @@ def test_perplexity(tmp_path: Path, name: str, start: bytes) -> None:
     assert (tmp_path / name).read_bytes().startswith(start)
 
 
-def test_a_format_that_nobody_writes(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"errors\.xyz: the suffix must be one of"):
-        plot_angle_errors([1, 1000], ERRORS, tmp_path / "errors.xyz")
-    assert not list(tmp_path.iterdir())
+def test_an_unknown_format(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"figure\.xyz: the suffix must be one of .*png.*svg") as raised:
+        plot_inspection(INSPECTION, tmp_path / "figure.xyz")
+    assert raised.value.option == "plot" and not list(tmp_path.iterdir())

@@ -1,7 +1,4 @@
-"""The checkpoints on which runtimes are compared: one tiny random LLaMA per rope setting, as transformers saves it.
-
-benchmarks/parity.py imports this file too, by its folder.
-"""
+"""The checkpoints on which runtimes are compared: one tiny random LLaMA per rope setting, as transformers saves it."""
 
 import json
 from dataclasses import dataclass, field
