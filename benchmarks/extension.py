@@ -27,8 +27,9 @@ from mlx_resonance.evaluation.perplexity import Subject, run_perplexity, select_
 from mlx_resonance.evaluation.windows import Protocol
 from mlx_resonance.finetuning import finetune
 from mlx_resonance.plots import plot_perplexity
+from mlx_resonance.run_log import RunLog
 from mlx_resonance.scaling import named_rope
-from mlx_resonance.storage import RunLog, atomic_file
+from mlx_resonance.storage import atomic_file
 
 import numpy as np
 from extension_bases import CONTEXT, base_folder
