@@ -184,7 +184,7 @@ def _fault(
                 for y, expected in zip(launch(backend, *call), twin(*call), strict=True):
                     off = float(mx.abs(y.astype(mx.float32) - expected.astype(mx.float32)).max())
                     # A rounding to 16 bits may go either way; compilers contract float32 each in their own way.
-                    if not off <= max(float(mx.finfo(y.dtype).eps), 4 * 2.0**-23):  # nor if it is no number
+                    if not off <= max(float(mx.finfo(y.dtype).eps), 4 * 2.0**-23):  # nor if it is not a number
                         return f"its results are off by {off:.2g} in {y.dtype}"
             except (RuntimeError, ValueError) as error:
                 return " ".join(str(error).split())
