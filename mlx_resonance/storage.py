@@ -61,9 +61,7 @@ def check_new_folder(target: Path) -> None:
             f"{target}: mlx-lm does not find files in a folder with any of *?[ in its name", option="mlx_path"
         )
     if os.path.lexists(target):
-        raise FileInTheWayError(
-            f"{target} exists: delete it or choose another folder", remedies=[{"mlx_path": ANOTHER}]
-        )
+        raise FileInTheWayError(f"{target} exists", remedies=[{"mlx_path": ANOTHER}])
 
 
 @contextlib.contextmanager

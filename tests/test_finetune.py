@@ -176,7 +176,7 @@ def test_a_stopped_run_resumes(
         (("--fine-tune-type", "dora"), "'dora' is not one of 'full', 'lora'"),
         (("--dtype", "int8"), "'float32', 'float16', 'bfloat16'"),
         (("--memory", "3300MB", "--length", 2048, "--batch-size", 4), "give --batch-size 1 --accumulate 4"),
-        (("--mlx-path", "taken"), "taken exists: delete it or choose another folder: give another --mlx-path"),
+        (("--mlx-path", "taken"), "taken exists: give another --mlx-path"),
         (("--steps", 10**20, "--force"), "'--steps': Input should be less than or equal to 2147483647"),
         (("--seed", 10**20), "'--seed': Input should be less than or equal to 2147483647"),
         (("--accumulate", 10**9), "'--accumulate': Input should be less than or equal to 65536"),

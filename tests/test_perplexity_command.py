@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import storage
+from mlx_resonance import run_log
 from mlx_resonance.errors import UsageError
 from mlx_resonance.evaluation.texts import read_documents
 
@@ -118,7 +118,7 @@ def test_a_full_disk(run: Any, checkpoint: Path, data: Path, tmp_path: Path, mon
     def full(*_: Any) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(storage.RunLog, "append", full)
+    monkeypatch.setattr(run_log.RunLog, "append", full)
     code, out, err = run(
         "eval", "perplexity", "--model", checkpoint, "--data", data / "short.txt", "--contexts", "4", "--stride", "2",
         "--output", tmp_path / "x.jsonl",
