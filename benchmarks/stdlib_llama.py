@@ -15,9 +15,10 @@ import platform
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from pathlib import Path
 
-from mlx_resonance.training import train, warmup_cosine
+from mlx_resonance.training import train
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -136,6 +137,14 @@ def tokens_of(tokenizer: Tokenizer, files: list[Path]) -> np.ndarray:
 
 def cross_entropy(model: nn.Module, tokens: mx.array) -> mx.array:
     return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
+
+
+def warmup_cosine(peak: float, steps: int, warmup: int) -> Callable[[mx.array], mx.array]:
+    """A learning rate that rises linearly to `peak` and falls to 0 along a half cosine."""
+    fall = optim.cosine_decay(peak, steps - warmup)
+    if warmup == 0:
+        return fall
+    return optim.join_schedules([optim.linear_schedule(peak / warmup, peak, warmup), fall], [warmup])
 
 
 def muon_and_adam(steps: int, part: float = 1.0) -> optim.MultiOptimizer:

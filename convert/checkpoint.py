@@ -24,7 +24,7 @@ from .journal import NAME as RECORD
 from .journal import Journal, fingerprint, workspace
 from .plan import Plan, disk_needed, make_plan
 from .quantization import check_arguments
-from .report import quantization_report, read_text
+from .report import quantization_report, tokens_of
 from .source import Source, digest, mlx_folder, open_source
 from .verify import DTYPES, VerificationError, read_finished_record, rope_table, verify_result
 from .weights import Progress, write_weights
@@ -166,7 +166,7 @@ def convert(
     if tokenizer and not has_tokenizer(checkpoint.folder):
         names = ", ".join(TOKENIZERS)
         raise MissingFileError(f"{src} has no tokenizer, expected one of {names}", remedies=[{"tokenizer": False}])
-    ids = None if quant_report is None else read_text(user_path(quant_report), checkpoint)
+    ids = None if quant_report is None else tokens_of(user_path(quant_report), checkpoint)
     card = read_card(checkpoint.folder)
     after = new_rope(checkpoint.rope, rope, factor, original_max_position_embeddings, resonance)
     quantization = (q_bits, q_group_size, q_mode, quant_predicate) if quantize else None

@@ -89,7 +89,8 @@ def arguments_of(names: Iterable[str], quantization: Mapping[str, Any] | None) -
     quantization = quantization or {}
     common = {key: quantization.get(key, "affine") for key in ("group_size", "bits", "mode")}
     layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
-    return {f"{layer}.weight": common | _as_dict(quantization.get(layer)) for layer in layers}
+    own = {layer: value for layer, value in quantization.items() if isinstance(value, dict)}
+    return {f"{layer}.weight": common | own.get(layer, {}) for layer in layers}
 
 
 def group_parts(names: Iterable[str], quantized: Collection[str]) -> dict[str, list[str]]:
@@ -99,10 +100,6 @@ def group_parts(names: Iterable[str], quantized: Collection[str]) -> dict[str, l
         layer = name.removesuffix("weight")
         groups[name] += [layer + part for part in PARTS[1:] if groups.pop(layer + part, None)]
     return groups
-
-
-def _as_dict(value: Any) -> QuantizationArguments:
-    return value if isinstance(value, dict) else {}
 
 
 def quantize(weight: mx.array, arguments: QuantizationArguments) -> tuple[list[mx.array], float | None]:
@@ -148,17 +145,14 @@ def _streams() -> list[mx.Stream]:
     return streams
 
 
-def dequantize(parts: list[mx.array], arguments: QuantizationArguments) -> mx.array:
-    """The weight in float32. The scales are widened first: no rounding comes on top."""
+def dequantize(parts: list[mx.array], arguments: QuantizationArguments | None) -> mx.array:
+    """A tensor in float32, quantized or not. The scales are widened first: no rounding comes on top."""
+    if arguments is None:
+        return parts[0].astype(mx.float32)
     weight, scales = parts[:2]
     if arguments["mode"] != "affine":
         return mx.dequantize(weight, scales, **arguments, dtype=mx.float32)
     return mx.dequantize(weight, scales.astype(mx.float32), parts[2].astype(mx.float32), **arguments)
-
-
-def dequantized(parts: list[mx.array], arguments: QuantizationArguments | None) -> mx.array:
-    """A tensor in float32, quantized or not."""
-    return parts[0].astype(mx.float32) if arguments is None else dequantize(parts, arguments)
 
 
 def relative(error: float, size: float) -> float | None:

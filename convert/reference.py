@@ -12,7 +12,7 @@ from mlx_resonance.checkpoint import ROPE_KEYS, Checkpoint
 import mlx.core as mx
 import numpy as np
 
-from .quantization import arguments_of, dequantized, group_parts
+from .quantization import arguments_of
 from .source import EMBEDDING, HEAD, Source
 
 TOKENS = 64
@@ -101,13 +101,8 @@ def _logits_of_transformers(result: Source, layers: int, tokens: np.ndarray[Any,
 
 
 def _float32_weights(result: Source, layers: int) -> dict[str, np.ndarray[Any, Any]]:
-    names = [
-        name
-        for name in result.checkpoint.tensors
-        if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
-    ]
-    quantized = arguments_of(names, result.checkpoint.config.get("quantization"))
     return {
-        name: np.array(dequantized([result.read(part) for part in parts], quantized.get(name)))
-        for name, parts in group_parts(names, quantized).items()
+        name: np.array(result.read_float32(name))
+        for name in result.groups
+        if not name.startswith("model.layers.") or int(name.split(".")[2]) < layers
     }

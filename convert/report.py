@@ -8,13 +8,13 @@ from typing import Any
 
 from mlx_resonance.attention import next_token_logits
 from mlx_resonance.checkpoint import Checkpoint
-from mlx_resonance.errors import MissingFileError, UsageError
+from mlx_resonance.errors import UsageError
+from mlx_resonance.evaluation.texts import read_text
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map
 
-from .quantization import arguments_of, dequantized, group_parts
 from .source import Source
 
 WINDOW, WINDOWS = 512, 16  # tokens of a window, and the number of windows, from the beginning of the text
@@ -30,7 +30,7 @@ def quantization_report(result: Source, source: Source, ids: list[int]) -> dict[
     Args:
         result: the quantized checkpoint.
         source: what it was made from.
-        ids: of a text, as `read_text` returns them. They are read in windows of 512 tokens or the context before
+        ids: of a text, as `tokens_of` returns them. They are read in windows of 512 tokens or the context before
             scaling, each from its beginning.
 
     Returns:
@@ -68,24 +68,14 @@ def quantization_report(result: Source, source: Source, ids: list[int]) -> dict[
     }
 
 
-def read_text(path: Path, checkpoint: Checkpoint) -> list[int]:
+def tokens_of(path: Path, checkpoint: Checkpoint) -> list[int]:
     """The tokens of a text file, up to those that the report reads.
-
-    Args:
-        path: of the file.
-        checkpoint: with the tokenizer.
 
     Raises:
         MissingFileError: there is no such file, or no tokenizer.
         UsageError: it is not UTF-8, or has fewer than two tokens.
     """
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file", option="quant_report")
-    try:
-        with path.open(encoding="utf-8") as file:
-            text = file.read(WINDOW * WINDOWS * LONGEST_TOKEN)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error}", option="quant_report") from None
+    text = read_text(path, "quant_report", WINDOW * WINDOWS * LONGEST_TOKEN)
     ids: list[int] = checkpoint.tokenizer.encode(text)[: WINDOW * WINDOWS]
     if len(ids) < 2:
         raise UsageError(f"{path} is too short: at least two tokens are needed", option="quant_report")
@@ -102,9 +92,6 @@ class Streamed:
 
     def __init__(self, source: Source, model: nn.Module) -> None:
         self.source, self.model = source, model
-        tensors, config = source.checkpoint.tensors, source.checkpoint.config
-        self._quantized = arguments_of(tensors, config.get("quantization"))
-        self._parts = group_parts(tensors, self._quantized)
         names = list(dict(tree_flatten(model.parameters())))
         layers: list[Any] = model.model.layers
         self._load(model, [name for name in names if not name.startswith("model.layers.")])
@@ -115,12 +102,9 @@ class Streamed:
         model.eval()
 
     def _load(self, module: nn.Module, names: list[str], prefix: str = "") -> None:
-        weights = [(name.removeprefix(prefix), self._read(name)) for name in names]
+        weights = [(name.removeprefix(prefix), self.source.read_float32(name)) for name in names]
         module.load_weights(weights, strict=False)
         mx.eval([value for _, value in weights])
-
-    def _read(self, name: str) -> mx.array:
-        return dequantized([self.source.read(part) for part in self._parts[name]], self._quantized.get(name))
 
     def hidden(self, tokens: mx.array) -> mx.array:
         """The states (N, hidden) that predict every token but the first of each row."""

@@ -6,20 +6,19 @@ import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from fnmatch import fnmatch
+from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.errors import MissingFileError, UsageError
 from mlx_resonance.files import (
     WEIGHTS,
     TensorInfo,
-    check_types,
     hub_errors,
     indexed_files,
     merge_headers,
     read_config,
-    read_header,
     resolve,
     user_path,
     weight_files,
@@ -30,90 +29,13 @@ import mlx.core as mx
 
 from . import fp8
 from .card import base_models
-from .torch_file import TorchFile
+from .quantization import QuantizationArguments, arguments_of, dequantize, group_parts
+from .weight_files import HubFile, SafetensorsFile, TorchFile, WeightFile
 
 SMALL_FILES = [*TOKENIZER_PATTERNS, "README.md"]
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 TYPES = {"F32", "F16", "BF16", "U32", "U8", "F8_E4M3"}  # U32 and U8: weights and scales that mlx-lm has quantized
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
-
-
-class WeightFile(Protocol):
-    """A file of tensors, none read yet."""
-
-    name: str
-    tensors: dict[str, TensorInfo]
-    download: int
-    """Bytes that reading it will download."""
-
-    def read(self, tensor: str) -> mx.array:
-        """One tensor, lazy or not."""
-
-    def release(self) -> None:
-        """None of its tensors will be read again."""
-
-
-class SafetensorsFile:
-    """A safetensors file on disk; raises UsageError where its header cannot be right."""
-
-    download = 0
-
-    def __init__(self, path: Path) -> None:
-        self.path, self.name, self.tensors = path, path.name, read_header(path)
-
-    def read(self, tensor: str) -> mx.array:
-        """One tensor, lazy."""
-        try:
-            tensors: dict[str, mx.array] = mx.load(str(self.path), format="safetensors")  # type: ignore[assignment]
-        except RuntimeError as error:
-            raise UsageError(f"MLX cannot read {self.path}: {error}") from None
-        return tensors[tensor]
-
-    def release(self) -> None:
-        """Keep it: it is the user's, or in the hub's cache."""
-
-
-class HubFile:
-    """A safetensors file on the hub: its header now, its data from the first tensor that is read to the release.
-
-    Args:
-        repo, commit, name: of the file.
-        folder: where to download it to.
-    """
-
-    def __init__(self, repo: str, commit: str, name: str, folder: Path) -> None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import SafetensorsParsingError
-
-        self.repo, self.commit, self.name, self.folder = repo, commit, name, folder
-        self._local: SafetensorsFile | None = None
-        try:
-            with hub_errors(repo):
-                header = HfApi().parse_safetensors_file_metadata(repo, name, revision=commit).tensors
-            self.tensors = {key: TensorInfo(info.dtype, tuple(info.shape)) for key, info in header.items()}
-            check_types(self.tensors, f"{repo}/{name}")
-        except (SafetensorsParsingError, TypeError) as error:
-            raise UsageError(f"{repo}/{name} has a damaged header: {error}") from None
-        self.download = sum(info.nbytes for info in self.tensors.values())
-
-    def read(self, tensor: str) -> mx.array:
-        """One tensor, lazy; the first one downloads the file."""
-        from huggingface_hub import hf_hub_download
-
-        if self._local is None:
-            path = self.folder / self.name
-            if not path.is_file():
-                with hub_errors(self.repo):
-                    hf_hub_download(self.repo, self.name, revision=self.commit, local_dir=self.folder)
-            self._local = SafetensorsFile(path)
-            if self._local.tensors != self.tensors:
-                raise UsageError(f"{path} has other tensors than its header on the hub: delete it")
-        return self._local.read(tensor)
-
-    def release(self) -> None:
-        """Delete what was downloaded."""
-        self._local = None
-        (self.folder / self.name).unlink(missing_ok=True)
 
 
 class Source:
@@ -185,6 +107,19 @@ class Source:
                     "set tie_word_embeddings to false there, or delete the tensor"
                 )
         return value
+
+    @cached_property
+    def groups(self) -> dict[str, list[str]]:
+        """The checkpoint's tensors that belong together, as of `group_parts`."""
+        return group_parts(self.checkpoint.tensors, self._quantized)
+
+    def read_float32(self, name: str) -> mx.array:
+        """A tensor of `groups` in float32; a quantized one is dequantized."""
+        return dequantize([self.read(part) for part in self.groups[name]], self._quantized.get(name))
+
+    @cached_property
+    def _quantized(self) -> dict[str, QuantizationArguments]:
+        return arguments_of(self.checkpoint.tensors, self.checkpoint.config.get("quantization"))
 
     def release(self, names: Iterable[str]) -> None:
         """Say which tensors will not be read again; a file without any left is released."""

@@ -20,8 +20,10 @@ from .storage import atomic_file, disk_errors
 Schedule = Callable[[mx.array], mx.array]
 
 
-def warmup_cosine(peak: float, steps: int, warmup_steps: int) -> Schedule:
-    """Learning rate that rises linearly to `peak` and falls to 0 along a half cosine.
+def warmup_linear(peak: float, steps: int, warmup_steps: int) -> Schedule:
+    """Learning rate that rises linearly to `peak` and falls linearly to 0.
+
+    The first step has a learning rate above 0; transformers' schedule wastes that step.
 
     Args:
         peak: the highest learning rate.
@@ -33,27 +35,15 @@ def warmup_cosine(peak: float, steps: int, warmup_steps: int) -> Schedule:
 
     Raises:
         UsageError: `warmup_steps` is not in [0, steps).
-    """
-    return _after_warmup(peak, steps, warmup_steps, lambda rest: optim.cosine_decay(peak, rest))
-
-
-def warmup_linear(peak: float, steps: int, warmup_steps: int) -> Schedule:
-    """Learning rate that rises linearly to `peak` and falls linearly to 0; arguments as in `warmup_cosine`.
-
-    The first step has a learning rate above 0; transformers' schedule wastes that step.
 
     Source: jquesnelle/yarn `finetune.py`, get_linear_schedule_with_warmup; its DeepSpeed settings have WarmupDecayLR.
     """
-    return _after_warmup(peak, steps, warmup_steps, lambda rest: optim.linear_schedule(peak, 0.0, rest))
-
-
-def _after_warmup(peak: float, steps: int, warmup_steps: int, fall: Callable[[int], Schedule]) -> Schedule:
     check_option("warmup_steps", 0 <= warmup_steps < steps, f"in [0, {steps})", warmup_steps)
-    schedule = fall(steps - warmup_steps)
+    fall = optim.linear_schedule(peak, 0.0, steps - warmup_steps)
     if warmup_steps == 0:
-        return schedule
+        return fall
     rise = optim.linear_schedule(peak / warmup_steps, peak, warmup_steps)
-    return optim.join_schedules([rise, schedule], [warmup_steps])
+    return optim.join_schedules([rise, fall], [warmup_steps])
 
 
 def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0.1) -> Schedule:

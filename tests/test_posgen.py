@@ -1,7 +1,7 @@
 """PosGen's settings, training and measures, on the preset that takes a second."""
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import product
 
 from mlx_resonance import frequencies
@@ -43,7 +43,7 @@ def test_presets_are_what_the_sources_say() -> None:
         assert preset.frequencies("yarn", True).attention_scale == pytest.approx(1.1375, abs=5e-5)
     assert official.original_max_position_embeddings == 257
     for preset in PRESETS.values():
-        assert settings_from(json.loads(json.dumps(preset.to_dict()))) == preset
+        assert settings_from(json.loads(json.dumps(asdict(preset)))) == preset
 
 
 def test_encodings() -> None:

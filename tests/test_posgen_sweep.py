@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from mlx_resonance.errors import UsageError
@@ -156,7 +156,7 @@ HEADERS = {
     "no task": {"task": None}, "no settings": {"settings": {}}, "no preset": {"preset": ...},
     "another key": {"task": {"modulus": 17, "nearby": 3}}, "a modulus of one": {"task": {"modulus": 1}},
     "text for a number": {"task": {"modulus": "17"}},
-    "no batch": {"settings": replace(SMOKE, batch_size=8).to_dict() | {"batch_size": 0}},
+    "no batch": {"settings": asdict(replace(SMOKE, batch_size=8)) | {"batch_size": 0}},
 }  # fmt: skip
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.training import train, warmup_cosine, warmup_linear
+from mlx_resonance.training import train, warmup_linear
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -28,7 +28,7 @@ def model(width: int = 16) -> nn.Module:
 
 def optimizer() -> optim.Optimizer:
     return optim.MultiOptimizer(
-        [optim.Muon(warmup_cosine(0.02, STEPS, 3)), optim.AdamW(warmup_cosine(0.01, STEPS, 3))],
+        [optim.Muon(warmup_linear(0.02, STEPS, 3)), optim.AdamW(warmup_linear(0.01, STEPS, 3))],
         [lambda _, weight: weight.ndim == 2],
     )
 
@@ -104,19 +104,13 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("step", "rate"), [(0, 0.1), (5, 0.55), (10, 1.0), (55, 0.5), (100, 0.0)])
-def test_warmup_cosine(step: int, rate: float) -> None:
-    assert warmup_cosine(1.0, 100, 10)(mx.array(step)).item() == pytest.approx(rate, abs=1e-6)
-
-
-@pytest.mark.parametrize(("step", "rate"), [(0, 0.1), (5, 0.55), (10, 1.0), (55, 0.5), (100, 0.0)])
 def test_warmup_linear(step: int, rate: float) -> None:
     assert warmup_linear(1.0, 100, 10)(mx.array(step)).item() == pytest.approx(rate, abs=1e-6)
 
 
-@pytest.mark.parametrize("schedule", [warmup_cosine, warmup_linear])
-def test_warmup_longer_than_the_run_is_refused(schedule: Any) -> None:
+def test_warmup_longer_than_the_run_is_refused() -> None:
     with pytest.raises(ValueError, match="warmup_steps"):
-        schedule(1.0, 10, 10)
+        warmup_linear(1.0, 10, 10)
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])

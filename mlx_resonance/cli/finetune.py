@@ -58,8 +58,8 @@ def command(
         int | None, Option(min=1, max=LARGEST, help="Train only the last N layers. Default: all.")
     ] = None,
     grad_checkpoint: Annotated[
-        bool, Option("--grad-checkpoint", help="Activation checkpointing: less memory, more time.")
-    ] = False,
+        bool | None, Option("--grad-checkpoint", help="Activation checkpointing: less memory, more time.")
+    ] = None,
     seed: Annotated[int | None, Option(min=0, max=LARGEST, help="Seed of the order of the texts. Default: 0.")] = None,
     dtype: Dtype = None,
     checkpoint_every: Annotated[
@@ -73,36 +73,12 @@ def command(
 
     A killed run resumes when the command is repeated.
     """
+    arguments = {name: value for name, value in locals().items() if name != "json"}  # named as in Python
+
     from ..finetuning import finetune
 
     with count_bar() as bar:
-        done = finetune(
-            model,
-            data,
-            mlx_path,
-            preset=preset,
-            rope=rope,
-            factor=factor,
-            original_max_position_embeddings=original_max_position_embeddings,
-            dtype=dtype,
-            checkpoint_every=checkpoint_every,
-            memory=memory,
-            force=force,
-            on_step=Report(bar),
-            length=length,
-            steps=steps,
-            warmup=warmup,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            batch_size=batch_size,
-            accumulate=accumulate,
-            fine_tune_type=fine_tune_type,
-            lora_rank=lora_rank,
-            lora_scale=lora_scale,
-            num_layers=num_layers,
-            grad_checkpoint=grad_checkpoint or None,
-            seed=seed,
-        )
+        done = finetune(**arguments, on_step=Report(bar))
     held_out = f", held out {done['valid_loss']:.3f}" if "valid_loss" in done else ""
     text = f"{mlx_path}: loss {done['losses'][0]:.3f} -> {done['losses'][-1]:.3f}{held_out}"
     stderr.print(f"{text}; peak memory {done['peak_memory'] / 1e6:,.0f} MB", soft_wrap=True)

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import MissingFileError, UsageError, check_option
+from ..errors import UsageError, check_option
 from ..rope_config import LONGEST
 from ..run_log import Record, check_field
 from .answers import Answers, summarize
 from .prompts import Limits, Prompt, read_lines
 from .ruler import DOWNLOADED, TASKS, made_essay
 from .scorers import match_all, match_any
+from .texts import read_text
 
 KIND = "ruler"
 METRICS = {"match all": match_all, "match any": match_any}
@@ -85,12 +86,7 @@ def read_essay(path: Path) -> list[str]:
         MissingFileError: there is no such file.
         UsageError: it is empty, or not UTF-8.
     """
-    if not path.is_file():
-        raise MissingFileError(f"{path}: no such file", option="haystack")
-    try:
-        words = path.read_text(encoding="utf-8").split()
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text: {error}", option="haystack") from None
+    words = read_text(path, "haystack").split()
     if not words:
         raise UsageError(f"{path} is empty", option="haystack")
     return re.split(r"(?<=[.!?]) ", " ".join(words))

@@ -34,6 +34,27 @@ def check_files(paths: Sequence[Path]) -> None:
             _parquet(path)
 
 
+def read_text(path: Path, option: str, characters: int = -1) -> str:
+    """The beginning of a text file, or all of it.
+
+    Args:
+        path: the file.
+        option: the parameter that names it, for errors.
+        characters: number of those to read; -1 for all.
+
+    Raises:
+        MissingFileError: there is no such file.
+        UsageError: it is not UTF-8.
+    """
+    if not path.is_file():
+        raise MissingFileError(f"{path}: no such file", option=option)
+    try:
+        with path.open(encoding="utf-8", newline="") as file:  # ends of lines as they are
+            return file.read(characters)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text: {error}", option=option) from None
+
+
 def data_digest(paths: Sequence[Path], field: str) -> str:
     """Of what the documents depend on: the content and order of the files, their format, the field."""
     parts = [field, *(f"{sha256(path)} {path.suffix.lower() in TEXT}" for path in paths)]
@@ -57,10 +78,7 @@ def read_documents(paths: Sequence[Path], field: str) -> Iterator[str]:
         elif path.suffix.lower() in TABLE:
             yield from _rows(path, field)
         else:
-            try:
-                yield path.read_bytes().decode("utf-8")
-            except UnicodeDecodeError as error:
-                raise UsageError(f"{path} is not UTF-8 text: {error}", option="data") from None
+            yield read_text(path, "data")
 
 
 def _rows(path: Path, field: str) -> Iterator[str]:

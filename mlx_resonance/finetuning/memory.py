@@ -32,7 +32,6 @@ class TrainingPlan:
         weights: of the model, in the type that it is trained in.
         gradients, optimizer: of the trained parameters, in float32.
         activations: of the sequences that go through the model at once; or, if that is more, the new weights.
-        total: of these.
         limit: the memory budget, less the reserve.
     """
 
@@ -40,8 +39,12 @@ class TrainingPlan:
     gradients: int
     optimizer: int
     activations: int
-    total: int
     limit: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all of these."""
+        return self.weights + self.gradients + self.optimizer + self.activations
 
     @property
     def fits(self) -> bool:
@@ -69,14 +72,8 @@ def plan_training(checkpoint: Checkpoint, recipe: Recipe, memory: int | None = N
     gradients = 4 * trained * (1 if recipe.accumulate == 1 else 2)
     activations = max(int(recipe.batch_size * _activations(dims, recipe)), int(UPDATE * 4 * trained) - gradients)
     budget = memory if memory is not None else device_memory()
-    return TrainingPlan(
-        weights=weights,
-        gradients=gradients,
-        optimizer=8 * trained,
-        activations=activations,
-        total=weights + gradients + 8 * trained + activations,
-        limit=budget - int(max(RESERVE, RESERVE_PART * budget)),
-    )
+    limit = budget - int(max(RESERVE, RESERVE_PART * budget))
+    return TrainingPlan(weights, gradients, 8 * trained, activations, limit)
 
 
 def _numbers(info: TensorInfo) -> int:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -97,7 +96,8 @@ def finetune(
         "sequences": len(sequences),
         "data_digest": hashlib.sha256(sequences.tobytes()).hexdigest()[:16],
     }
-    with _workspace(target, settings, source.name) as (partial, log):
+    with atomic_folder(target, RESULT) as partial:
+        log = open_log(partial, settings, source.name)
         trained = source.load(lazy=True)
         dtype = dtype or str(trained.model.norm.weight.dtype).removeprefix("mlx.core.")
         prepare(trained, recipe)
@@ -142,17 +142,10 @@ def prepare(model: nn.Module, recipe: Recipe) -> None:
             layer.unfreeze()
 
 
-@contextlib.contextmanager
-def _workspace(target: Path, settings: dict[str, Any], name: str) -> Iterator[tuple[Path, RunLog]]:
-    """OUT.partial and the run log in it; at the end its `result` becomes OUT by one rename, the rest is deleted."""
-    with atomic_folder(target, RESULT) as partial:
-        if any(partial.iterdir()) and not (partial / RECORD).is_file():
-            raise in_the_way(partial)
-        yield partial, open_log(partial, settings, name)
-
-
 def open_log(folder: Path, settings: dict[str, Any], name: str) -> RunLog:
-    """The run log of a folder: settings, then loss and learning rate of each step."""
+    """The run log of a folder that is empty or an earlier run's: settings, then loss and learning rate of each step."""
+    if any(folder.iterdir()) and not (folder / RECORD).is_file():
+        raise in_the_way(folder)
     fields, about = {"loss": float, "learning_rate": float}, {"model": name}
     return RunLog(folder / RECORD, KIND, settings, about=about, key=("step",), fields=fields, option="mlx_path")
 

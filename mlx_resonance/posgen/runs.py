@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -97,4 +97,4 @@ def evaluate_from(folder: Path, encoding: str | None = None, length: int | None 
     model.eval()
     best = Best(run, model)
     best.keep(chosen, trained["step"], trained["validation_id"], model)
-    return results(run, model, best)[0] | {"settings": settings.to_dict()}
+    return results(run, model, best)[0] | {"settings": asdict(settings)}

@@ -6,7 +6,7 @@ import hashlib
 import json
 import time
 from collections.abc import Callable, Container, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -26,7 +26,7 @@ FIELDS = {"subtask": str, "encoding": str, "seed": int, "step": int, "rows": int
 def header(preset: str, settings: Settings, task: Task) -> Record:
     """What all results of a run log have in common."""
     common = {"arithmetic": task.arithmetic, "modulus": task.modulus, "near": task.near, "far": task.far}
-    return {"preset": preset, "task": common, "settings": settings.to_dict()}
+    return {"preset": preset, "task": common, "settings": asdict(settings)}
 
 
 def from_header(path: Path, found: Record, subtask: str = SUBTASKS[0]) -> tuple[Settings, Task]:
@@ -148,6 +148,6 @@ def _check_result(where: str, line: Record, predicted: int, option: str) -> None
 
 def _checkpoint(output: Path, run: Run) -> Path:
     """A name that no other run has: a run with other settings must not resume from this one's checkpoint."""
-    everything = json.dumps([vars(run.task), run.settings.to_dict(), run.encodings, run.seed])
+    everything = json.dumps([vars(run.task), asdict(run.settings), run.encodings, run.seed])
     name = f"{run.task.subtask}-{run.encodings[0]}-{hashlib.sha256(everything.encode()).hexdigest()[:12]}"
     return output.with_suffix(f".{name}.safetensors")
