@@ -151,12 +151,12 @@ def convert(
     check_option("dtype", dtype in (None, *DTYPES), f"one of {', '.join(DTYPES)}", repr(dtype))
     if portable and quantize:
         raise UsageError("transformers does not read mlx-lm's quantization", option="portable")
-    if verify and consume_source:
-        raise UsageError("verification reads the source again: it cannot be deleted meanwhile", option="consume_source")
     if quant_report is not None and not quantize:
         raise UsageError("the report is on what quantization costs", remedies=[{"quantize": True}])
-    if quant_report is not None and consume_source:
-        raise UsageError("the report reads the source again: it cannot be deleted meanwhile", option="consume_source")
+    for reader, wanted in (("verification", verify), ("the report", quant_report is not None)):
+        if wanted and consume_source:
+            why = "reads the source again: it cannot be deleted meanwhile"
+            raise UsageError(f"{reader} {why}", option="consume_source")
 
     partial = target.with_name(target.name + ".partial")
     source = open_source(src, revision, partial / DOWNLOADS if consume_source or dry_run else None)
@@ -203,12 +203,10 @@ def convert(
 
 def _record(journal: Journal, plan: Plan) -> None:
     """Put the wavelengths and the hashes of the small files into the record."""
-    names = [
-        path.relative_to(journal.folder).as_posix() for path in sorted(journal.folder.rglob("*")) if path.is_file()
-    ]
-    names = [name for name in names if name not in UNHASHED and name not in journal.finished]
-    files = {name: sha256(journal.folder / name) for name in names}
-    journal.record |= {"rope": rope_table(plan.rope), "files": files}
+    folder = journal.folder
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    small = sorted(names - UNHASHED - set(journal.finished))
+    journal.record |= {"rope": rope_table(plan.rope), "files": {name: sha256(folder / name) for name in small}}
     journal.write()
 
 

@@ -51,40 +51,31 @@ def compare(
     for i in range(0, rows, step):
         chunk = [part[i : i + step] for part in parts]
         value = chunk[0] if arguments is None else dequantize(chunk, arguments)
-        found.nan += int(mx.sum(mx.isnan(value)).item())  # type: ignore[arg-type]
-        found.inf += int(mx.sum(mx.isinf(value)).item())  # type: ignore[arg-type]
+        found.nan += int(_sum(mx.isnan(value)))
+        found.inf += int(_sum(mx.isinf(value)))
         if original is None:
             continue
         expected = original[i : i + step]
         copied = arguments is None and factor == 1 and expected.dtype == value.dtype
         if not copied:
             value, expected = value.astype(mx.float32), expected.astype(mx.float32) * factor
+        size += _sum(mx.square(expected.astype(mx.float32)))
         same = (value == expected) | (mx.isnan(value) & mx.isnan(expected))
         if mx.all(same).item():
-            size += float(mx.sum(mx.square(expected.astype(mx.float32))).item())  # type: ignore[arg-type]
             continue
         found.exact = False
         difference = mx.where(same, 0, value.astype(mx.float32) - expected.astype(mx.float32))
         bound = mx.zeros_like(difference)
         if not copied:
-            cast = chunk[0].dtype if arguments is None else dtype or original.dtype
-            bound = _bound(value, expected, chunk, arguments, cast, factor)
-        found.wrong += int(mx.sum(~same & ~(mx.abs(difference) <= bound)).item())  # type: ignore[arg-type]
-        error += float(mx.sum(mx.square(difference)).item())  # type: ignore[arg-type]
-        size += float(mx.sum(mx.square(expected.astype(mx.float32))).item())  # type: ignore[arg-type]
+            roundoff, smallest = ROUNDOFF[chunk[0].dtype if arguments is None else dtype or original.dtype]
+            bound = mx.abs(expected) * (roundoff + (2.0**-23 if factor != 1 else 0)) + smallest
+        if arguments is not None:
+            bound = bound + largest_error(value, chunk, arguments)
+        found.wrong += int(_sum(~same & ~(mx.abs(difference) <= bound)))
+        error += _sum(mx.square(difference))
     found.error = relative(error, size)
     return found
 
 
-def _bound(
-    value: mx.array,
-    expected: mx.array,
-    parts: list[mx.array],
-    arguments: QuantizationArguments | None,
-    dtype: mx.Dtype,
-    factor: float,
-) -> mx.array:
-    """The largest error that each element may have."""
-    roundoff, smallest = ROUNDOFF[dtype]
-    cast = mx.abs(expected) * (roundoff + (2.0**-23 if factor != 1 else 0)) + smallest
-    return cast if arguments is None else cast + largest_error(value, parts, arguments)
+def _sum(values: mx.array) -> float:
+    return float(mx.sum(values).item())  # type: ignore[arg-type]

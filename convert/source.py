@@ -26,6 +26,8 @@ from mlx_resonance.files import (
 from mlx_resonance.tokenizer import TOKENIZER_PATTERNS
 
 import mlx.core as mx
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import LocalEntryNotFoundError
 
 from . import fp8
 from .card import base_models
@@ -163,7 +165,7 @@ def open_source(src: str | Path, revision: str | None = None, downloads: Path | 
     if not str(src).strip():
         raise UsageError("the name of the source is empty")
     is_folder = user_path(src).exists()
-    remote = downloads is not None and not is_folder and not _offline()
+    remote = downloads is not None and not is_folder and not constants.HF_HUB_OFFLINE
     folder = resolve(src, revision, SMALL_FILES if remote else [*SMALL_FILES, WEIGHTS])
     name, commit = (folder.resolve().name, None) if is_folder else (str(src), folder.name)
     files: list[WeightFile]
@@ -186,9 +188,6 @@ def mlx_folder(folder: Path, name: str | None = None, commit: str | None = None)
 
 def cached_source(name: str, commit: str) -> Source | None:
     """A model of the hub as the cache has it; None where a file of it is missing."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
-
     try:
         return mlx_folder(Path(snapshot_download(name, revision=commit, local_files_only=True)), name, commit)
     except (LocalEntryNotFoundError, FileNotFoundError):
@@ -196,15 +195,11 @@ def cached_source(name: str, commit: str) -> Source | None:
 
 
 def _hub_file(repo: str, commit: str, name: str, folder: Path) -> WeightFile:
-    from huggingface_hub import try_to_load_from_cache
-
     cached = try_to_load_from_cache(repo, name, revision=commit)
     return SafetensorsFile(Path(cached)) if isinstance(cached, str) else HubFile(repo, commit, name, folder)
 
 
 def _hub_files(repo: str, commit: str, folder: Path) -> list[str]:
-    from huggingface_hub import HfApi
-
     names = indexed_files(folder)
     if names is None:
         with hub_errors(repo):
@@ -212,9 +207,3 @@ def _hub_files(repo: str, commit: str, folder: Path) -> list[str]:
     if not names:
         raise MissingFileError(f"{repo} has no {WEIGHTS}: other formats must be downloaded in full")
     return sorted(names)
-
-
-def _offline() -> bool:
-    from huggingface_hub import constants
-
-    return bool(constants.HF_HUB_OFFLINE)

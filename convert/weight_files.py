@@ -11,6 +11,8 @@ from mlx_resonance.errors import UsageError
 from mlx_resonance.files import TensorInfo, check_types, hub_errors, read_header
 
 import mlx.core as mx
+from huggingface_hub import HfApi, hf_hub_download
+from huggingface_hub.errors import SafetensorsParsingError
 
 NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn": "F8_E4M3", "uint8": "U8"}
 SAFE_VERSION = (2, 6)  # before it, weights_only could be made to run code (CVE-2025-32434)
@@ -59,9 +61,6 @@ class HubFile(WeightFile):
     """
 
     def __init__(self, repo: str, commit: str, name: str, folder: Path) -> None:
-        from huggingface_hub import HfApi
-        from huggingface_hub.errors import SafetensorsParsingError
-
         self.repo, self.commit, self.name, self.folder = repo, commit, name, folder
         self._local: SafetensorsFile | None = None
         try:
@@ -75,8 +74,6 @@ class HubFile(WeightFile):
 
     def read(self, tensor: str) -> mx.array:
         """One tensor, lazy; the first one downloads the file."""
-        from huggingface_hub import hf_hub_download
-
         if self._local is None:
             path = self.folder / self.name
             if not path.is_file():

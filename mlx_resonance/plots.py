@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -36,17 +37,12 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
 
     Args:
         inspection: from `inspect_rope`.
-        path: the image to write; its suffix gives the format.
-
-    Raises:
-        UsageError: matplotlib does not write that format.
+        path: as of `new_figure`.
     """
-    path = image_path(path)
     pairs = np.arange(len(inspection.in_use.wavelengths))
     unrounded = inspection.unrounded
     lengths = inspection.train_length, inspection.test_length
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(7, 7), layout="constrained")  # without pyplot and its global state
+    with new_figure(path, 7, 7) as figure:
         axes = figure.subplots(3, 1, sharex=True)
         _wavelengths(axes[0], pairs, inspection)
         axes[1].bar(pairs, 100 * unrounded.angle_shift(), color=GREY)
@@ -56,6 +52,24 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
             f"{inspection.rope.rope_type}, base {inspection.rope.base:g}: "
             f"trained on {lengths[0]} tokens, read at {lengths[1]}"
         )
+
+
+@contextlib.contextmanager
+def new_figure(path: str | Path, width: float, height: float, style: Mapping[Any, Any] = STYLE) -> Iterator[Figure]:
+    """Within it, a figure to draw on, without pyplot and its global state; it is written at the end.
+
+    Args:
+        path: the image to write; its suffix gives the format.
+        width, height: in inches.
+        style: matplotlib's settings.
+
+    Raises:
+        UsageError: matplotlib does not write that format.
+    """
+    path = image_path(path)
+    with matplotlib.rc_context(dict(style)):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        yield figure
         figure.savefig(path)
 
 
@@ -68,14 +82,9 @@ def plot_posgen(
         curves: of `accuracy_curves`.
         seed_length: digits before the first predicted one.
         train_length: digits of a training row.
-        path: the image to write; its suffix gives the format.
-
-    Raises:
-        UsageError: matplotlib does not write that format.
+        path: as of `new_figure`.
     """
-    path = image_path(path)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(8.5, 3.4), layout="constrained")
+    with new_figure(path, 8.5, 3.4) as figure:
         axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
         for axis, (subtask, lines) in zip(axes, curves.items(), strict=True):
             posgen_curves(axis, lines, seed_length)
@@ -83,7 +92,6 @@ def plot_posgen(
             axis.set(title=subtask, xlabel="position", ylim=(0, 103))
         axes[0].set_ylabel("accuracy, %, mean of two neighbours")
         legend_below(figure, 4)
-        figure.savefig(path)
 
 
 def posgen_curves(axis: Axes, accuracies: Mapping[str, np.ndarray], seed_length: int) -> None:
@@ -109,14 +117,10 @@ def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarra
     Args:
         lengths, depths: of the grid, in tokens and %.
         found: of `accuracy`, shape (depths, lengths), in [0, 1].
-        path: the image to write; its suffix gives the format.
-
-    Raises:
-        UsageError: matplotlib does not write that format.
+        path: as of `new_figure`.
     """
-    path = image_path(path)
-    with matplotlib.rc_context(STYLE | {"axes.grid": False}):
-        figure = Figure(figsize=(1.5 + 0.7 * max(len(lengths), 4), 1.5 + 0.45 * len(depths)), layout="constrained")
+    width, height = 1.5 + 0.7 * max(len(lengths), 4), 1.5 + 0.45 * len(depths)
+    with new_figure(path, width, height, STYLE | {"axes.grid": False}) as figure:
         axis = figure.subplots()
         image = axis.imshow(100 * found, cmap="cividis", vmin=0, vmax=100, aspect="auto")
         for (row, column), value in np.ndenumerate(found):
@@ -126,7 +130,6 @@ def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarra
         axis.set_yticks(range(len(depths)), [f"{depth} %" for depth in depths])
         axis.set(xlabel="tokens", ylabel="depth of the key")
         figure.colorbar(image, label="found, %")
-        figure.savefig(path)
 
 
 def plot_perplexity(
@@ -136,16 +139,10 @@ def plot_perplexity(
 
     Args:
         contexts, panels: as of `perplexity_panels`.
-        path: the image to write; its suffix gives the format.
-
-    Raises:
-        UsageError: matplotlib does not write that format.
+        path: as of `new_figure`.
     """
-    path = image_path(path)
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=(6 if len(panels) == 1 else 3.2 * len(panels), 3.8), layout="constrained")
+    with new_figure(path, 6 if len(panels) == 1 else 3.2 * len(panels), 3.8) as figure:
         perplexity_panels(figure, contexts, panels)
-        figure.savefig(path)
 
 
 def perplexity_panels(

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import closing
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -130,11 +131,9 @@ def summarize(
         rows.setdefault(tuple(line[name] for name in by), []).append(line)
     result = []
     for place, some in rows.items():
-        values: dict[str, list[float]] = {}
-        for line in some:
-            for name, value in score(line).items():
-                values.setdefault(name, []).append(value)
-        means = {name: 100 * fmean(found) for name, found in values.items()}
+        scores = [score(line) for line in some]
+        names = dict.fromkeys(chain.from_iterable(scores))
+        means = {name: 100 * fmean(found[name] for found in scores if name in found) for name in names}
         row: Record = dict(zip(by, place, strict=True)) | {"n": len(some), "score": round(combine(means), 2)}
         if len(means) > 1:
             row["scores"] = {name: round(mean, 2) for name, mean in means.items()}

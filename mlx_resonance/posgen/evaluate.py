@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import Any
 
 import mlx.core as mx
@@ -36,12 +36,7 @@ def teacher_forced(model: Decoder, rope: ResonanceRoPE, rows: Int32Array, task: 
     Source: sheryc/resonance_rope `src/models/decoder_module.py`, `generate_for_eval_test`.
     """
     start = task.seed_length
-    total: Any = 0
-    for ids in _chunks(rows, task.modulus):
-        predicted = mx.argmax(model(ids[:, :-1], rope, start=start), axis=-1)
-        total = total + mx.sum(predicted == ids[:, start + 1 :], axis=0)
-        mx.eval(total)
-    return np.array(total).astype(np.int64)
+    return _count(rows, task, start, lambda ids: mx.argmax(model(ids[:, :-1], rope, start=start), axis=-1))
 
 
 def generated(model: Decoder, rope: ResonanceRoPE, rows: Int32Array, task: Task, prompt_length: int) -> Counts:
@@ -54,8 +49,8 @@ def generated(model: Decoder, rope: ResonanceRoPE, rows: Int32Array, task: Task,
     Returns:
         int64, shape (L - prompt_length,).
     """
-    total: Any = 0
-    for ids in _chunks(rows, task.modulus):
+
+    def write(ids: mx.array) -> mx.array:
         caches = [KVCache() for _ in model.layers]
         written, given = [], ids[:, : 1 + prompt_length]
         for offset in (0, *range(1 + prompt_length, ids.shape[1] - 1)):
@@ -63,9 +58,9 @@ def generated(model: Decoder, rope: ResonanceRoPE, rows: Int32Array, task: Task,
             given = mx.argmax(logits, axis=-1)
             written.append(given)
             mx.async_eval(given)
-        total = total + mx.sum(mx.concatenate(written, axis=1) == ids[:, 1 + prompt_length :], axis=0)
-        mx.eval(total)
-    return np.array(total).astype(np.int64)
+        return mx.concatenate(written, axis=1)
+
+    return _count(rows, task, prompt_length, write)
 
 
 def in_and_out(counts: Counts, rows: int, inside: int) -> tuple[float, float]:
@@ -73,8 +68,13 @@ def in_and_out(counts: Counts, rows: int, inside: int) -> tuple[float, float]:
     return float(counts[:inside].mean() / rows), float(counts[inside:].mean() / rows)
 
 
-def _chunks(rows: Int32Array, modulus: int) -> Iterator[mx.array]:
-    ids = tokens(rows, modulus)
+def _count(rows: Int32Array, task: Task, given: int, predict: Callable[[mx.array], mx.array]) -> Counts:
+    """Count the right predictions of all digits after the first `given`; `predict` gets some rows of token ids."""
+    ids = tokens(rows, task.modulus)
     size = max(1, min(ROWS_AT_ONCE, SCORES_AT_ONCE // ids.shape[1] ** 2))
+    total: Any = 0
     for i in range(0, len(ids), size):
-        yield mx.array(ids[i : i + size])
+        some = mx.array(ids[i : i + size])
+        total = total + mx.sum(predict(some) == some[:, given + 1 :], axis=0)
+        mx.eval(total)
+    return np.array(total).astype(np.int64)
