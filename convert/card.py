@@ -66,14 +66,9 @@ def base_models(folder: Path) -> list[str]:
 
 
 def write_card(folder: Path, source: str, is_hub_id: bool, card: dict[str, Any], rope: RopeConfig) -> None:
-    """Write README.md, keeping the licence, language and tags of the source's card.
+    """Write README.md, with the licence, language and tags of the source's card.
 
-    Args:
-        folder: where to write; its name, less `.partial`, is the title.
-        source: name of the folder, or hub id, that was converted.
-        is_hub_id: which of them it is.
-        card: of the source, as `read_card` returns it.
-        rope: the settings of the result.
+    The folder's name, less `.partial`, is the title; `rope` are the settings of the result.
     """
     data = ModelCardData(**{key: value for key, value in card.items() if key != "base_model"})
     data.library_name = "mlx"

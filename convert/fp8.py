@@ -56,16 +56,13 @@ Scales = dict[str, Scale]
 def scales(
     quantization: Any, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo], originals: list[str]
 ) -> Scales:
-    """Which tensors are scaled, and how.
+    """The scale of each weight that is an 8-bit float, by the weight's name.
 
     Args:
         quantization: `quantization_config` of config.json.
         config: the whole object.
         tensors: of the checkpoint.
         originals: what its card names as the model before quantization.
-
-    Returns:
-        The scale of each weight that is an 8-bit float, by the weight's name.
 
     Raises:
         UsageError: another kind of quantization, or scales that do not fit.

@@ -27,12 +27,7 @@ MAX_RECORD = 2**24  # bytes
 
 @dataclass
 class Journal:
-    """The record of one conversion, in its folder.
-
-    Args:
-        folder: OUT.partial.
-        record: its content: `source`, `settings`, and `weights`, the finished files' bytes and SHA-256.
-    """
+    """The record of one conversion, in OUT.partial: `source`, `settings`, and the `weights` that are finished."""
 
     folder: Path
     record: dict[str, Any] = field(default_factory=dict)
@@ -42,11 +37,6 @@ class Journal:
         """Bytes and SHA-256 of every finished weight file."""
         weights: dict[str, dict[str, Any]] = self.record["weights"]
         return weights
-
-    def finish(self, name: str, entry: dict[str, Any]) -> None:
-        """Record a finished weight file."""
-        self.finished[name] = entry
-        self.write()
 
     def write(self) -> None:
         """Write the journal, in one rename."""
@@ -88,9 +78,7 @@ def workspace(
 def fingerprint(files: list[Path], known: Mapping[str, str]) -> dict[str, str]:
     """For each file its size, time and a digest, which tell whether it has changed.
 
-    Args:
-        files: their names differ.
-        known: digests of what was read of some already, by name; the others are small, and hashed.
+    Of some files, a digest of what was read already is `known`, by name; the others are small, and hashed.
     """
     result = {}
     for path in files:

@@ -147,13 +147,10 @@ def plan_files(recipes: list[Recipe], sizes: Mapping[str, int], shard_bytes: int
 
 
 def check_tensors(checkpoint: Checkpoint) -> nn.Module:
-    """Compare a checkpoint's config.json with the names, types and shapes of its tensors.
-
-    Returns:
-        Its model without any weights, quantized as config.json says.
+    """The model of a checkpoint without any weights, quantized as config.json says.
 
     Raises:
-        UsageError: they do not fit together.
+        UsageError: config.json does not fit the names, types and shapes of the tensors.
     """
     model, kind, tensors = checkpoint.build(), checkpoint.config["model_type"], checkpoint.tensors
     if own := checkpoint.config.get("quantization"):

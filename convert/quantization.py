@@ -52,12 +52,7 @@ def check_arguments(quantize: bool, bits: int | None, group_size: int | None, mo
 def decide(
     model: nn.Module, config: dict[str, Any], bits: int | None, group_size: int | None, mode: str, recipe: str | None
 ) -> tuple[dict[str, QuantizationArguments], dict[str, Any]]:
-    """Have mlx-lm decide which layers are quantized, and how.
-
-    Args:
-        model: without weights; it is changed.
-        config: its config.json.
-        bits, group_size, mode, recipe: mlx-lm's; None for its defaults.
+    """Have mlx-lm decide which layers of a model without weights, which it changes, are quantized, and how.
 
     Returns:
         Arguments by the name of the weight, and the config with the key `quantization`.
@@ -80,12 +75,7 @@ def decide(
 
 
 def arguments_of(names: Iterable[str], quantization: Mapping[str, Any] | None) -> dict[str, QuantizationArguments]:
-    """How each quantized weight of a model is quantized.
-
-    Args:
-        names: of its tensors.
-        quantization: of its config.json; None where nothing is quantized.
-    """
+    """How each quantized weight among some tensors is quantized, by the `quantization` of config.json."""
     quantization = quantization or {}
     common = {key: quantization.get(key, "affine") for key in ("group_size", "bits", "mode")}
     layers = [name.removesuffix(".scales") for name in names if name.endswith(".scales")]
@@ -103,11 +93,7 @@ def group_parts(names: Iterable[str], quantized: Collection[str]) -> dict[str, l
 
 
 def quantize(weight: mx.array, arguments: QuantizationArguments) -> tuple[list[mx.array], float | None]:
-    """mx.quantize, with little memory and on more than one core.
-
-    Args:
-        weight: (out, in).
-        arguments: of the quantization.
+    """mx.quantize of a weight (out, in), with little memory and on more than one core.
 
     Returns:
         Weight, scales and, where the mode is affine, biases; and the root mean square of the error, over that of the
@@ -166,13 +152,7 @@ def relative(error: float, size: float) -> float | None:
 def largest_error(value: mx.array, parts: list[mx.array], arguments: QuantizationArguments) -> mx.array:
     """The largest error that each element of a dequantized weight may have, if MLX quantized it right.
 
-    Args:
-        value: the dequantized weight, float32.
-        parts: what it was dequantized from.
-        arguments: of the quantization.
-
-    Returns:
-        The bound, float32, of the shape of `value`.
+    `value`, float32, was dequantized from `parts`; the bound has its shape.
 
     Source: quantize() in MLX's backend/cpu/quantized.cpp, fp_quantize() in its ops.cpp.
     """

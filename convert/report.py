@@ -69,12 +69,7 @@ def quantization_report(result: Source, source: Source, ids: list[int]) -> dict[
 
 
 def tokens_of(path: Path, checkpoint: Checkpoint) -> list[int]:
-    """The tokens of a text file, up to those that the report reads.
-
-    Raises:
-        MissingFileError: there is no such file, or no tokenizer.
-        UsageError: it is not UTF-8, or has fewer than two tokens.
-    """
+    """The tokens of a text file, up to those that the report reads. Raises UsageError where they are fewer than two."""
     text = read_text(path, "quant_report", WINDOW * WINDOWS * LONGEST_TOKEN)
     ids: list[int] = checkpoint.tokenizer.encode(text)[: WINDOW * WINDOWS]
     if len(ids) < 2:
@@ -85,9 +80,7 @@ def tokens_of(path: Path, checkpoint: Checkpoint) -> list[int]:
 class Streamed:
     """A model that holds a layer's weights only while the layer runs; quantized weights are dequantized.
 
-    Args:
-        source: of the weights.
-        model: of the same shapes, not quantized, without weights.
+    It is made of a model of the same shapes, not quantized, without weights.
     """
 
     def __init__(self, source: Source, model: nn.Module) -> None:

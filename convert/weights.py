@@ -89,7 +89,8 @@ def _finish(journal: Journal, syncing: list[tuple[str, Future[dict[str, Any]]]],
     """Wait for the files that are being synced, record them, and release their sources."""
     while syncing:
         name, synced = syncing.pop()
-        journal.finish(name, synced.result())
+        journal.finished[name] = synced.result()
+        journal.write()
         source.release(recipe.name for recipe in plan.files[name])
 
 

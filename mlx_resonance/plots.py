@@ -148,13 +148,7 @@ def plot_perplexity(
 def perplexity_panels(
     figure: Figure, contexts: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]]
 ) -> None:
-    """Panels of `perplexity_curves`, side by side.
-
-    Args:
-        figure: to draw on.
-        contexts: tokens, in rising order.
-        panels: the curves by title.
-    """
+    """Panels of `perplexity_curves` by title, side by side; the contexts, in tokens, are in rising order."""
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axis, (title, curves) in zip(axes, panels.items(), strict=True):
         perplexity_curves(axis, contexts, curves)
@@ -194,12 +188,7 @@ def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, 
 
 
 def gap_panel(axis: Axes, gaps: Mapping[str, Float64Array]) -> None:
-    """The feature gap of every pair.
-
-    Args:
-        axis: to draw on.
-        gaps: by name, two to four.
-    """
+    """The feature gap of every pair; two to four of them, by name."""
     looks = zip((ORANGE, BLUE, GREEN, GREY), ("^", "o", "s", "x"), (7, 3, 5, 5), strict=True)
     for (name, gap), (color, marker, size) in zip(gaps.items(), looks, strict=False):
         axis.plot(np.arange(len(gap)), gap, marker, color=color, label=name, markersize=size)

@@ -106,8 +106,7 @@ def save_checkpoint(
     Args:
         path: a `.safetensors` file.
         step: number of steps done.
-        model: the model being trained.
-        optimizer: its optimizer.
+        model, optimizer: in training.
         carried: other arrays that belong to the run.
 
     Raises:

@@ -34,12 +34,7 @@ def greedy(
 ) -> tuple[str, int, str]:
     """Generate the likeliest token, one after another.
 
-    Args:
-        model, tokenizer: from `load`.
-        tokens: of the prompt.
-        max_tokens: maximum number of tokens of the answer.
-        end: given the text so far, where the answer ends; None if it does not end yet.
-        options: of `stream_generate`.
+    `end` is given the text so far, and returns where the answer ends; None if it does not end yet.
 
     Returns:
         text, its number of tokens, "stop" or "length".

@@ -176,8 +176,8 @@ class ResonanceLM(TemplateLM):
         def end(text: str) -> int | None:
             return min((place for stop in stops if (place := text.find(stop)) >= 0), default=None)
 
-        sampling: dict[str, Any] = {"temp": temperature(options), "kv_bits": self.kv_bits}
-        text, *_ = greedy(self.model, self.tokenizer, tokens, budget, end, **sampling)
+        temp = temperature(options)
+        text, *_ = greedy(self.model, self.tokenizer, tokens, budget, end, temp=temp, kv_bits=self.kv_bits)
         return text, cut
 
     def _score(self, context: list[int], continuations: Sequence[list[int]]) -> list[tuple[float, bool]]:
@@ -229,12 +229,7 @@ class Tasks(TaskManager):
 
 
 def find_tasks(names: Sequence[str], include_path: Path | None) -> Tasks:
-    """The task manager that knows tasks of these names.
-
-    Raises:
-        MissingFileError: include_path is not a folder.
-        UsageError: there is no such task.
-    """
+    """The task manager that knows tasks of these names. Raises UsageError where there is no such task or folder."""
     if include_path is not None:
         if not include_path.is_dir():
             raise MissingFileError(f"{include_path} is not a folder of tasks", option="include_path")

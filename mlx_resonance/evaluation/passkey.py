@@ -71,16 +71,13 @@ class PasskeyGrid:
 
 
 def passkey_prompt(tokenizer: TokenizerWrapper, length: int, depth: int, key: int) -> list[int]:
-    """A prompt that takes exactly `length` tokens together with its answer.
+    """A prompt, with BOS in front if the tokenizer puts it there, that takes `length` tokens together with its answer.
 
     Args:
         tokenizer: from `load`.
         length: tokens of the prompt, plus `ANSWER_TOKENS`.
         depth: where the key is, in % of the filler.
         key: the number.
-
-    Returns:
-        Token ids, with BOS in front if the tokenizer puts it there.
 
     Raises:
         UsageError: the length has no room for filler.

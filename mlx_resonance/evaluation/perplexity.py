@@ -47,14 +47,7 @@ Progress = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Subject:
-    """A checkpoint to measure.
-
-    Args:
-        checkpoint: loaded once, and only if a result is missing.
-        ropes: the rope settings to measure it with.
-        start: the start token, or nothing.
-        documents: what to measure it on.
-    """
+    """A checkpoint to measure, the rope settings and documents to measure it with, its start token or nothing."""
 
     checkpoint: Checkpoint
     ropes: Sequence[RopeConfig]
@@ -77,16 +70,7 @@ def check_contexts(name: str, rope: RopeConfig, contexts: Sequence[int]) -> None
 def select_documents(
     texts: Iterable[str], tokenizer: TokenizerWrapper, minimum: int, count: int | None
 ) -> tuple[list[Document], int]:
-    """The first documents that are long enough.
-
-    Args:
-        texts: of all documents, read lazily.
-        tokenizer: from `load`.
-        minimum: tokens that a document must have.
-        count: number of documents to take; None for all.
-
-    Returns:
-        The documents, and the number of shorter ones that were skipped.
+    """The first `count` documents of at least `minimum` tokens, and the number of shorter ones that were skipped.
 
     Raises:
         UsageError: none is long enough, or the count is not positive.

@@ -100,15 +100,7 @@ def check_fits(tokenizer: TokenizerWrapper, prompt: Prompt, limits: Limits) -> N
 
 
 def fit(tokenizer: TokenizerWrapper, prompt: Prompt, limits: Limits) -> tuple[list[int], bool]:
-    """The tokens of a prompt, cut if the prompt and its answer exceed the context.
-
-    Args:
-        tokenizer: from `load`.
-        prompt: what to ask.
-        limits: for the prompt and its budget.
-
-    Returns:
-        Token ids; whether the prompt was cut.
+    """The tokens of a prompt, cut if the prompt and its answer exceed the context; and whether it was cut.
 
     Raises:
         UsageError: not even the question without its document fits.
@@ -153,11 +145,7 @@ def cut(tokenizer: TokenizerWrapper, text: str, limit: int, truncation: str, kee
 
 
 def read_lines(path: Path, fields: Mapping[str, type]) -> list[tuple[int, Record]]:
-    """The objects of a JSON-lines file, each with the number of its line.
-
-    Args:
-        path: the file.
-        fields: the type of each field that an object must have, as in `check_field`.
+    """The objects of a JSON-lines file, each with the number of its line and fields of these types.
 
     Raises:
         MissingFileError: there is no such file.

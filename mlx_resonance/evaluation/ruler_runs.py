@@ -93,12 +93,7 @@ def read_essay(path: Path) -> list[str]:
 
 
 def make_prompt(tokenizer: TokenizerWrapper, grid: RulerGrid, task: str, length: int, index: int) -> Prompt:
-    """An example of a task, as long as the length allows.
-
-    Args:
-        tokenizer: from `load`.
-        grid: seed, essay, chat template, budget.
-        task, length, index: of the example; the index counts from 0.
+    """The example of a task with an index, which counts from 0, as long as the length allows.
 
     Raises:
         UsageError: the length is too short for the smallest example of the task.
@@ -148,10 +143,7 @@ def largest(tokens: Callable[[int], int], limit: int, least: int) -> int:
 def run_ruler(answers: Answers, grid: RulerGrid, on_answer: Callable[[Record], None] | None = None) -> list[Record]:
     """The answers to the examples of a grid; those that the run log does not have are made and asked.
 
-    Args:
-        answers: the run log and the checkpoint.
-        grid: what to ask.
-        on_answer: called with every answer, new or not.
+    `on_answer` is called with every answer, new or not.
     """
     lines = []
     for task, length, index in grid.cells():

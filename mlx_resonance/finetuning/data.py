@@ -37,11 +37,7 @@ def data_files(path: str | Path) -> tuple[list[Path], list[Path]]:
 
 
 def documents_of(path: Path) -> list[str]:
-    """The documents of a file: the `text` of each line or row, or all of a plain text.
-
-    Raises:
-        UsageError: it has no text, or a line cannot be read.
-    """
+    """The documents of a file: the `text` of each line or row, or a plain text. Raises UsageError where it has none."""
     documents = [document for document in read_documents([path], "text") if document.strip()]
     if not documents:
         raise UsageError(f"{path} is empty: expected " + '{"text": …} lines or text', option="data")

@@ -53,16 +53,7 @@ class TrainingPlan:
 
 
 def plan_training(checkpoint: Checkpoint, recipe: Recipe, memory: int | None = None) -> TrainingPlan:
-    """The memory that a run needs. No weight is read.
-
-    Args:
-        checkpoint: to train.
-        recipe: of the run.
-        memory: memory budget in bytes; None for the device's limit.
-
-    Raises:
-        UsageError: memory is not positive.
-    """
+    """The memory that a run needs, against a budget in bytes; None for the device's limit. No weight is read."""
     check_option("memory", memory is None or memory > 0, "positive", memory)
     tensors, dims = checkpoint.tensors, checkpoint.dimensions
     half = recipe.lora and tensors["model.norm.weight"].dtype == "BF16"  # see run.prepare
@@ -108,14 +99,7 @@ def _activations(dims: Dimensions, recipe: Recipe) -> float:
 
 
 def require_training_memory(checkpoint: Checkpoint, recipe: Recipe, memory: int | None = None) -> None:
-    """Refuse a run that does not fit into memory.
-
-    Args:
-        checkpoint, recipe, memory: as in `plan_training`.
-
-    Raises:
-        UsageError: with the memory that is needed and the limit; its remedies would make the run fit.
-    """
+    """Raise UsageError where a run does not fit into memory; its remedies would make the run fit."""
     plan = plan_training(checkpoint, recipe, memory)
     if plan.fits:
         return

@@ -149,8 +149,7 @@ def rope_for(source: RopeConfig, rope: str | None, factor: float | None, origina
     Args:
         source: the checkpoint's own.
         rope: a type, after `resonance_` to round its wavelengths; None keeps the checkpoint's.
-        factor: how many times the context grows.
-        original: tokens of context before scaling; None for what the source says.
+        factor, original: of the scaling, as in `new_rope`.
 
     Raises:
         UsageError: the arguments contradict each other or the source.

@@ -31,11 +31,7 @@ def write_result(
         model: after training; it is changed.
         checkpoint: the source, with the rope settings that the model was trained with.
         record: the run log, which is copied.
-        recipe: of the run.
-        dtype: float32, float16 or bfloat16.
-
-    Raises:
-        OSError: the disk is full.
+        recipe, dtype: of the run.
     """
     if folder.exists():
         shutil.rmtree(folder)

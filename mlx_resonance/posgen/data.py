@@ -30,10 +30,7 @@ class Splits:
 
 
 def official_seeds(task: Task, rows: int) -> Int32Array:
-    """The seeds of the official code: increasing tuples of distinct digits, repeated in order.
-
-    Returns:
-        int32, shape (rows, near + far).
+    """The official code's seeds, shape (rows, near + far): increasing tuples of distinct digits, repeated in order.
 
     Raises:
         UsageError: there are fewer than near + far digits.
@@ -53,10 +50,7 @@ def official_seeds(task: Task, rows: int) -> Int32Array:
 
 
 def random_seeds(task: Task, rows: int) -> Int32Array:
-    """Distinct random seeds, the same ones at every call.
-
-    Returns:
-        int32, shape (rows, near + far).
+    """Distinct random seeds, shape (rows, near + far), the same ones at every call.
 
     Raises:
         UsageError: there are fewer seeds than rows.
@@ -120,9 +114,6 @@ def make_splits(
         sizes: rows of training, validation, test.
         train_length, test_length: tokens of a training row, and of a validation or test row.
 
-    Returns:
-        The rows.
-
     Raises:
         UsageError: not near + far < train_length <= test_length, an empty part, or as in `make_table`.
     """
@@ -142,13 +133,7 @@ def make_splits(
 def tokens(rows: Int32Array, modulus: int) -> Int32Array:
     """The token ids of rows: [EOS], then the digits.
 
-    The ids are those of the official tokenizer: digits 0 … modulus - 1, then [UNK], [PAD], [CLS], [SEP], [EOS].
-
-    Args:
-        rows: shape (N, L).
-        modulus: number of digits.
-
-    Returns:
-        int32, shape (N, 1 + L).
+    The ids are those of the official tokenizer: digits 0 … modulus - 1, then [UNK], [PAD], [CLS], [SEP], [EOS]. Of rows
+    of shape (N, L) they have the shape (N, 1 + L).
     """
     return np.concatenate([np.full((len(rows), 1), modulus + 4, dtype=np.int32), rows], axis=1)

@@ -56,11 +56,6 @@ class Dropout:
         return mx.where(mx.random.bernoulli(self.kept, x.shape, self.key), x * (1 / self.kept), 0)
 
 
-def keep_all(x: mx.array) -> mx.array:
-    """Stands in for `Dropout` where nothing is dropped."""
-    return x
-
-
 class Attention(nn.Module):
     """Causal self-attention without 1/√d: T5's initial values make up for it."""
 
@@ -162,7 +157,7 @@ class Decoder(nn.Module):
             Shape (B, L - start, vocabulary).
         """
         length = tokens.shape[1]
-        drop: Any = keep_all
+        drop: Any = nn.Identity()
         if dropout_key is not None and self.config.dropout > 0:
             drop = Dropout(self.config.dropout, dropout_key)
         mask = nn.MultiHeadAttention.create_additive_causal_mask(length) if length > 1 else None

@@ -22,10 +22,7 @@ RESAMPLES = 10_000
 
 
 def summarize(lines: Sequence[Record]) -> dict[str, Any]:
-    """Summarize one results file, accuracies in %.
-
-    Args:
-        lines: of `read_results`.
+    """Summarize the lines of one run log, accuracies in %.
 
     Returns:
         `table`: per subtask and encoding, the number of seeds, the mean accuracy in distribution; mean, sample standard

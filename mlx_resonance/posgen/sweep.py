@@ -40,14 +40,7 @@ def from_header(path: Path, found: Record, subtask: str = SUBTASKS[0]) -> tuple[
 
 
 def read_results(path: Path, option: str = "results") -> tuple[Record, list[Record]]:
-    """Read a run log of PosGen.
-
-    Args:
-        path: the file.
-        option: the parameter that names it, for errors.
-
-    Returns:
-        Its header and its results.
+    """The header and the results of a run log of PosGen.
 
     Raises:
         MissingFileError: there is no such file.
