@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from fnmatch import fnmatch
 from pathlib import Path
@@ -30,7 +30,7 @@ class Journal:
     """The record of one conversion, in OUT.partial: `source`, `settings`, and the `weights` that are finished."""
 
     folder: Path
-    record: dict[str, Any] = field(default_factory=dict)
+    record: dict[str, Any]
 
     @property
     def finished(self) -> dict[str, dict[str, Any]]:

@@ -104,5 +104,4 @@ def _parquet(path: Path) -> Any:
     try:
         return importlib.import_module("pyarrow.parquet")
     except ImportError:
-        why = "needs pyarrow, which is not installed: pip install pyarrow"
-        raise UsageError(f"{path} {why}", option="data") from None
+        raise UsageError(f"{path} needs pyarrow, which is not installed: pip install pyarrow", option="data") from None
