@@ -32,14 +32,14 @@ STYLE: dict[Any, Any] = {
 
 
 def plot_inspection(inspection: Inspection, path: str | Path) -> None:
-    """Three panels over the pair index: wavelength, change by rounding, feature gap before and after rounding.
+    """Plot three panels by pair index: wavelength, change by rounding, feature gap before and after rounding.
 
     Args:
         inspection: from `inspect_rope`.
         path: the image to write; its suffix gives the format.
 
     Raises:
-        UsageError: matplotlib does not write that format.
+        UsageError: matplotlib cannot write that format.
     """
     path = image_path(path)
     pairs = np.arange(len(inspection.in_use.wavelengths))
@@ -62,16 +62,16 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
 def plot_posgen(
     curves: Mapping[str, Mapping[str, np.ndarray]], seed_length: int, train_length: int, path: str | Path
 ) -> None:
-    """Accuracy over the position, one panel per subtask, one line per encoding; the training length is marked.
+    """Plot accuracy by position: one panel per subtask, one line per encoding, the training length marked.
 
     Args:
-        curves: of `accuracy_curves`.
+        curves: from `accuracy_curves`.
         seed_length: digits before the first predicted one.
-        train_length: digits of a training row.
+        train_length: digits in a training row.
         path: the image to write; its suffix gives the format.
 
     Raises:
-        UsageError: matplotlib does not write that format.
+        UsageError: matplotlib cannot write that format.
     """
     path = image_path(path)
     with matplotlib.rc_context(STYLE):
@@ -87,11 +87,11 @@ def plot_posgen(
 
 
 def posgen_curves(axis: Axes, accuracies: Mapping[str, np.ndarray], seed_length: int) -> None:
-    """A line for every encoding; rounded ones are solid, in the color of their dashed twin.
+    """Draw a line for every encoding; rounded ones are solid, in the color of their dashed twin.
 
     Args:
         axis: to draw on.
-        accuracies: by encoding, as of `accuracy_curves`.
+        accuracies: by encoding, as from `accuracy_curves`.
         seed_length: digits before the first predicted one.
     """
     colors = {"rope": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
@@ -104,15 +104,15 @@ def posgen_curves(axis: Axes, accuracies: Mapping[str, np.ndarray], seed_length:
 
 
 def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarray, path: str | Path) -> None:
-    """The share of hidden numbers that were found, by length of the prompt and depth in it.
+    """Plot the fraction of passkeys found, by prompt length and depth.
 
     Args:
         lengths, depths: of the grid, in tokens and %.
-        found: of `accuracy`, shape (depths, lengths), in [0, 1].
+        found: from `accuracy`, shape (depths, lengths), in [0, 1].
         path: the image to write; its suffix gives the format.
 
     Raises:
-        UsageError: matplotlib does not write that format.
+        UsageError: matplotlib cannot write that format.
     """
     path = image_path(path)
     with matplotlib.rc_context(STYLE | {"axes.grid": False}):
@@ -132,14 +132,14 @@ def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarra
 def plot_perplexity(
     contexts: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]], path: str | Path
 ) -> None:
-    """Perplexity over the context, one line per rope.
+    """Plot perplexity by context, one line per rope.
 
     Args:
-        contexts, panels: as of `perplexity_panels`.
+        contexts, panels: as in `perplexity_panels`.
         path: the image to write; its suffix gives the format.
 
     Raises:
-        UsageError: matplotlib does not write that format.
+        UsageError: matplotlib cannot write that format.
     """
     path = image_path(path)
     with matplotlib.rc_context(STYLE):
@@ -151,7 +151,7 @@ def plot_perplexity(
 def perplexity_panels(
     figure: Figure, contexts: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]]
 ) -> None:
-    """Panels of `perplexity_curves`, side by side.
+    """Draw panels of `perplexity_curves` side by side.
 
     Args:
         figure: to draw on.
@@ -168,13 +168,13 @@ def perplexity_panels(
 
 
 def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, Sequence[float] | np.ndarray]) -> None:
-    """A line for every rope; rounded ones are solid, in the color of their dashed twin.
+    """Draw a line for every rope; rounded ones are solid, in the color of their dashed twin.
 
     Args:
         axis: to draw on.
         contexts: tokens, in rising order.
-        curves: by name of the rope, after the model's where there are several; shape (contexts,), or (seeds, contexts):
-            then the line is the mean, and a band spans the seeds.
+        curves: by name of the rope, after the model's if there are several; shape (contexts,), or (seeds, contexts) for
+            a line of means with a band that spans the seeds.
     """
     colors = {"default": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
     twins = dict.fromkeys(name.replace("resonance_", "") for name in curves)
@@ -197,7 +197,7 @@ def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, 
 
 
 def gap_panel(axis: Axes, gaps: Mapping[str, Float64Array]) -> None:
-    """The feature gap of every pair.
+    """Draw the feature gap of every pair.
 
     Args:
         axis: to draw on.
@@ -214,14 +214,14 @@ def gap_panel(axis: Axes, gaps: Mapping[str, Float64Array]) -> None:
 
 
 def legend_below(figure: Figure, columns: int) -> None:
-    """One legend for all panels, with each name once."""
+    """Draw one legend for all panels, with each name once."""
     found = [axis.get_legend_handles_labels() for axis in figure.axes]
     lines = {name: line for lines, names in found for line, name in zip(lines, names, strict=True)}
     figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns)
 
 
 def image_path(path: str | Path) -> Path:
-    """A path that a figure can be written to. Raises UsageError where matplotlib does not write its format."""
+    """A path that a figure can be written to. Raises UsageError if matplotlib cannot write its format."""
     path = Path(path)
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in formats:
