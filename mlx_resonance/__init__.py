@@ -1,4 +1,4 @@
-"""LLaMA-family models far past the context they were trained on: Resonance-YaRN for MLX."""
+"""Run LLaMA-family models far past the context they were trained on: Resonance-YaRN for MLX."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -48,7 +48,7 @@ __all__ = [
     "yarn_frequencies",
 ]
 
-# These bring in mlx-lm and transformers, three seconds of imports that the rotary op and `--help` do without.
+# These import mlx-lm and transformers, which takes three seconds; the rotary op and `--help` need neither.
 _LATER = {
     "Checkpoint": "checkpoint",
     "load": "checkpoint",

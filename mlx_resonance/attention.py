@@ -1,4 +1,4 @@
-"""The one attention that is put into mlx-lm's model files: exact angles, once per step, in launches of bounded size."""
+"""The attention patched into mlx-lm's models: exact angles, computed once per step, in launches of bounded size."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ from mlx_lm.models.base import scaled_dot_product_attention
 from .rope import ResonanceRoPE
 from .rope_config import RopeConfig
 
-# The model files of mlx-lm whose attention is q_proj, k_proj, v_proj, q_norm and k_norm where there are any, rope,
-# o_proj; and which other file's attention they use.
+# mlx-lm's model files whose attention consists of q_proj, k_proj, v_proj, optional q_norm and k_norm, rope and o_proj;
+# each maps to the file whose attention it uses.
 ADAPTED_FILES = {"llama": "llama", "smollm3": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "granite": "granite"}
-# Queries times keys of one launch of attention, for each head: what macOS lets a GPU work at without a break. 2048
-# queries reach it at 65 k keys.
+# Maximum queries × keys per head in one launch of attention: macOS limits how long a GPU may work without a break.
+# 2048 queries reach it at 65 k keys.
 BUDGET = 2**27
 
 
 def set_rope(model: nn.Module, rope: RopeConfig) -> None:
-    """Have a model of `ADAPTED_FILES` rotate as `rope` says, whatever it was built with. Its weights stay.
+    """Make a model from `ADAPTED_FILES` rotate as `rope` says, however it was built. Its weights do not change.
 
-    All layers share one `ResonanceRoPE`; layers without rope (SmolLM 3) stay so. The classes of mlx-lm's file are
-    changed once; their models that were not given to this function work as before.
+    All layers share one `ResonanceRoPE`; layers without rope (SmolLM 3) stay without. The classes in mlx-lm's file are
+    patched once; their models that were not passed to this function work as before.
     """
     adapt(model)
     frequencies = rope.frequencies if rope.depends_on_length else rope.frequencies()
@@ -40,14 +40,14 @@ def set_rope(model: nn.Module, rope: RopeConfig) -> None:
 
 
 def next_token_logits(model: nn.Module, hidden: mx.array) -> mx.array:
-    """Logits (…, vocabulary) of hidden states (…, hidden), as a call of the model computes them after its layers."""
+    """Logits (…, vocabulary) from hidden states (…, hidden), computed as the model does after its layers."""
     args: Any = model.args
     logits = model.model.embed_tokens.as_linear(hidden) if args.tie_word_embeddings else model.lm_head(hidden)
     return logits / args.logits_scaling if hasattr(args, "logits_scaling") else logits  # Granite's
 
 
 def adapt(model: nn.Module) -> None:
-    """Put the attention into the classes that a model of `ADAPTED_FILES` is made of."""
+    """Patch the attention into the classes of a model from `ADAPTED_FILES`."""
     for kind, wrap in ((type(model.layers[0].self_attn), _attention), (type(model.model), _with_angles)):
         if not hasattr(kind.__call__, "of_mlx_lm"):
             call = wrap(kind.__call__)
@@ -56,7 +56,7 @@ def adapt(model: nn.Module) -> None:
 
 
 def _with_angles(forward: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """The stack of layers, with the angles of a step computed once for all of them."""
+    """Wrap the stack of layers so that the angles of a step are computed once for all of them."""
 
     @wraps(forward)
     def call(self: Any, inputs: mx.array, cache: Any = None, *args: Any, **kwargs: Any) -> mx.array:
@@ -73,7 +73,7 @@ def _with_angles(forward: Callable[..., mx.array]) -> Callable[..., mx.array]:
 
 
 def _attention(of_mlx_lm: Callable[..., mx.array]) -> Callable[..., mx.array]:
-    """Grouped-query attention: queries and keys are rotated in one call, by the angles of the step."""
+    """Grouped-query attention that rotates queries and keys in one call, by the angles of the step."""
 
     @wraps(of_mlx_lm)
     def call(self: Any, x: mx.array, mask: mx.array | str | None = None, cache: Any = None) -> mx.array:
@@ -92,8 +92,8 @@ def _attention(of_mlx_lm: Callable[..., mx.array]) -> Callable[..., mx.array]:
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         if L > 1 and hasattr(cache, "bits"):
-            # mlx-lm's product with quantized keys holds all scores of a chunk, which are larger than a layer's keys and
-            # values in 16 bits: those go to the fused attention instead.
+            # mlx-lm's product with quantized keys holds all scores of a chunk, which take more memory than a layer's
+            # keys and values in 16 bits: dequantize those for the fused attention instead.
             size, bits = cache.group_size, cache.bits
             keys, values = (mx.dequantize(w, s, b, group_size=size, bits=bits) for w, s, b in (keys, values))
             cache = None
@@ -106,13 +106,13 @@ def _attention(of_mlx_lm: Callable[..., mx.array]) -> Callable[..., mx.array]:
 def attend(
     queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: float, mask: mx.array | str | None
 ) -> mx.array:
-    """mlx-lm's attention, some queries at a time where all of them would take the GPU too long: see `BUDGET`.
+    """mlx-lm's attention, split along the queries if one launch would exceed `BUDGET`.
 
     Args:
         queries: (B, H, L, D).
-        keys, values: (B, H_kv, S, D); as the cache gives them.
-        cache: of the layer; None for keys that are not quantized.
-        scale: of the scores.
+        keys, values: (B, H_kv, S, D), as the cache returns them.
+        cache: the layer's cache; None if the keys are not quantized.
+        scale: factor of the scores.
         mask: "causal", None, or an array that broadcasts to (B, H, L, S).
 
     Returns:
@@ -131,13 +131,13 @@ def attend_in_parts(
     attention: Callable[..., mx.array], queries: mx.array, keys: mx.array, values: mx.array, size: int, *,
     mask: mx.array | str | None, **options: Any,
 ) -> mx.array:  # fmt: skip
-    """An attention of L queries to the S keys up to the last of them, `size` queries at a time.
+    """Attend from L queries to S keys, the last L of which are theirs, `size` queries at a time.
 
     Args:
-        attention: takes queries, keys, values, mask and the options.
-        queries, keys, values, mask: as of `attend`.
-        size: most queries of a part.
-        options: passed on.
+        attention: a function of queries, keys, values, mask and the options.
+        queries, keys, values, mask: as in `attend`.
+        size: maximum number of queries in a part.
+        options: passed to `attention`.
     """
     length, before = queries.shape[2], keys.shape[2] - queries.shape[2]
     if length <= size:
@@ -148,7 +148,7 @@ def attend_in_parts(
         part = mask
         seen = keys.shape[2]
         if isinstance(mask, str):
-            seen = before + end  # no query sees a key after it; "causal" lines up the last of both
+            seen = before + end  # no query sees a later key; "causal" aligns the last query with the last key
         elif mask is not None and mask.shape[-2] == length:
             part = mask[..., start:end, :]
         parts.append(attention(queries[:, :, start:end], keys[:, :, :seen], values[:, :, :seen], mask=part, **options))

@@ -1,4 +1,4 @@
-"""BLAS on Linux: a system OpenBLAS in front of the slow BLAS in MLX's CPU build, and malloc settings for its arrays."""
+"""BLAS on Linux: a system OpenBLAS instead of the slow BLAS in MLX's CPU build, and malloc settings for its arrays."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import os
 import sys
 
 VARIABLE = "MLX_RESONANCE_BLAS"
-KEPT = 256 * 2**20  # bytes: of one array, and of free memory
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # of glibc's malloc.h
+KEPT = 256 * 2**20  # bytes: the largest array that malloc reuses, and the most free memory that it keeps
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
 CORE_TYPE = "OPENBLAS_CORETYPE"
 NAMES = ("libopenblas.so.0", "libopenblas.so")
 
@@ -17,19 +17,19 @@ logger = logging.getLogger("mlx_resonance")
 
 
 def load_blas() -> str | None:
-    """Load OpenBLAS with global symbols, so that MLX, loaded after it, multiplies matrices with it (about 40× faster).
+    """Load OpenBLAS with global symbols, so that MLX, loaded later, multiplies matrices with it (about 40× faster).
 
-    The environment variable `MLX_RESONANCE_BLAS` set to `off` leaves MLX as it is; set to a library's name or path,
-    that one is loaded. Nothing happens outside Linux.
+    Set the environment variable `MLX_RESONANCE_BLAS` to `off` to leave MLX as it is, or to a library's name or path to
+    load that one. Outside Linux this does nothing.
 
     Returns:
-        The name of the loaded library; None where nothing was loaded, which one log line says unless it was asked for.
+        The name of the loaded library, or None; unless that was asked for, one log line says why.
     """
     wanted = os.environ.get(VARIABLE, "")
     if sys.platform != "linux" or wanted.lower() in ("off", "0", "no"):
         return None
     if "mlx.core" in sys.modules:
-        logger.warning("MLX was imported before mlx_resonance: matrix products keep the BLAS that MLX has")
+        logger.warning("MLX was imported before mlx_resonance: matrix products use MLX's own BLAS")
         return None
     name = next(filter(_loads, (wanted,) if wanted else NAMES), None)
     if name is not None:
@@ -44,7 +44,7 @@ def load_blas() -> str | None:
 
 
 def _loads(name: str) -> bool:
-    """Load a library with global symbols, telling OpenBLAS the kernels to take where nobody has."""
+    """Load a library with global symbols, telling OpenBLAS which kernels to use unless the environment does."""
     core = core_type() if CORE_TYPE not in os.environ else None
     if core is not None:
         os.environ[CORE_TYPE] = core
@@ -59,10 +59,10 @@ def _loads(name: str) -> bool:
 
 
 def core_type(cpuinfo: str = "/proc/cpuinfo") -> str | None:
-    """The OpenBLAS kernels for an Intel CPU, by what it can do; None leaves the choice to OpenBLAS.
+    """The OpenBLAS kernels for an Intel CPU, chosen by its features; None leaves the choice to OpenBLAS.
 
-    OpenBLAS goes by model numbers, and takes one that is newer than itself for a Prescott of 2004: Debian 12's 0.3.21
-    multiplies matrices at 12 GFLOP/s on a Xeon of 2023 so, and at 80 with these.
+    OpenBLAS goes by model numbers and mistakes a CPU newer than itself for a Prescott of 2004: on a Xeon of 2023,
+    Debian 12's 0.3.21 multiplies matrices at 12 GFLOP/s, and at 80 with these kernels.
     """
     try:
         with open(cpuinfo) as file:
@@ -75,11 +75,11 @@ def core_type(cpuinfo: str = "/proc/cpuinfo") -> str | None:
 
 
 def keep_freed_memory() -> None:
-    """Have malloc keep the memory of large arrays for the next ones.
+    """Make malloc reuse the memory of large arrays for later ones.
 
     MLX's CPU backend gets every array from malloc and frees it at once. By default glibc returns blocks above 32 MB to
     the kernel each time, and the next array pays for fresh pages: x + 1 on 42 MB takes 5 ms with this and 25 without.
-    Where the environment sets malloc (`MALLOC_…`, `GLIBC_TUNABLES`), or the libc is another, nothing is changed.
+    If the environment configures malloc (`MALLOC_…`, `GLIBC_TUNABLES`), or the libc is not glibc, nothing changes.
     """
     if sys.platform != "linux" or any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ):
         return

@@ -41,15 +41,15 @@ LOADING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, 
 
 @dataclass(frozen=True, eq=False)
 class Checkpoint:
-    """Everything of a checkpoint but its weights. `open` makes one; every entry point goes through it.
+    """Everything about a checkpoint except its weights; `open` makes one, and every entry point uses it.
 
     Args:
         name: as the user gave it: a path or a hub id.
         folder: where its files are.
-        config: config.json; `tie_word_embeddings` is as the weights have it where the file does not say.
-        headers: the tensors of each weight file, by the file's name; empty where only config.json was opened.
+        config: config.json, with `tie_word_embeddings` taken from the weights if the file does not set it.
+        headers: the tensors of each weight file, by file name; empty if only config.json was read.
         rope: the rope settings in use, which `rescaled` and `with_rope` change.
-        own_rope: those of config.json.
+        own_rope: the rope settings in config.json.
 
     Raises:
         UsageError: config.json, the headers and the rope settings do not fit together.
@@ -72,17 +72,17 @@ class Checkpoint:
         factor: float | None = None,
         weights: bool = True,
     ) -> Checkpoint:
-        """Open a checkpoint: nothing of it is read again by our code, and no weight is read yet.
+        """Open a checkpoint: read config.json and the headers, once and for all, but no weights yet.
 
         Args:
             path_or_hf_repo: a folder, or the id of a model on the Hugging Face hub, which is downloaded.
             revision: branch, tag or commit on the hub.
-            factor: how many times the context before scaling, instead of what config.json says.
-            weights: False to fetch no weight file of a model on the hub; the headers are then not checked.
+            factor: multiple of the context before scaling; None for what config.json says.
+            weights: False to download no weight files from the hub; the headers are then not checked.
 
         Raises:
-            MissingFileError: no such folder or model, or a file of it is missing.
-            UsageError: a config.json or a weight file that cannot be right, or a factor that does not fit it.
+            MissingFileError: there is no such folder or model, or one of its files is missing.
+            UsageError: config.json or a weight file cannot be right, or `factor` does not fit it.
         """
         folder = resolve(path_or_hf_repo, revision, [*TOKENIZER_PATTERNS, WEIGHTS] if weights else ["config.json"])
         config = read_config(folder)
@@ -95,7 +95,7 @@ class Checkpoint:
     def of(
         cls, name: str, folder: Path, config: dict[str, Any], headers: Mapping[str, Mapping[str, TensorInfo]]
     ) -> Checkpoint:
-        """A checkpoint whose config.json and headers were read elsewhere, such as the converter's sources."""
+        """Make a checkpoint from config.json and headers that were read elsewhere, e.g. from a converter's source."""
         tensors = merge_headers(headers)
         config = check_config(config, tensors if headers else None)
         rope = RopeConfig.from_hf(config)
@@ -103,27 +103,27 @@ class Checkpoint:
         return cls(name, folder, config, headers, rope, rope, tensors)
 
     def with_rope(self, rope: RopeConfig) -> Checkpoint:
-        """The checkpoint with other rope settings. Raises UsageError where its windows do not fit their context."""
+        """The checkpoint with other rope settings. Raises UsageError if its windows do not fit their context."""
         check_windows(self.config, rope)
         return replace(self, rope=rope)
 
     def rescaled(self, factor: float) -> Checkpoint:
-        """The checkpoint with `factor` times the context before scaling. Raises UsageError as `scaling.rescale`."""
+        """The checkpoint with `factor` times the context before scaling. Raises UsageError like `scaling.rescale`."""
         return self.with_rope(rescale(self.own_rope, factor))
 
     @cached_property
     def tokenizer(self) -> TokenizerWrapper:
-        """In mlx-lm's wrapper. Raises MissingFileError where there is none."""
+        """The tokenizer, in mlx-lm's wrapper. Raises MissingFileError if there is none."""
         return load_tokenizer(self.folder, self.config)
 
     @cached_property
     def dimensions(self) -> Dimensions:
-        """What of the model decides its memory."""
+        """The sizes that determine the model's memory."""
         return Dimensions.of(self.config, self.tensors)
 
     @cached_property
     def digest(self) -> str:
-        """Of the content: config.json, weights and tokenizer. The folder's path, name and times do not count."""
+        """A hash of the content: config.json, weights and tokenizer, whatever the folder's path, name and times."""
         digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
         files = [*(self.folder / name for name in sorted(self.headers)), *tokenizer_files(self.folder)]
         for path in files:
@@ -131,26 +131,26 @@ class Checkpoint:
         return digest.hexdigest()[:16]
 
     def results_digest(self, kv_bits: int | None = None) -> str:
-        """Of what its results depend on besides the prompt: the content, the rope settings, the KV format."""
+        """A hash of what results depend on besides the prompt: the content, the rope settings, the KV format."""
         parts = [self.digest, self.rope.to_hf("4"), kv_bits]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def settings(self, kv_bits: int | None = None) -> dict[str, Any]:
-        """The same for the header of a run log, where a difference is named."""
+        """The same, item by item, for the header of a run log: an error can then name what differs."""
         return {"digest": self.digest, "rope": self.rope.to_hf("4"), "kv_bits": kv_bits}
 
     @property
     def mlx_config(self) -> dict[str, Any]:
-        """config.json with the rope settings in use, in the keys of transformers 4; nothing for mlx-lm to misread."""
+        """config.json with the rope settings in use, in transformers 4 keys only, so that mlx-lm reads them right."""
         return {key: value for key, value in self.config.items() if key not in ROPE_KEYS} | self.rope.to_hf("4")
 
     @property
     def plain_config(self) -> dict[str, Any]:
-        """What mlx-lm's model is built from: rope keys without a scaling, since `set_rope` replaces its module."""
+        """The config that mlx-lm builds its model from: without a scaling, since `set_rope` replaces the module."""
         return dict.fromkeys(ROPE_KEYS) | self.mlx_config | {"rope_scaling": None}
 
     def load(self, *, lazy: bool = False, adapter_path: str | None = None) -> nn.Module:
-        """The model with its weights, rotating by the rope settings in use.
+        """Load the model with its weights; it rotates by the rope settings in use.
 
         Args:
             lazy: leave the weights on disk until they are used.
@@ -160,7 +160,7 @@ class Checkpoint:
             UsageError: the weights do not fit config.json.
         """
         if glob.escape(str(self.folder)) != str(self.folder):
-            raise UsageError(f"{self.folder}: mlx-lm does not find files in a folder with any of *?[ in its name")
+            raise UsageError(f"{self.folder}: mlx-lm finds no files in a folder with any of *?[ in its name")
         try:
             model, _ = mlx_lm.utils.load_model(
                 self.folder, lazy=lazy, model_config=self.plain_config, get_model_classes=model_classes
@@ -174,25 +174,27 @@ class Checkpoint:
         return model
 
     def build(self) -> nn.Module:
-        """The model without any weights. Raises UsageError where there is no such model."""
+        """Build the model without loading weights. Raises UsageError if mlx-lm cannot build it."""
         model_class, args_class = model_classes(self.config)
         try:
             model: nn.Module = model_class(args_class.from_dict(self.plain_config))  # type: ignore[call-arg]
         except LOADING_ERRORS as error:
-            raise UsageError(f"no {self.config['model_type']} model is like this config.json: {error!r}") from None
+            raise UsageError(
+                f"mlx-lm cannot build a {self.config['model_type']} model from this config.json: {error!r}"
+            ) from None
         set_rope(model, self.rope)
         return model
 
 
 @dataclass(frozen=True)
 class Dimensions:
-    """What of a model decides its memory.
+    """The sizes that determine a model's memory.
 
     Args:
-        weights: bytes.
-        layers, heads, head_dim, hidden, feed_forward, vocabulary: of the model.
-        keys: features of the keys of one token in one layer.
-        item_size: bytes of a number that the model computes with.
+        weights: their bytes.
+        layers, heads, head_dim, hidden, feed_forward, vocabulary: the model's.
+        keys: number of key features per token and layer.
+        item_size: bytes per number in the type that the model computes in.
     """
 
     weights: int
@@ -231,7 +233,7 @@ def load(
     adapter_path: str | None = None,
     factor: float | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
-    """Load a checkpoint and its tokenizer, whatever the style of its config.json.
+    """Load a checkpoint and its tokenizer, in either style of config.json.
 
     Args:
         path_or_hf_repo, revision, factor: as in `Checkpoint.open`.
@@ -241,8 +243,8 @@ def load(
         model, tokenizer: mlx-lm's, for its generation, caches and samplers; the model rotates by exact angles.
 
     Raises:
-        MissingFileError: no such folder, or no weights in it.
-        UsageError: a config.json or a weight file that cannot be right.
+        MissingFileError: there is no such folder, or it has no weights.
+        UsageError: config.json or a weight file cannot be right.
     """
     checkpoint = Checkpoint.open(path_or_hf_repo, revision=revision, factor=factor)
     return checkpoint.load(lazy=lazy, adapter_path=adapter_path), checkpoint.tokenizer

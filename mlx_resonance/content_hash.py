@@ -1,4 +1,4 @@
-"""The SHA-256 of large files, remembered in the user's cache folder as long as the file has not changed."""
+"""The SHA-256 of large files, kept in the user's cache folder until the file changes."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from platformdirs import user_cache_path
 
 from .storage import sha256
 
-SMALL = 2**22  # bytes that are hashed faster than a file is opened
+SMALL = 2**22  # bytes: hashing fewer takes less time than opening a file
 
 
 def content_hash(path: Path) -> str:
     """The SHA-256 of a file's content, in hexadecimal.
 
-    A large file is hashed once: later calls find the result under the file's inode, size and times. The time of the
-    last change of the inode is one that no program can set.
+    A large file is hashed once: later calls find the result by the file's inode, size and times. One of them is the
+    time of the inode's last change, which no program can set.
     """
     before = _state(path)
     if path.stat().st_size < SMALL:
@@ -34,7 +34,7 @@ def content_hash(path: Path) -> str:
     if _state(path) != before:
         return digest
     temporary = folder / f".{uuid.uuid4().hex}"
-    with contextlib.suppress(OSError):  # no place to remember it
+    with contextlib.suppress(OSError):  # nowhere to keep it
         folder.mkdir(parents=True, exist_ok=True)
         temporary.write_text(digest)
         os.replace(temporary, remembered)

@@ -1,4 +1,4 @@
-"""A user's mistake: one class for all of them. The library says what is wrong; `cli/` names the flags."""
+"""One error class for every mistake of a user: the library says what is wrong, `cli/` names the flags."""
 
 from __future__ import annotations
 
@@ -6,17 +6,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 Remedy = Mapping[str, Any]
-ANOTHER: Any = ...  # in a remedy: a value other than the one that was given
+ANOTHER: Any = ...  # in a remedy: a value other than the one given
 
 
 class UsageError(ValueError):
-    """What was asked for cannot be done as asked.
+    """A request that cannot be carried out as given.
 
     Args:
         message: one line: the thing, its value, what would be right. It names neither a flag nor a command.
-        option: the parameter of the call that it is about.
-        remedies: changes of the call that would make it right, the best one first. Each maps parameters to their new
-            values; None for one that the user has to choose, `ANOTHER` for one that differs from what was given.
+        option: the parameter that the message is about.
+        remedies: changes to the call that would make it right, best first. Each maps parameters to their new values:
+            None for one that the user has to choose, `ANOTHER` for one that differs from the value given.
     """
 
     def __init__(self, message: str, *, option: str | None = None, remedies: Sequence[Remedy] = ()) -> None:
@@ -24,7 +24,7 @@ class UsageError(ValueError):
         self.message, self.option, self.remedies = message, option, tuple(remedies)
 
     def __str__(self) -> str:
-        """The message and the remedies as arguments of a call."""
+        """The message, with the remedies as arguments of a call."""
         ways = [
             ", ".join(f"{name}=…" if value in (None, ANOTHER) else f"{name}={value!r}" for name, value in way.items())
             for way in self.remedies
@@ -32,20 +32,20 @@ class UsageError(ValueError):
         return f"{self.message}: try {' or '.join(ways)}" if ways else self.message
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For pickle, which does not know keyword arguments."""
+        """For pickle, which does not pass keyword arguments."""
         return _restore, (type(self), self.message, self.option, self.remedies)
 
 
 class MissingFileError(UsageError, FileNotFoundError):
-    """A file or folder that was asked for is not there."""
+    """A requested file or folder does not exist."""
 
 
 class FileInTheWayError(UsageError, FileExistsError):
-    """A file or folder is where the result should go."""
+    """A file or folder is in the way of the result."""
 
 
 def check_option(name: str, right: bool, wanted: str, value: Any) -> None:
-    """Raise UsageError, about the option, where its value is not `right`; `wanted` says what would be."""
+    """Raise UsageError about the option `name` unless its value is `right`; `wanted` says what would be."""
     if not right:
         raise UsageError(f"{name} must be {wanted}, got {value}", option=name)
 

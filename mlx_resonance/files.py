@@ -1,4 +1,4 @@
-"""The files of a checkpoint: found on disk or on the hub, and their headers read, before any weight is."""
+"""A checkpoint's files: find them on disk or on the hub, and read their headers before any weight."""
 
 from __future__ import annotations
 
@@ -15,32 +15,32 @@ from .errors import MissingFileError, UsageError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"
-# Bytes of a number, by safetensors' name of the type.
+# Bytes per number, by safetensors' name for the type.
 ITEM_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1,
     "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U64": 8, "U32": 4, "U16": 2, "U8": 1,
 }  # fmt: skip
-# Bytes of JSON: parsed, it may take thirty times the memory. Indices have 100 or 200 for each tensor.
+# Maximum bytes of JSON: parsed, it may take thirty times the memory. Indices have 100 or 200 per tensor.
 MAX_INDEX, MAX_CONFIG = 2**24, 2**20
 
 
 class TensorInfo(NamedTuple):
-    """A tensor as a file's header describes it: safetensors' name of its type, and its shape."""
+    """A tensor as a file's header describes it: safetensors' name for its type, and its shape."""
 
     dtype: str
     shape: tuple[int, ...]
 
     @property
     def nbytes(self) -> int:
-        """Bytes of its numbers."""
+        """Size of its data in bytes."""
         return ITEM_SIZES[self.dtype] * math.prod(self.shape)
 
 
 def resolve(path_or_hf_repo: str | Path, revision: str | None, patterns: list[str]) -> Path:
-    """A local folder as it is; a hub id downloaded, only the files that match.
+    """Return a local folder as it is; for a hub id, download the files that match, and return their folder.
 
     Raises:
-        MissingFileError: neither a folder nor a model that can be downloaded.
+        MissingFileError: it is neither a folder nor a model that can be downloaded.
         OSError: the connection broke; the next call resumes the download.
     """
     folder = user_path(path_or_hf_repo)
@@ -60,7 +60,7 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None, patterns: list[st
 
 @contextlib.contextmanager
 def hub_errors(name: str) -> Iterator[None]:
-    """Within it, what the hub answers becomes an error of one line that names the model."""
+    """Turn the hub's errors into one line that names the model."""
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
@@ -76,7 +76,7 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def user_path(path: str | Path) -> Path:
-    """A path with ~ as the home folder. Raises UsageError if there is no such user, or for a name of other bytes."""
+    """A path with ~ expanded. Raises UsageError if there is no such user, or the path is not UTF-8."""
     try:
         str(path).encode("utf-8")
         return Path(path).expanduser()
@@ -85,21 +85,21 @@ def user_path(path: str | Path) -> Path:
 
 
 def file_of(folder: Path, name: str) -> Path:
-    """A file of a checkpoint's folder, there or not.
+    """The path of a file in a checkpoint's folder, whether it exists or not.
 
     Raises:
-        UsageError: it is a link that leads out of the folder; links of the hub's cache lead to its `blobs`.
+        UsageError: it is a link out of the folder. Links in the hub's cache may lead to its `blobs`.
     """
     path = folder / name
     root = folder.resolve()
     root = root.parents[1] if root.parent.name == "snapshots" else root
     if not path.resolve().is_relative_to(root):
-        raise UsageError(f"{path} is a link out of its folder, to {path.resolve()}: put the file there")
+        raise UsageError(f"{path} is a link out of its folder, to {path.resolve()}: put the file itself there")
     return path
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json. Raises MissingFileError where it is missing, UsageError where it has no `model_type`."""
+    """Read config.json. Raises MissingFileError if it is missing, UsageError if it has no `model_type`."""
     path = file_of(folder, "config.json")
     if not path.is_file():
         raise MissingFileError(f"{folder} has no config.json")
@@ -110,7 +110,7 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
-    """A JSON object. Raises UsageError where the file holds something else, or more than `limit` bytes."""
+    """Read a JSON object. Raises UsageError if the file holds something else, or more than `limit` bytes."""
     if path.stat().st_size > limit:
         raise UsageError(f"{path} has {path.stat().st_size} bytes: expected at most {limit}")
     try:
@@ -123,11 +123,11 @@ def read_json(path: Path, limit: int = MAX_CONFIG) -> dict[str, Any]:
 
 
 def weight_files(folder: Path, pattern: str = WEIGHTS, index: str = INDEX) -> list[Path]:
-    """The weight files of a folder: those that its index names, or without one those that match the pattern.
+    """The weight files of a folder: those that its index names or, without an index, those that match the pattern.
 
     Raises:
-        MissingFileError: there is none, or one that the index names is missing.
-        UsageError: the index is damaged, or a file is there that it does not name.
+        MissingFileError: there are none, or one that the index names is missing.
+        UsageError: the index is damaged, or does not name a weight file in the folder.
     """
     found = {path.name for path in folder.glob(pattern)}
     names = indexed_files(folder, index)
@@ -144,7 +144,7 @@ def weight_files(folder: Path, pattern: str = WEIGHTS, index: str = INDEX) -> li
 
 
 def indexed_files(folder: Path, index: str = INDEX) -> list[str] | None:
-    """The names of the weight files that an index has; None without an index. Raises UsageError where it is damaged."""
+    """The weight files that an index names; None if there is no index. Raises UsageError if it is damaged."""
     path = file_of(folder, index)
     if not path.is_file():
         return None
@@ -154,7 +154,7 @@ def indexed_files(folder: Path, index: str = INDEX) -> list[str] | None:
     names = sorted(set(weight_map.values()))
     for name in names:
         if Path(name).name != name:
-            raise UsageError(f"{path} names {name!r}: expected a file of the same folder")
+            raise UsageError(f"{path} names {name!r}: expected a file in the same folder")
     return names
 
 
@@ -162,40 +162,40 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     """The tensors of a safetensors file, in the order of their bytes.
 
     Raises:
-        UsageError: the header is damaged or does not fit the size of the file, as after a broken download.
+        UsageError: the header is damaged or does not fit the size of the file, e.g. after a broken download.
     """
     try:
         with safe_open(path, framework="numpy") as file:
             slices = [(name, file.get_slice(name)) for name in file.offset_keys()]
             tensors = {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices}
     except (SafetensorError, OSError) as error:  # an empty file cannot be mapped
-        raise UsageError(f"{path} is not a whole safetensors file: {_first_line(error)}") from None
+        raise UsageError(f"{path} is not a complete safetensors file: {_first_line(error)}") from None
     check_types(tensors, str(path))
     return tensors
 
 
 def check_types(tensors: Mapping[str, TensorInfo], path: str) -> None:
-    """Raise UsageError where a tensor is of a type that MLX does not have, or longer than MLX can index."""
+    """Raise UsageError if a tensor has a type that MLX lacks, or an axis longer than MLX can index."""
     for name, info in tensors.items():
         if info.dtype not in ITEM_SIZES:
-            raise UsageError(f"{path}: the type {info.dtype} of {name} is not known; known are {', '.join(ITEM_SIZES)}")
+            raise UsageError(f"{path}: {name} has the unknown type {info.dtype}; known: {', '.join(ITEM_SIZES)}")
         if max(info.shape, default=0) >= 2**31:
-            raise UsageError(f"{path}: {name} has shape {info.shape}: no axis may have 2**31 entries")
+            raise UsageError(f"{path}: {name} has shape {info.shape}: no axis may have 2**31 entries or more")
 
 
 def merge_headers(headers: Mapping[str, Mapping[str, TensorInfo]]) -> dict[str, TensorInfo]:
-    """The tensors of several files. Raises UsageError where two files hold the same one."""
+    """Merge the tensors of several files. Raises UsageError if two files hold the same one."""
     place: dict[str, str] = {}
     for file, tensors in headers.items():
         for name in tensors:
             if name in place:
-                raise UsageError(f"{name} is in {place[name]} and in {file}: it must be in one of them")
+                raise UsageError(f"{name} is in {place[name]} and in {file}: it must be in only one of them")
             place[name] = file
     return {name: info for tensors in headers.values() for name, info in tensors.items()}
 
 
 def _refuse_constant(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is not a number of JSON")
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _first_line(error: Exception) -> str:
@@ -203,7 +203,7 @@ def _first_line(error: Exception) -> str:
 
 
 def _http_error() -> type[Exception]:
-    """HTTPError of httpx, or of httpx2, whichever huggingface_hub uses: of its own errors the first base."""
+    """HTTPError from httpx or httpx2, whichever huggingface_hub uses: the first base of its own errors."""
     from huggingface_hub.errors import HfHubHTTPError
 
     base: type[Exception] = HfHubHTTPError.__bases__[0]

@@ -1,4 +1,4 @@
-"""What `inspect` shows of a checkpoint's rotary embedding: wavelengths, rounding, feature gap."""
+"""What `inspect` shows about a checkpoint's rotary embedding: wavelengths, rounding, feature gap."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from .rope_config import RopeConfig
 
 @dataclass(frozen=True)
 class Inspection:
-    """A checkpoint's rotary embedding, measured between two lengths.
+    """A checkpoint's rotary embedding, measured from a training length to a longer one.
 
     Args:
         rope: the checkpoint's settings.
         train_length: tokens seen in training.
-        test_length: tokens of the longer text.
+        test_length: tokens in the longer text.
         unrounded: the frequencies of the base type.
-        in_use: the frequencies of the model at `test_length`.
-        trained: those of its training, before any rounding.
-        gap: feature gap of every pair, as in use.
+        in_use: the model's frequencies at `test_length`.
+        trained: the frequencies in training, before any rounding.
+        gap: feature gap of every pair, with the frequencies in use.
     """
 
     rope: RopeConfig
@@ -33,7 +33,7 @@ class Inspection:
     gap: Float64Array
 
     def gaps(self) -> dict[str, Float64Array]:
-        """Feature gap of every pair, with the wavelengths as computed and with rounded ones."""
+        """Feature gap of every pair, with wavelengths as computed and rounded."""
         lengths = self.train_length, self.test_length
         return {
             "as computed": feature_gap(self.unrounded, *lengths, self.trained),
@@ -64,15 +64,15 @@ def inspect_rope(rope: RopeConfig, train_length: int | None = None, test_length:
     Args:
         rope: the settings.
         train_length: tokens seen in training; None for the context before scaling.
-        test_length: tokens of the longer text; None for the checkpoint's context, or four times the training length
-            where that is not longer.
+        test_length: tokens in the longer text; None for the checkpoint's context, or for four times the training
+            length if the context is not longer.
 
     Raises:
-        UsageError: a length is needed and config.json has none, or they are not 1 <= train_length <= test_length.
+        UsageError: config.json lacks a length that is needed, or not 1 <= train_length <= test_length.
     """
     train_length = rope.trained_length if train_length is None else train_length
     if train_length is None:
-        raise UsageError("config.json does not say the context before scaling", remedies=[{"train_length": None}])
+        raise UsageError("config.json does not state the context before scaling", remedies=[{"train_length": None}])
     if test_length is None:
         test_length = max(rope.context_length or 0, train_length)
         test_length = 4 * train_length if test_length == train_length else test_length

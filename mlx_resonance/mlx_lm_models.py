@@ -1,4 +1,4 @@
-"""install(): every entry point of mlx-lm reads the angles that `load` reads, or refuses the checkpoint by name."""
+"""install(): every entry point of mlx-lm computes the same angles as `load`, or refuses the checkpoint."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .rope import ResonanceRoPE
 from .rope_config import MAKERS, NO_EFFECT, PREFIX, RopeConfig
 
 PACKAGE = "mlx_lm.models."
-SHARED_FILES = {"base", "cache", "rope_utils", "activations", "switch_layers", "pipeline"}  # no models
-PLAIN_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # of a rope dictionary without a scaling
+SHARED_FILES = {"base", "cache", "rope_utils", "activations", "switch_layers", "pipeline"}  # not models
+PLAIN_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # in a rope dictionary without a scaling
 STYLE_4 = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 PLAIN = {"rope_theta": 10000, "partial_rotary_factor": 1}
-OF_MLX_LM_ALONE = {"deepseek_yarn", "telechat3-yarn"}  # its names for yarn with other softmax scales
+OF_MLX_LM_ALONE = {"deepseek_yarn", "telechat3-yarn"}  # mlx-lm's names for yarn with other softmax scales
 
 
 def install() -> None:
-    """Have every model that mlx-lm loads rotate as its config.json says, in either style, by exact angles.
+    """Make every model that mlx-lm loads rotate by exact angles as its config.json, in either style, says.
 
-    LLaMA, Mistral, Qwen 2 and 3, Granite and SmolLM 3 get the attention that `load` gives them. Other architectures get
-    `ResonanceRoPE` for every scaling where their file asks mlx-lm's `initialize_rope` for it; a config.json that asks
-    their file for angles that it would not compute is refused. One that asks for nothing special is left alone.
+    LLaMA, Mistral, Qwen 2 and 3, Granite and SmolLM 3 get the same attention as from `load`. Other architectures get
+    `ResonanceRoPE` for every scaling that their file requests from mlx-lm's `initialize_rope`. A config.json that asks
+    for angles that the file would not compute is refused; one that asks for nothing special is left alone.
 
     This replaces two functions of mlx-lm, wherever they have been imported: `load_model` and `initialize_rope`.
     Calling it again changes nothing.
@@ -55,7 +55,7 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
     signature = inspect.signature(original)
 
     def load_model(*args: Any, **kwargs: Any) -> tuple[nn.Module, dict[str, Any]]:
-        """mlx-lm's, with the angles that config.json asks for. Raises UsageError where its file has no such angles."""
+        """mlx-lm's, with the angles of config.json. Raises UsageError if the model's file cannot compute them."""
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
         get_model_classes = bound.arguments["get_model_classes"]
@@ -82,14 +82,14 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def honoured_config(config: Mapping[str, Any], model_class: type, args_class: Any) -> dict[str, Any]:
-    """What to change in a config.json so that a file of mlx-lm that is not adapted computes the angles it asks for.
+    """Changes to a config.json that make an mlx-lm file that is not adapted compute the angles it asks for.
 
     Args:
         config: the whole object.
-        model_class, args_class: of the file.
+        model_class, args_class: the file's classes.
 
     Returns:
-        Keys in the style that the file reads; empty where it reads config.json as it is.
+        Keys in the style that the file reads; empty if it reads config.json as it is.
 
     Raises:
         UsageError: the file would compute other angles.
@@ -97,7 +97,7 @@ def honoured_config(config: Mapping[str, Any], model_class: type, args_class: An
     kind, source = str(config.get("model_type")), _source(sys.modules[model_class.__module__])
     known = {entry.name for entry in fields(args_class)} if is_dataclass(args_class) else set()
     changes = _honoured_part(kind, config, known, source)
-    if isinstance(text := config.get("text_config"), Mapping):  # of a model that sees, too
+    if isinstance(text := config.get("text_config"), Mapping):  # a vision model's language part
         read = {key for key in STYLE_4 if key in source}
         changes["text_config"] = {**text, **_honoured_part(kind, text, read, source)}
     return changes
@@ -116,7 +116,7 @@ def _honoured_part(kind: str, part: Mapping[str, Any], known: set[str], source: 
 
 
 def _source(module: ModuleType) -> str:
-    """The text of a model file, and of the files of mlx-lm that it takes models from."""
+    """The source of a model file, and of the mlx-lm files that it imports models from."""
     names = {module.__name__}
     for value in vars(module).values():
         names.add(value.__name__ if isinstance(value, ModuleType) else str(getattr(value, "__module__", "")))
@@ -127,7 +127,7 @@ def _source(module: ModuleType) -> str:
 def _check_honoured(kind: str, asked: Mapping[str, Any], source: str) -> None:
     """Refuse a rope dictionary that a file with this source does not honour.
 
-    A file honours a scaling that it names itself, as phi3 does with "longrope", or that it hands to `initialize_rope`.
+    A file honours a scaling that it names itself, as phi3 does with "longrope", or that it passes to `initialize_rope`.
     """
     rope_type = str(asked.get("rope_type") or asked.get("type") or "default")
     named = any(f"{quote}{rope_type}{quote}" in source for quote in "\"'")
@@ -139,14 +139,14 @@ def _check_honoured(kind: str, asked: Mapping[str, Any], source: str) -> None:
         takes = inspect.signature(MAKERS[rope_type.removeprefix(PREFIX)]).parameters if is_ours else asked
         unknown = [key for key in set(asked) - PLAIN_KEYS - NO_EFFECT if key not in takes and key not in source]
     else:
-        raise UsageError(f"a {kind} model of mlx-lm does not compute the angles of rope type {rope_type}")
+        raise UsageError(f"mlx-lm's {kind} model does not compute the angles of rope type {rope_type}")
     if unknown:
         names = ", ".join(sorted(unknown))
-        raise UsageError(f"a {kind} model of mlx-lm does not compute the angles that {names} of config.json asks for")
+        raise UsageError(f"mlx-lm's {kind} model does not compute the angles that {names} in config.json asks for")
 
 
 def _in_style_4(kind: str, asked: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
-    """`rope_parameters` in the keys of transformers 4, for a file that reads no others."""
+    """Translate `rope_parameters` into the keys of transformers 4, for a file that reads no others."""
     scaling = {key: value for key, value in asked.items() if key not in ("rope_theta", "partial_rotary_factor")}
     rope_type = str(scaling.pop("rope_type", None) or scaling.pop("type", None) or "default")
     changes = {key: asked[key] for key in ("rope_theta", "partial_rotary_factor") if asked.get(key) is not None}
@@ -154,7 +154,7 @@ def _in_style_4(kind: str, asked: Mapping[str, Any], known: set[str]) -> dict[st
         changes["rope_scaling"] = scaling | {"rope_type": rope_type, "type": rope_type}
     for key, value in changes.items():
         if key not in known and value != PLAIN.get(key):
-            raise UsageError(f"a {kind} model of mlx-lm does not read {key}, which config.json gives as {value!r:.80}")
+            raise UsageError(f"mlx-lm's {kind} model does not read {key}, which config.json sets to {value!r:.80}")
     return {key: value for key, value in changes.items() if key in known}
 
 
@@ -166,7 +166,7 @@ def _initialize_rope(original: Callable[..., nn.Module]) -> Callable[..., nn.Mod
         scaling_config: dict[str, Any] | None = None,
         max_position_embeddings: int | None = None,
     ) -> nn.Module:
-        """mlx-lm's, with exact angles for every scaling that is known here."""
+        """mlx-lm's, with exact angles for every scaling known here."""
         scaling = {k: v for k, v in (scaling_config or {}).items() if k not in ("rope_theta", "partial_rotary_factor")}
         rope_type = str(scaling.get("rope_type") or scaling.get("type") or "default")
         if rope_type == "default" or rope_type.removeprefix(PREFIX) not in MAKERS:

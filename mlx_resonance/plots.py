@@ -33,7 +33,7 @@ STYLE: dict[Any, Any] = {
 
 
 def plot_inspection(inspection: Inspection, path: str | Path) -> None:
-    """Three panels over the pair index: wavelength, change by rounding, feature gap before and after rounding.
+    """Plot three panels by pair index: wavelength, change by rounding, feature gap before and after rounding.
 
     Args:
         inspection: from `inspect_rope`.
@@ -76,10 +76,10 @@ def new_figure(path: str | Path, width: float, height: float, style: Mapping[Any
 def plot_posgen(
     curves: Mapping[str, Mapping[str, np.ndarray]], seed_length: int, train_length: int, path: str | Path
 ) -> None:
-    """Accuracy over the position, one panel per subtask, one line per encoding; the training length is marked.
+    """Plot accuracy by position: one panel per subtask, one line per encoding, the training length marked.
 
     Args:
-        curves: of `accuracy_curves`.
+        curves: from `accuracy_curves`.
         seed_length: digits before the first predicted one.
         train_length: digits of a training row.
         path: as of `new_figure`.
@@ -95,11 +95,11 @@ def plot_posgen(
 
 
 def posgen_curves(axis: Axes, accuracies: Mapping[str, np.ndarray], seed_length: int) -> None:
-    """A line for every encoding; rounded ones are solid, in the color of their dashed twin.
+    """Draw a line for every encoding; rounded ones are solid, in the color of their dashed twin.
 
     Args:
         axis: to draw on.
-        accuracies: by encoding, as of `accuracy_curves`.
+        accuracies: by encoding, as from `accuracy_curves`.
         seed_length: digits before the first predicted one.
     """
     colors = {"rope": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
@@ -112,7 +112,7 @@ def posgen_curves(axis: Axes, accuracies: Mapping[str, np.ndarray], seed_length:
 
 
 def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarray, path: str | Path) -> None:
-    """The share of hidden numbers that were found, by length of the prompt and depth in it.
+    """Plot the fraction of passkeys found, by prompt length and depth.
 
     Args:
         lengths, depths: of the grid, in tokens and %.
@@ -135,7 +135,7 @@ def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarra
 def plot_perplexity(
     contexts: Sequence[int], panels: Mapping[str, Mapping[str, Sequence[float] | np.ndarray]], path: str | Path
 ) -> None:
-    """Perplexity over the context, one line per rope.
+    """Plot perplexity by context, one line per rope.
 
     Args:
         contexts, panels: as of `perplexity_panels`.
@@ -159,13 +159,13 @@ def perplexity_panels(
 
 
 def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, Sequence[float] | np.ndarray]) -> None:
-    """A line for every rope; rounded ones are solid, in the color of their dashed twin.
+    """Draw a line for every rope; rounded ones are solid, in the color of their dashed twin.
 
     Args:
         axis: to draw on.
         contexts: tokens, in rising order.
-        curves: by name of the rope, after the model's where there are several; shape (contexts,), or (seeds, contexts):
-            then the line is the mean, and a band spans the seeds.
+        curves: by name of the rope, after the model's if there are several; shape (contexts,), or (seeds, contexts) for
+            a line of means with a band that spans the seeds.
     """
     colors = {"default": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
     twins = dict.fromkeys(name.replace("resonance_", "") for name in curves)
@@ -200,14 +200,14 @@ def gap_panel(axis: Axes, gaps: Mapping[str, Float64Array]) -> None:
 
 
 def legend_below(figure: Figure, columns: int) -> None:
-    """One legend for all panels, with each name once."""
+    """Draw one legend for all panels, with each name once."""
     found = [axis.get_legend_handles_labels() for axis in figure.axes]
     lines = {name: line for lines, names in found for line, name in zip(lines, names, strict=True)}
     figure.legend(list(lines.values()), list(lines), loc="outside lower center", ncols=columns)
 
 
 def image_path(path: str | Path) -> Path:
-    """A path that a figure can be written to. Raises UsageError where matplotlib does not write its format."""
+    """A path that a figure can be written to. Raises UsageError if matplotlib cannot write its format."""
     path = Path(path)
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in formats:

@@ -20,8 +20,8 @@ class ResonanceRoPE(nn.Module):
     """Rotate queries and keys by position, with angles exact to float32 at every position below 2³¹.
 
     Args:
-        frequencies: the wavelengths and the attention scale; or a function of the sequence length that gives them,
-            where they change with it (dynamic NTK, LongRoPE).
+        frequencies: the wavelengths and the attention scale; or, if they change with the sequence length (dynamic NTK,
+            LongRoPE), a function that returns them for a length.
         traditional: pairs are neighbours (2i, 2i + 1) instead of (i, i + dims / 2).
 
     Raises:
@@ -46,7 +46,7 @@ class ResonanceRoPE(nn.Module):
 
     @property
     def frequencies(self) -> RotaryFrequencies:
-        """The frequencies in use: those of the last call, where they change with the length."""
+        """The frequencies in use: those of the last call if they change with the length."""
         return self._frequencies
 
     @property
@@ -56,12 +56,12 @@ class ResonanceRoPE(nn.Module):
 
     @property
     def shared(self) -> Angles | None:
-        """The angles of the step that is being computed, within `sharing`."""
+        """The angles of the current step, inside `sharing`."""
         return self._step.angles
 
     @contextmanager
     def sharing(self, length: int, offset: int | mx.array) -> Iterator[None]:
-        """Within it, `shared` holds the angles of a step, computed once for all layers: arguments as of `angles`."""
+        """Let `shared` hold the angles of a step, computed once for all layers; arguments as in `angles`."""
         before, self._step.angles = self._step.angles, self.angles(length, offset)
         try:
             yield
@@ -73,9 +73,9 @@ class ResonanceRoPE(nn.Module):
         return f"{self.dims}, traditional={self.traditional}, resonant={self.frequencies.is_resonant}, scale={scale}"
 
     def expect(self, length: int) -> None:
-        """Choose frequencies that change with the length for at least `length` tokens from now on.
+        """From now on, choose frequencies that change with the length for at least `length` tokens.
 
-        For a prompt that is read in chunks: all its keys then turn alike, as if it were read in one pass.
+        For a prompt that is read in chunks: all its keys then rotate alike, as if it were read in one pass.
         """
         self._expected_length = length
 
@@ -85,13 +85,13 @@ class ResonanceRoPE(nn.Module):
         Args:
             length: number of tokens, L.
             offset: position of the first token, an int in [0, 2³¹ - L] or an integer array of shape () or (B,), whose
-                values are taken as int32 and not looked at.
+                values are cast to int32 and not checked.
 
         Returns:
             What `rotate` takes: the offset, the constants, and on a CPU a table of cosines and sines.
 
         Raises:
-            UsageError: an int out of range, or an array not of an integer type or of another shape.
+            UsageError: an int is out of range, or an array has another type or shape.
         """
         if isinstance(offset, mx.array):
             if offset.ndim > 1 or not mx.issubdtype(offset.dtype, mx.integer):
@@ -117,7 +117,7 @@ class ResonanceRoPE(nn.Module):
             offset: position of the first token, an int or an integer array of shape () or (B,), B the first axis of x.
 
         Returns:
-            x rotated, same shape and type.
+            The rotated x, of the same shape and type.
 
         Raises:
             UsageError: x has fewer than dims features or no axis for L, or the offset is wrong.
@@ -139,10 +139,10 @@ class ResonanceRoPE(nn.Module):
             q: queries, shape (B, H, L, D).
             k: keys, shape (B, H_kv, L, D).
             offset: position of the first token, an int or an integer array of shape () or (B,).
-            angles: from `angles(L, offset)`, where a model computes them once for all layers; offset is not used then.
+            angles: from `angles(L, offset)`, if a model computes them once for all layers; offset is then ignored.
 
         Returns:
-            q and k rotated, shapes and types as they came.
+            The rotated q and k, of the same shapes and types.
 
         Raises:
             UsageError: a shape or the offset is wrong.
@@ -182,7 +182,7 @@ class _Step:
 
 
 def expect(model: nn.Module, length: int) -> None:
-    """Have every `ResonanceRoPE` of a model expect a text of `length` tokens: see its method."""
+    """Make every `ResonanceRoPE` of a model expect a text of `length` tokens: see its method."""
     for module in model.modules():
         if isinstance(module, ResonanceRoPE):
             module.expect(length)

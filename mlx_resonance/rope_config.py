@@ -35,12 +35,12 @@ MAKERS: Mapping[str, Callable[..., RotaryFrequencies]] = MappingProxyType(
         "longrope": longrope_frequencies,
     }
 )
-NOT_IN_ROPE_DICT = {"dims", "base", "seq_len", "max_position_embeddings"}  # these stand elsewhere in config.json
+NOT_IN_ROPE_DICT = {"dims", "base", "seq_len", "max_position_embeddings"}  # these are elsewhere in config.json
 LONGEST = 2**31  # tokens
 WIDEST = 2**16  # features of a head
-LARGEST = 1e15  # of any number in config.json; JSON has NaN, infinities and 10**400
+LARGEST = 1e15  # for any number in config.json; JSON may hold NaN, infinities and 10**400
 NO_EFFECT = {"finetuned"}  # written by the YaRN authors' code; changes no angle
-# Their files state the context before scaling or after it, and nothing else that tells which.
+# Their files may state the context before or after scaling; only original_max_position_embeddings tells which.
 TOLD_APART_BY_ORIGINAL = {"linear", "ntk"}
 LISTS, INTEGERS, BOOLEANS = (
     {"short_factor", "long_factor"},
@@ -51,18 +51,18 @@ LISTS, INTEGERS, BOOLEANS = (
 
 @dataclass(frozen=True)
 class RopeConfig:
-    """Which rotary embedding a checkpoint uses. Every value is checked when the object is made.
+    """The rotary embedding that a checkpoint uses. Every value is checked when the object is made.
 
     Args:
-        dims: number of rotated features of a head, even.
-        rope_type: a key of `MAKERS`, after `resonance_` where the wavelengths are rounded.
+        dims: number of rotated features per head, even.
+        rope_type: a key of `MAKERS`, with the prefix `resonance_` if the wavelengths are rounded.
         base: `rope_theta`.
         max_position_embeddings: tokens of context, scaling included; None if config.json does not say.
         parameters: the type's own keys (`factor`, `beta_fast`, …).
-        partial_rotary_factor: the part of a head's features that `dims` is.
+        partial_rotary_factor: `dims` as a fraction of a head's features.
 
     Raises:
-        UsageError: an unknown type, a key that the type does not know or lacks, or a value out of range.
+        UsageError: the type is unknown, a key is unknown to it or missing, or a value is out of range.
     """
 
     dims: int
@@ -76,7 +76,9 @@ class RopeConfig:
         object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
         if not isinstance(self.rope_type, str) or self.base_type not in MAKERS:
             known = ", ".join(MAKERS)
-            raise UsageError(f"[RopeConfig] unknown rope_type {self.rope_type!r}; known: {known}, each also {PREFIX}…")
+            raise UsageError(
+                f"[RopeConfig] unknown rope_type {self.rope_type!r}; known: {known}, each also as {PREFIX}…"
+            )
         if self.dims > WIDEST:
             raise UsageError(f"[RopeConfig] dims (head_dim) must be at most {WIDEST}, got {self.dims}")
         arguments = inspect.signature(self._maker).parameters
@@ -88,7 +90,8 @@ class RopeConfig:
             if key not in keys:
                 takes = ", ".join(keys) or "no keys"
                 raise UsageError(
-                    f"[RopeConfig] {key} = {value!r} means nothing to rope_type {self.rope_type!r}, which takes {takes}"
+                    f"[RopeConfig] {key} = {value!r} does not apply to rope_type {self.rope_type!r}, "
+                    f"which takes {takes}"
                 )
             _check_kind(key, value)
         _check_kind("rope_theta", self.base)
@@ -113,7 +116,7 @@ class RopeConfig:
             self.frequencies(seq_len)  # the maker checks the ranges
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """For copy and pickle, which do not know mappingproxy."""
+        """For copy and pickle, which do not support mappingproxy."""
         values = [getattr(self, entry.name) for entry in fields(self)]
         return RopeConfig, tuple(dict(value) if isinstance(value, Mapping) else value for value in values)
 
@@ -134,15 +137,15 @@ class RopeConfig:
 
     @property
     def trained_length(self) -> int | None:
-        """Tokens of context before scaling, as far as config.json tells."""
+        """Tokens of context before scaling; None if config.json does not state it."""
         unsaid = None if self.base_type in TOLD_APART_BY_ORIGINAL else self.max_position_embeddings
         return self.parameters.get("original_max_position_embeddings", unsaid)
 
     @property
     def context_length(self) -> int | None:
-        """Tokens of context the checkpoint is meant for, scaling included, as far as config.json tells."""
+        """Tokens of context the checkpoint is meant for, scaling included; None if config.json does not state it."""
         lengths = [self.max_position_embeddings]
-        # Most files state the scaled length; Qwen's yarn and every dynamic one the length before scaling.
+        # Most files state the scaled length; Qwen's yarn files and all dynamic ones state the length before scaling.
         if self.base_type in ("yarn", "dynamic") and self.trained_length is not None:
             lengths.append(int(self.trained_length * self.parameters["factor"]))
         return max((length for length in lengths if length is not None), default=None)
@@ -170,7 +173,7 @@ class RopeConfig:
 
         Args:
             config: the whole object. Style 4 has `rope_theta` and `rope_scaling` (its type under `rope_type` or
-                `type`), style 5 has `rope_parameters`; where both stand they must agree.
+                `type`), style 5 has `rope_parameters`; if it has both, they must agree.
 
         Raises:
             UsageError: a key is missing, unknown, contradictory or out of range.
@@ -184,7 +187,7 @@ class RopeConfig:
         part = 1.0 if part is None else part
         _check_kind("partial_rotary_factor", part)
         if not 0 < part <= 1:
-            raise UsageError(f"[RopeConfig] partial_rotary_factor must lie in (0, 1], got {part}")
+            raise UsageError(f"[RopeConfig] partial_rotary_factor must be in (0, 1], got {part}")
         original = "original_max_position_embeddings"
         if config.get(original) is not None and rope_type != "default":  # Phi-3 keeps it beside the dict
             scaling[original] = _agreed(original, config[original], scaling.get(original))
@@ -200,17 +203,17 @@ class RopeConfig:
     def to_hf(self, style: str = "4") -> dict[str, Any]:
         """The rope part of a config.json.
 
-        A resonance type is written under `rope_scaling` in both styles: stock mlx-lm reads nothing else, and so
-        refuses the type instead of running with plain angles.
+        A resonance type is written under `rope_scaling` in both styles: that is all stock mlx-lm reads, so it refuses
+        the type instead of running with plain angles.
 
         Args:
             style: "4" for `rope_theta` and `rope_scaling`, "5" for `rope_parameters`.
 
         Returns:
-            The keys to put into the whole object; `from_hf` of that object gives an equal RopeConfig.
+            The keys to put into the whole object, from which `from_hf` reads an equal RopeConfig.
 
         Raises:
-            UsageError: another style.
+            UsageError: the style is unknown.
         """
         if style not in ("4", "5"):
             raise UsageError(f'[RopeConfig] style must be "4" or "5", got {style!r}')
@@ -230,7 +233,7 @@ class RopeConfig:
 
 
 def _rope_dict(config: Mapping[str, Any]) -> dict[str, Any]:
-    """`rope_scaling` or `rope_parameters`, flat; a copy."""
+    """A copy of `rope_scaling` and `rope_parameters`, merged."""
     found = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None}
     for key, value in found.items():
         if not isinstance(value, Mapping):
@@ -265,7 +268,7 @@ def _agreed(key: str, one: Any, other: Any) -> Any:
 
 
 def _check_kind(key: str, value: Any, kind: type | tuple[type, ...] | None = None) -> None:
-    """Raise where JSON holds another kind of value than the key has."""
+    """Raise UsageError if the value is of the wrong kind for its key."""
     if kind is None:
         kind = list if key in LISTS else bool if key in BOOLEANS else int if key in INTEGERS else (int, float)
     wanted = {list: "a list of numbers", bool: "true or false", int: "an integer"}.get(kind, "a number")  # type: ignore[arg-type]

@@ -20,20 +20,20 @@ TYPES = {str: "a string", list: "a list of strings", int: "an integer", float: "
 class RunLog:
     """Results as JSON lines, one whole line at a time: a killed run resumes from them, a later one adds to them.
 
-    The first line is the header: `{kind: 1, …}` with what a reader wants to know and the settings that all results
-    have in common. Each further line is a result. A last line without its end, which a killed run left, is dropped.
+    The first line is the header: `{kind: 1, …}` with information for the reader and the settings that all results
+    share. Each further line is a result. An unfinished last line, left by a killed run, is dropped.
 
     Args:
-        path: the file; it is made, with its folder, if it does not exist.
-        kind: what the results are of.
-        settings: compared with the header of an existing file: what else than the key decides a result.
+        path: the file; it is created, with its folder, if it does not exist.
+        kind: what kind of results the file holds.
+        settings: what a result depends on besides its key; compared with the header of an existing file.
         about: written to a new header and never compared, such as the model's name.
         key: the fields that identify a result.
-        fields: the type of each field that every result must have; the key is always checked to be there.
+        fields: the types of the fields that every result must have; the key's fields are always required.
         option: the parameter that names the file, for errors.
 
     Raises:
-        UsageError: the file is of another kind or of other settings, both values of the first difference are named; or
+        UsageError: the file has another kind or other settings, and both values of the first difference are named; or
             a line is not a result.
         FileInTheWayError: `path` is a folder or a device.
     """
@@ -93,15 +93,15 @@ class RunLog:
 
     @property
     def records(self) -> list[Record]:
-        """All results, each key once: the last line of a key counts."""
+        """All results, one for each key: the last line with a key counts."""
         return list(self._records.values())
 
     def find(self, *key: Any, **same: Any) -> Record | None:
-        """The result with a key, if the log has it.
+        """The result with a key, or None.
 
         Args:
             key: the values of the fields that identify it.
-            same: further fields that it must have with these values, such as the digest of the question.
+            same: values that further fields of it must have, such as the digest of the question.
 
         Raises:
             UsageError: one of those differs; both values are named.
@@ -117,7 +117,7 @@ class RunLog:
         """Add results in one write; they are on the disk before this returns.
 
         Raises:
-            OSError: the disk is full, or another fault of it; the file is as before.
+            OSError: the disk is full or fails; the file is as before.
         """
         with open(self.path, "ab", buffering=0) as file, _locked(file):
             _write(file, b"".join(map(_line, records)))
@@ -127,12 +127,12 @@ class RunLog:
         return tuple(record[name] for name in self.key)
 
     def _refuse_foreign_end(self, end: bytes, has_header: bool) -> None:
-        """A last line without its end is ours if it begins as ours do: a file of somebody else is not cut."""
+        """Refuse an unfinished last line that does not begin as ours do: we truncate nobody else's file."""
         start = b'{"' if has_header else _line({self.kind: 1})[:-2]
         if end and not (end.startswith(start) or start.startswith(end)):
             raise not_a_run_log(self.path, self.kind, "its last line is not JSON", self.option)
 
-    def _compare(self, name: str, found: Any, wanted: Any, what: str = "results of other settings") -> None:
+    def _compare(self, name: str, found: Any, wanted: Any, what: str = "results with other settings") -> None:
         if found != wanted:
             name, found, wanted = _difference(name, found, wanted)
             raise UsageError(
@@ -142,7 +142,7 @@ class RunLog:
 
 
 def read_run_log(path: Path, kind: str, option: str = "output") -> tuple[Record, list[Record]]:
-    """The header and the results of a run log, of any settings. A last line without its end is not counted.
+    """Read the header and the results of a run log, whatever its settings. An unfinished last line is ignored.
 
     Raises:
         MissingFileError: there is no such file.
@@ -174,21 +174,21 @@ def _parse(path: Path, kind: str, content: bytes, option: str) -> tuple[Record, 
 
 def not_a_run_log(path: Path, kind: str, why: str, option: str = "output") -> UsageError:
     """The error for a file that holds something else."""
-    return UsageError(f"{path} is not a file of {kind} results: {why}", remedies=[{option: ANOTHER}])
+    return UsageError(f"{path} is not a run log of {kind} results: {why}", remedies=[{option: ANOTHER}])
 
 
 def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
-    """The number, from 1 on, and the value of each line of a JSON-lines file that is not blank.
+    """The number (from 1) and the value of each line of a JSON-lines file, except blank ones.
 
     Raises:
-        UsageError: a line is not UTF-8, or not JSON; its number is named.
+        UsageError: a line is not UTF-8 or not JSON; its number is named.
     """
     with path.open("rb") as file:
         for number, data in enumerate(file, 1):
             if data.strip():
                 where = f"{path}, line {number}"
                 try:
-                    value = json.loads(data.decode("utf-8-sig"))  # Windows' editors put a mark before the first line
+                    value = json.loads(data.decode("utf-8-sig"))  # Windows editors write a byte-order mark
                 except UnicodeDecodeError as error:
                     raise UsageError(f"{where} is not UTF-8 text: {error}") from None
                 except (ValueError, RecursionError) as error:  # a number of 5000 digits is not a JSONDecodeError
@@ -197,17 +197,17 @@ def json_lines(path: Path) -> Iterator[tuple[int, Any]]:
 
 
 def check_field(where: str, entry: Any, name: str, wanted: type, option: str | None = None) -> Any:
-    """The value that an object has under a name.
+    """The value of an object's field.
 
     Args:
         where: the object's place, for errors.
-        entry: of a file.
-        name: the field's.
-        wanted: its type; list for a list of strings that is not empty.
+        entry: the object, as read from a file.
+        name: the field's name.
+        wanted: its type; list means a list of strings that is not empty.
         option: the parameter that names the file, for errors.
 
     Raises:
-        UsageError: it is missing or of another type, or the entry is not an object.
+        UsageError: the field is missing or has another type, or the entry is not an object.
     """
     value = entry.get(name) if isinstance(entry, dict) else None
     if not _is(value, wanted):
@@ -218,14 +218,14 @@ def check_field(where: str, entry: Any, name: str, wanted: type, option: str | N
 def _is(value: Any, wanted: type) -> bool:
     if wanted is list:
         return isinstance(value, list) and value != [] and all(_is(part, str) for part in value)
-    if wanted is str:  # JSON has escapes for halves of characters, which no tokenizer takes
+    if wanted is str:  # JSON can escape lone surrogates, which no tokenizer accepts
         return isinstance(value, str) and not any("\ud800" <= character <= "\udfff" for character in value)
     return type(value) is wanted
 
 
 @contextlib.contextmanager
 def _locked(file: Any) -> Iterator[None]:
-    """An exclusive lock, which the kernel drops with the process. Not every file system has locks: then without."""
+    """Hold an exclusive lock, which the kernel drops with the process; none on file systems without locks."""
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX)
     yield  # closing the file unlocks it
@@ -234,7 +234,7 @@ def _locked(file: Any) -> Iterator[None]:
 def _line(record: Mapping[str, Any]) -> bytes:
     try:
         return (json.dumps(record, allow_nan=False, ensure_ascii=False) + "\n").encode()
-    except UnicodeEncodeError:  # half of a character
+    except UnicodeEncodeError:  # a lone surrogate
         return (json.dumps(record, allow_nan=False) + "\n").encode()
 
 
@@ -243,17 +243,17 @@ def _write(file: Any, data: bytes) -> None:
     size = os.fstat(file.fileno()).st_size
     try:
         written = file.write(data)
-        while written < len(data):  # a full disk takes a part first
+        while written < len(data):  # a full disk may accept a part first
             written += file.write(data[written:])
         os.fsync(file.fileno())
     except OSError:
-        with contextlib.suppress(OSError):  # what cannot be cut either: the first error is the cause
+        with contextlib.suppress(OSError):  # truncating may fail too: the first error is the cause
             file.truncate(size)
         raise
 
 
 def _difference(name: str, found: Any, wanted: Any) -> tuple[str, Any, Any]:
-    """The first difference of two values, inside objects."""
+    """The first difference between two values, looking inside objects."""
     if isinstance(found, dict) and isinstance(wanted, dict):
         for key in {**found, **wanted}:
             if found.get(key) != wanted.get(key):

@@ -12,7 +12,7 @@ import numpy as np
 from .errors import UsageError
 from .rope_config import LONGEST, MAKERS, PREFIX, RopeConfig
 
-# With these three numbers alone; llama3 and longrope need parameters that belong to one trained checkpoint.
+# A factor and the original context define these; llama3 and longrope need parameters of one trained checkpoint.
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")
 
 
@@ -24,8 +24,8 @@ def new_rope(
     Args:
         source: the checkpoint's own settings.
         rope: the new scaling, one of `SCALINGS`; None keeps the source's.
-        factor: how many times the context grows.
-        original: tokens of context before scaling; None for what the source says.
+        factor: the factor by which the context grows.
+        original: tokens of context before scaling; None for the source's.
         resonance: round the wavelengths.
 
     Raises:
@@ -42,8 +42,8 @@ def new_rope(
         raise UsageError(f"rope must be one of {', '.join(SCALINGS)}, got {rope!r}{more}", option="rope")
     if source.base_type != "default" and not (source.base_type == rope and rope in ("yarn", "dynamic")):
         raise UsageError(
-            f"the checkpoint was trained with rope type {source.base_type}, which {rope} would replace: without a new "
-            "scaling its wavelengths can be rounded",
+            f"the checkpoint was trained with rope type {source.base_type}, which {rope} would replace: its "
+            "wavelengths can be rounded without a new scaling",
             option="rope",
         )
     if factor is None:
@@ -53,7 +53,7 @@ def new_rope(
     original = original if original is not None else source.trained_length
     if original is None:
         raise UsageError(
-            "config.json does not say the context before scaling",
+            "config.json does not state the context before scaling",
             remedies=[{"original_max_position_embeddings": None}],
         )
     if original < 1:
@@ -76,49 +76,48 @@ def named_rope(source: RopeConfig, name: str, factor: float | None, original: in
 
     Args:
         source: its own.
-        name: `default` for no scaling, or one of `SCALINGS`; after `resonance_` the wavelengths are rounded.
-        factor, original: of a scaling, as in `new_rope`.
+        name: `default` for no scaling, or one of `SCALINGS`; with the prefix `resonance_`, the wavelengths are rounded.
+        factor, original: the scaling's, as in `new_rope`.
 
     Raises:
-        UsageError: another name, or as `new_rope`.
+        UsageError: the name is unknown, or as in `new_rope`.
     """
     base = name.removeprefix(PREFIX)
     if base not in ("default", *SCALINGS):
         known = ", ".join(("default", *SCALINGS))
-        raise UsageError(f"rope must be one of {known}, each also {PREFIX}…, got {name!r}", option="rope")
+        raise UsageError(f"rope must be one of {known}, each also as {PREFIX}…, got {name!r}", option="rope")
     if base == "default":
         return with_scaling(source, name, {}, source.trained_length)
     return new_rope(source, base, factor, original, name != base)
 
 
 def with_scaling(source: RopeConfig, rope_type: str, parameters: Mapping[str, Any], length: int | None) -> RopeConfig:
-    """Other settings for the same heads: rope type, its parameters, and `max_position_embeddings`."""
+    """Settings for the same heads with another rope type, its parameters, and `max_position_embeddings`."""
     return replace(source, rope_type=rope_type, parameters=parameters, max_position_embeddings=length)
 
 
 def largest_shift(rope: RopeConfig) -> float:
-    """By how much rounding changes the wavelength that it changes most, as a part of it; 0 where nothing is rounded."""
+    """The largest relative change of a wavelength by rounding; 0 if nothing is rounded."""
     if not rope.is_resonant:
         return 0.0
     return float(np.max(rope.unrounded_frequencies().angle_shift()))
 
 
 def rescale(source: RopeConfig, factor: float) -> RopeConfig:
-    """The settings for `factor` times the context before scaling, of the same type; of a checkpoint without scaling
-    Resonance-YaRN's.
+    """Settings of the same type for `factor` times the context before scaling; Resonance-YaRN if there was no scaling.
 
     Raises:
-        UsageError: its type has no such factor, or config.json does not tell the context before scaling.
+        UsageError: the type has no such factor, or config.json does not state the context before scaling.
     """
     if source.base_type == "default":
         return new_rope(source, "yarn", factor, None, True)
     if source.base_type not in SCALINGS:
         raise UsageError(
-            f"rope type {source.base_type} belongs to one trained length: it has no factor", option="factor"
+            f"rope type {source.base_type} belongs to one trained length and has no factor", option="factor"
         )
     if source.trained_length is None:
         raise UsageError(
-            "config.json does not tell the context before scaling: it needs original_max_position_embeddings",
+            "config.json does not state the context before scaling: it needs original_max_position_embeddings",
             option="factor",
         )
     plain = with_scaling(source, "default", {}, source.trained_length)
@@ -126,7 +125,7 @@ def rescale(source: RopeConfig, factor: float) -> RopeConfig:
 
 
 def factor_for(source: RopeConfig, tokens: int) -> int | None:
-    """The smallest whole factor whose context holds that many tokens; None where the type has no factor."""
+    """The smallest integer factor whose context holds `tokens`; None if the type has no factor."""
     if source.trained_length is None or source.base_type not in ("default", *SCALINGS):
         return None
     return math.ceil(tokens / source.trained_length)
@@ -138,7 +137,7 @@ def check_context(rope: RopeConfig, tokens: int, what: str = "") -> None:
     Args:
         rope: the settings in use.
         tokens: of prompt and answer together.
-        what: the tokens in words; empty for their number.
+        what: the tokens in words; empty for just their number.
 
     Raises:
         UsageError: they exceed the context; the factor that would cover them is a remedy.

@@ -1,4 +1,4 @@
-"""Sizes of memory and of files as people write and read them, in powers of ten."""
+"""Sizes of memory and files as people write them, in powers of ten."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 
 
 def parse_size(text: str, option: str) -> int:
-    """Bytes of `5GB`, `500MB` … Raises UsageError, about `option`, for anything else."""
+    """Parse `5GB`, `500MB`, … into bytes. Raises UsageError about `option` for anything else."""
     found = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) ?(KB|MB|GB|TB)", text.strip().upper())
     if found is None or float(found[1]) == 0:
         raise UsageError(f"{option} must be a size such as 500MB or 5GB, got {text!r}", option=option)
@@ -18,5 +18,5 @@ def parse_size(text: str, option: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """Bytes as a person reads them, such as 3.25 GB or 118 MB."""
+    """Format bytes for people, e.g. 3.25 GB or 118 MB."""
     return f"{size / 1e9:.3g} GB" if abs(size) >= 1e9 else f"{size / 1e6:.3g} MB"

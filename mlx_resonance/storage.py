@@ -22,7 +22,7 @@ SPECIAL_FILES = {
 
 @contextlib.contextmanager
 def atomic_file(path: Path) -> Iterator[Path]:
-    """Within it, a temporary name beside `path` to write to: renamed to `path` at the end, deleted after an error."""
+    """Provide a temporary name beside `path` to write to: renamed to `path` at the end, deleted after an error."""
     partial = partial_name(path)
     try:
         yield partial
@@ -39,7 +39,7 @@ def partial_name(path: Path) -> Path:
 
 @contextlib.contextmanager
 def disk_errors(path: Path) -> Iterator[None]:
-    """Within it, what MLX raises where `path` cannot be written becomes an OSError of one line."""
+    """Turn what MLX raises when `path` cannot be written into an OSError of one line."""
     try:
         yield
     except RuntimeError as error:
@@ -50,28 +50,26 @@ def disk_errors(path: Path) -> Iterator[None]:
 
 
 def check_new_folder(target: Path) -> None:
-    """Refuse a name that the folder of a new checkpoint cannot have.
+    """Refuse a path that a new checkpoint's folder cannot have.
 
     Raises:
-        UsageError: mlx-lm would not find files in it.
+        UsageError: mlx-lm would find no files in it.
         FileInTheWayError: it exists.
     """
     if glob.escape(str(target)) != str(target):
-        raise UsageError(
-            f"{target}: mlx-lm does not find files in a folder with any of *?[ in its name", option="mlx_path"
-        )
+        raise UsageError(f"{target}: mlx-lm finds no files in a folder with any of *?[ in its name", option="mlx_path")
     if os.path.lexists(target):
         raise FileInTheWayError(f"{target} exists", remedies=[{"mlx_path": ANOTHER}])
 
 
 @contextlib.contextmanager
 def atomic_folder(target: Path, result: str = "") -> Iterator[Path]:
-    """Within it, OUT.partial to work in, locked against other runs. After an error it stays, for a later run to resume.
+    """Provide OUT.partial to work in, locked against other runs; after an error it stays, for a later run to resume.
 
     Args:
         target: OUT, the folder to make.
-        result: the name of a folder in OUT.partial that becomes OUT at the end, while the rest is deleted; empty: all
-            of OUT.partial becomes OUT.
+        result: the name of a folder in OUT.partial that becomes OUT at the end, while the rest is deleted; if empty,
+            all of OUT.partial becomes OUT.
 
     Raises:
         FileInTheWayError: the target exists, another run holds the lock, or OUT.partial is not a folder.
@@ -129,7 +127,7 @@ def check_output(path: Path, option: str = "output") -> None:
 
     Raises:
         FileInTheWayError: it is a folder, a device, a pipe or a socket.
-        NotADirectoryError, PermissionError: the folder that it is to lie in cannot be written.
+        NotADirectoryError, PermissionError: its parent folder cannot be written to.
     """
     if path.exists():
         mode = path.stat().st_mode

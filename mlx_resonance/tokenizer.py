@@ -1,4 +1,4 @@
-"""A checkpoint's tokenizer: which files it is made of, and how it is loaded."""
+"""A checkpoint's tokenizer: which files it consists of, and how to load it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def tokenizer_files(folder: Path) -> list[Path]:
     """Tokenizer, chat templates and generation defaults. Raises UsageError for a link out of the folder."""
     patterns = [*TOKENIZER_PATTERNS, "additional_chat_templates/*"]
     names = {path.relative_to(folder).as_posix() for pattern in patterns for path in folder.glob(pattern)}
-    names -= {"config.json", "conversion.json"}  # the latter says how other weights were made
+    names -= {"config.json", "conversion.json"}  # the latter records how other weights were made
     names = {name for name in names if not name.endswith(".index.json") and (folder / name).is_file()}
     return [file_of(folder, name) for name in sorted(names)]
 
@@ -41,12 +41,12 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 
 
 def load_tokenizer(folder: Path, config: Mapping[str, Any]) -> TokenizerWrapper:
-    """The tokenizer of a folder, in mlx-lm's wrapper. Raises MissingFileError where there is none."""
+    """Load the tokenizer of a folder, in mlx-lm's wrapper. Raises MissingFileError if there is none."""
     import mlx_lm.utils
 
     if not has_tokenizer(folder):
         raise MissingFileError(f"{folder} has no tokenizer: expected one of {', '.join(TOKENIZERS)}")
-    # It reads config.json too, and would warn of a rope type that it does not know but never uses.
+    # transformers reads config.json too, and would warn about a rope type that it does not know and never uses.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     generation = read_json(folder / "generation_config.json") if (folder / "generation_config.json").is_file() else {}
     eos = generation.get("eos_token_id") or config.get("eos_token_id")

@@ -28,7 +28,7 @@ def warmup_linear(peak: float, steps: int, warmup_steps: int) -> Schedule:
     Args:
         peak: the highest learning rate.
         steps: total number of steps.
-        warmup_steps: number of steps of the rise, fewer than `steps`.
+        warmup_steps: number of steps that the rate rises for, fewer than `steps`.
 
     Returns:
         A schedule for any `mlx.optimizers` optimizer: step number to learning rate.
@@ -36,7 +36,7 @@ def warmup_linear(peak: float, steps: int, warmup_steps: int) -> Schedule:
     Raises:
         UsageError: `warmup_steps` is not in [0, steps).
 
-    Source: jquesnelle/yarn `finetune.py`, get_linear_schedule_with_warmup; its DeepSpeed settings have WarmupDecayLR.
+    Source: jquesnelle/yarn `finetune.py`, get_linear_schedule_with_warmup; its DeepSpeed settings use WarmupDecayLR.
     """
     check_option("warmup_steps", 0 <= warmup_steps < steps, f"in [0, {steps})", warmup_steps)
     fall = optim.linear_schedule(peak, 0.0, steps - warmup_steps)
@@ -50,10 +50,10 @@ def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0
     """A value that rises from `start` to `peak` and falls to `end`, along half a cosine each.
 
     Args:
-        start, peak, end: the values at the first step, at the turn, at the last step. Without a rise of more than one
-            step, the value starts at `peak`.
+        start, peak, end: the values at the first step, at the turn, at the last step. If the rise takes no more than
+            one step, the value starts at `peak`.
         steps: total number of steps.
-        rise: the part of the steps before the turn, below 1.
+        rise: the fraction of the steps before the turn, below 1.
 
     Returns:
         A schedule: step number to value.
@@ -74,7 +74,7 @@ def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0
 
 
 class OneCycleAdamW(optim.AdamW):
-    """AdamW under torch's one-cycle policy: while the learning rate rises, the momentum beta_1 falls, and back.
+    """AdamW under torch's one-cycle policy: the learning rate rises and falls while momentum beta_1 falls and rises.
 
     Args:
         peak: the highest learning rate; the first is a 25th of it, the last a 250 000th.
@@ -101,7 +101,7 @@ class OneCycleAdamW(optim.AdamW):
 def save_checkpoint(
     path: Path, step: int, model: nn.Module, optimizer: optim.Optimizer, carried: Mapping[str, mx.array] | None = None
 ) -> None:
-    """Write atomically what the next step depends on: weights, optimizer state, step number.
+    """Atomically write what the next step depends on: weights, optimizer state, step number.
 
     Args:
         path: a `.safetensors` file.
@@ -110,7 +110,7 @@ def save_checkpoint(
         carried: other arrays that belong to the run.
 
     Raises:
-        OSError: the file cannot be written, e.g. because the disk is full; an older one stays as it was.
+        OSError: the file cannot be written, e.g. because the disk is full; an older file stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     arrays = _state(model, optimizer, carried)
@@ -124,7 +124,7 @@ def load_checkpoint(
     """Restore what `save_checkpoint` wrote, `carried` in place.
 
     Returns:
-        The number of steps done.
+        The number of completed steps.
 
     Raises:
         UsageError: the file is damaged, or belongs to another model or optimizer.
@@ -176,19 +176,19 @@ def train(
         optimizer: an `mlx.optimizers` optimizer, its schedules counting steps.
         loss: `loss(model, *batch)`, a scalar.
         batch: the arrays of one step, by step number from 0.
-        steps: total number of steps, those before a resume included.
+        steps: total number of steps, including those before a resume.
         seed: MLX's random state at step n is a function of this and n (dropout, sampling inside the loss).
         checkpoint: a `.safetensors` file to write and to resume from; None writes none.
         checkpoint_every: steps between two checkpoints; the last step always writes one.
         max_grad_norm: gradients are scaled down to this global norm; None leaves them.
-        on_step: called after every step with the number of steps done and the step's loss, before a checkpoint.
+        on_step: called after every step, before a checkpoint, with the number of completed steps and the step's loss.
         carried: arrays that belong to the run, such as the best weights so far. Checkpoints keep them; `on_step` may
-            replace them by others of the same shape.
+            replace them with others of the same shape.
         accumulate: number of equal parts that a batch is split into along its first axis. They pass through the model
             one after another; loss and gradients are the means over them.
 
     Raises:
-        UsageError: `accumulate` does not divide a batch, or the checkpoint is not of this run.
+        UsageError: `accumulate` does not divide a batch, or the checkpoint belongs to another run.
         FloatingPointError: the loss became NaN or infinite.
     """
     optimizer.init(model.trainable_parameters())

@@ -1,4 +1,4 @@
-"""Validation of a checkpoint: its config.json against the names of its tensors, before any weight is read."""
+"""Check a checkpoint's config.json against the names of its tensors, before any weight is read."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from .rope_config import RopeConfig
 if TYPE_CHECKING:
     import mlx.nn as nn
 
-# model_type in config.json, and the model file of mlx-lm that runs it.
+# Each model_type in config.json, and mlx-lm's model file that runs it.
 SUPPORTED: Mapping[str, str] = {
     "llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3", "granite": "granite",
     "smollm3": "smollm3",
 }  # fmt: skip
-# mlx-lm's modes, the bits and the group sizes of each.
+# mlx-lm's quantization modes, each with its bits and group sizes.
 QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "affine": ((2, 3, 4, 5, 6, 8), (32, 64, 128)),
     "mxfp4": ((4,), (32,)),
@@ -34,29 +34,29 @@ COUNTS = {
 
 
 def check_config(config: dict[str, Any], tensors: Collection[str] | None) -> dict[str, Any]:
-    """Compare config.json with what a model needs, and with the names of the tensors.
+    """Check config.json against what a model needs, and against the names of the tensors.
 
     Args:
         config: the whole object.
-        tensors: names; None where the weights are not at hand, and only config.json is checked.
+        tensors: their names; None to check config.json alone, without the weights.
 
     Returns:
-        config, with `tie_word_embeddings` as the weights have it where it does not say.
+        config, with `tie_word_embeddings` taken from the weights if it is missing.
 
     Raises:
-        UsageError: it cannot be right.
+        UsageError: config.json cannot be right.
     """
     kind = config["model_type"]
     if kind not in SUPPORTED:
-        raise UsageError(f"model_type {kind!r}: supported are {', '.join(SUPPORTED)}")
+        raise UsageError(f"model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
     _, args_class = model_classes(config)
     for entry in fields(args_class):
         required = entry.default is MISSING and entry.default_factory is MISSING
         if required and entry.name != "rope_theta" and config.get(entry.name) is None:
             raise UsageError(f"config.json has no {entry.name}, which a {kind} model needs")
     if config.get("hidden_act") not in (None, "silu"):
-        raise UsageError(f"hidden_act = {config['hidden_act']!r}: the models here have silu")
-    # A false, 0 or empty value means that the key is absent; mlx-lm and transformers each read something else into it.
+        raise UsageError(f"hidden_act = {config['hidden_act']!r}: only silu is supported")
+    # A false, 0 or empty value counts as absent here; mlx-lm and transformers each take it to mean something else.
     config = config | {key: config[key] or None for key in ("quantization", *FALSE_IS_NONE) if key in config}
     _check_counts(config)
     if tensors is None:
@@ -64,12 +64,12 @@ def check_config(config: dict[str, Any], tensors: Collection[str] | None) -> dic
     _check_layers(config, tensors)
     _check_quantization(config.get("quantization"), tensors)
     if "model.norm.weight" not in tensors:
-        raise UsageError("the weights have no model.norm.weight, which every model here has")
+        raise UsageError("the weights have no model.norm.weight, which every supported model has")
     return {"tie_word_embeddings": "lm_head.weight" not in tensors} | config
 
 
 def _check_quantization(settings: Any, tensors: Collection[str]) -> None:
-    """Refuse what MLX would not refuse in one line, or not at all: it divides by a group size of 0."""
+    """Refuse settings that MLX refuses in many lines, or not at all: it divides by a group size of 0."""
     if settings is None:
         return
     if not isinstance(settings, dict):
@@ -89,7 +89,7 @@ def _check_quantization(settings: Any, tensors: Collection[str]) -> None:
 
 
 def _check_counts(config: Mapping[str, Any]) -> None:
-    """Refuse numbers of heads that no model has, before one is built."""
+    """Refuse sizes that no model can have, before one is built."""
     for key in COUNTS & set(config):
         value = config[key]
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
@@ -106,25 +106,25 @@ def _check_counts(config: Mapping[str, Any]) -> None:
 
 
 def _check_layers(config: Mapping[str, Any], tensors: Collection[str]) -> None:
-    """Refuse numbers of layers that the weights do not have."""
+    """Refuse numbers of layers that differ from the weights'."""
     layers = {int(found[1]) for name in tensors if (found := re.match(r"model\.layers\.([0-9]{1,9})\.", name))}
     kinds = config.get("layer_types")
     counts = {"num_hidden_layers": config["num_hidden_layers"]} | ({} if kinds is None else {"layer_types": len(kinds)})
     for key, count in counts.items():
         if count != len(layers) or layers != set(range(len(layers))):
-            raise UsageError(f"config.json says {key} of {count} layers, the weights have {len(layers)}")
+            raise UsageError(f"config.json gives {key} for {count} layers, but the weights have {len(layers)}")
 
 
 def check_windows(config: Mapping[str, Any], rope: RopeConfig) -> None:
-    """Refuse attention windows that the model would not keep to, given the context of the rope settings in use."""
+    """Refuse attention windows that the model would not respect within the context of the rope settings in use."""
     window, kinds = config.get("sliding_window"), set(config.get("layer_types") or ())
     if config["model_type"].startswith("qwen") and not config.get("use_sliding_window"):
         window, kinds = None, set()
     if not kinds <= {"full_attention", "sliding_attention"}:
-        raise UsageError(f"layer_types {', '.join(sorted(map(str, kinds)))}: only full and sliding attention")
+        raise UsageError(f"layer_types {', '.join(sorted(map(str, kinds)))}: expected full or sliding attention")
     has_windows = SUPPORTED[config["model_type"]] in ("llama", "smollm3")
     if has_windows and kinds == {"sliding_attention"}:
-        raise UsageError("layer_types has no full_attention: a model here needs one such layer")
+        raise UsageError("layer_types has no full_attention: at least one such layer is needed")
     windows_kept = has_windows and kinds == {"full_attention", "sliding_attention"}
     if window and not windows_kept and window < (rope.context_length or 0):
         raise UsageError(
@@ -134,6 +134,6 @@ def check_windows(config: Mapping[str, Any], rope: RopeConfig) -> None:
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
-    """mlx-lm's model and arguments class of a supported `model_type`."""
+    """mlx-lm's model class and arguments class for a supported `model_type`."""
     module = importlib.import_module(f"mlx_lm.models.{SUPPORTED[config['model_type']]}")
     return module.Model, module.ModelArgs

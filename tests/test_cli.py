@@ -124,8 +124,8 @@ def damaged(kind: str, stdlib_llama: Path, tmp_path: Path) -> Path:
 DAMAGES = {
     "missing folder": "no such folder",
     "no safetensors": "no model*.safetensors",
-    "truncated safetensors": "not a whole safetensors file",
-    "truncated header": "not a whole safetensors file",
+    "truncated safetensors": "not a complete safetensors file",
+    "truncated header": "not a complete safetensors file",
     "no config": "no config.json",
     "config is not JSON": "not JSON",
     "no vocab_size": "vocab_size",

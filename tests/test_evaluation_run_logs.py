@@ -91,7 +91,7 @@ def test_run_log(
             refused["max_position_embeddings is 512 there and 1024 here"] = [checkpoint, "--factor", 2]
         for message, changed in refused.items():
             code, out, err = run(*arguments, *changed)
-            assert (code, out) == (2, "") and f"results of other settings: {message}" in err
+            assert (code, out) == (2, "") and f"results with other settings: {message}" in err
             assert err.endswith("give another --output\n") and len(err.splitlines()) == 1
         assert output.read_bytes() == whole
     if command == "perplexity":
@@ -109,8 +109,8 @@ def test_another_file_is_refused(
     output = tmp_path / "notes.txt"
     arguments = ["eval", command, "--output", output, *COMMANDS[command].split(), "--model", checkpoint]
     for content, message in (
-        ('{"a": 1}\n', f"is not a file of {command} results: its first line must hold the settings"),
-        ("notes", f"is not a file of {command} results: its last line is not JSON"),
+        ('{"a": 1}\n', f"is not a run log of {command} results: its first line must hold the settings"),
+        ("notes", f"is not a run log of {command} results: its last line is not JSON"),
     ):
         output.write_text(content)
         code, out, err = run(*arguments)

@@ -168,7 +168,7 @@ def test_a_stopped_run_resumes(
         (("--preset", "paper"), "'paper' is not one of 'paper-7b', 'paper-13b', 'paper-4k'"),
         (
             ("--rope", "resonance_yran"),
-            "rope must be one of default, linear, ntk, dynamic, yarn, each also resonance_…",
+            "rope must be one of default, linear, ntk, dynamic, yarn, each also as resonance_…",
         ),
         (("--rope", "default"), "rope type default has no scaling: it takes no factor"),
         (("--warmup", 4), "warmup must be less than the 4 steps, got 4 (--warmup)"),

@@ -232,7 +232,7 @@ def test_a_killed_run_resumes(
         ("--num-shots", "num_shots is null"),
     ):
         code, _, err = run(*common, checkpoint, *both, "--output", output, option, 8 if option == "--kv-bits" else 1)
-        assert code == 2 and f"results of other settings: {values}" in err and err.endswith("give another --output\n")
+        assert code == 2 and f"results with other settings: {values}" in err and err.endswith("give another --output\n")
     assert output.read_bytes() == content
 
 

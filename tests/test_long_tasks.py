@@ -268,7 +268,7 @@ def test_output_of_something_else(run: Any, checkpoint: Path, tmp_path: Path) ->
     data, output = write(tmp_path / "coursera.jsonl", LEVAL), write(tmp_path / "notes.jsonl", {"a": 1})
     arguments = ["eval", "leval", "--model", checkpoint, "--data", data, "--max-tokens", 2, "--output"]
     code, _, err = run(*arguments, output)
-    assert code == 2 and "notes.jsonl is not a file of leval results" in err
+    assert code == 2 and "notes.jsonl is not a run log of leval results" in err
     good = tmp_path / "good.jsonl"
     assert run(*arguments, good)[0] == 0
     header = good.read_text().splitlines()[0]

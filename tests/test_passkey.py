@@ -136,7 +136,7 @@ def test_command(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     code, out, _ = run(*arguments, "--output", output)
     assert code == 0 and "160" in out and "100 %" in out and output.read_bytes() == before
     code, _, err = run(*arguments, "--output", output, "--factor", "2")
-    assert code == 2 and "results of other settings: max_position_embeddings is 512 there and 1024 here" in err
+    assert code == 2 and "results with other settings: max_position_embeddings is 512 there and 1024 here" in err
     assert "give another --output" in err and output.read_bytes() == before
     assert run(*arguments, "--output", tmp_path / "longer.jsonl", "--factor", "2", "--seed", "3")[0] == 0
 

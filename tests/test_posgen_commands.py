@@ -180,7 +180,7 @@ def test_a_broken_run_is_refused(run, tmp_path) -> None:
         assert (code, out) == (2, "") and wrong in err
     (folder / "model.safetensors").write_bytes(weights[:-1])
     code, out, err = run("posgen", "eval", folder)
-    assert (code, out) == (2, "") and "is not a whole safetensors file" in err
+    assert (code, out) == (2, "") and "is not a complete safetensors file" in err
     (folder / "model.safetensors").unlink()
     assert run("posgen", "eval", folder)[0] == 2
 

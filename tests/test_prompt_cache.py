@@ -199,7 +199,7 @@ def test_an_entry_larger_than_all_is_not_written(loaded: Any, tmp_path: Path, ca
     tokens = prompt(loaded[1], 100)
     ask(loaded, tokens, PromptCache(tmp_path, "key", 1000))
     assert (
-        not list(tmp_path.iterdir()) and "an entry of" in caplog.text and "more than its limit of 1000" in caplog.text
+        not list(tmp_path.iterdir()) and "an entry of" in caplog.text and "exceeds its limit of 1000" in caplog.text
     )
 
 

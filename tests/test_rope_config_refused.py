@@ -139,6 +139,6 @@ def test_the_message_says_value_and_what_would_be_right():
     with pytest.raises(ValueError) as error:
         RopeConfig.from_hf(style4(rope_type="linear", factor=4.0, beta_fast=32))
     assert str(error.value) == (
-        "[RopeConfig] beta_fast = 32 means nothing to rope_type 'linear', which takes "
+        "[RopeConfig] beta_fast = 32 does not apply to rope_type 'linear', which takes "
         "factor, original_max_position_embeddings"
     )

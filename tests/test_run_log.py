@@ -61,7 +61,7 @@ def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
     path.write_bytes(before)
     with pytest.raises(UsageError, match="other settings: length is 64 there and 65 here"):
         open_log(path, {"settings": {"length": 65, "sizes": (1, 2)}})
-    with pytest.raises(UsageError, match="is not a file of posgen results"):
+    with pytest.raises(UsageError, match="is not a run log of posgen results"):
         RunLog(path, "posgen", SETTINGS, key=("n",))
     assert path.read_bytes() == before
 
@@ -135,10 +135,10 @@ def test_text_of_every_language_and_halves_of_characters(tmp_path: Path) -> None
 def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "notes.txt"
     path.write_bytes(content)
-    with pytest.raises(UsageError, match=r"notes\.txt is not a file of passkey results"):
+    with pytest.raises(UsageError, match=r"notes\.txt is not a run log of passkey results"):
         open_log(path)
     assert path.read_bytes() == content
-    with pytest.raises(UsageError, match="is not a file of passkey results"):
+    with pytest.raises(UsageError, match="is not a run log of passkey results"):
         read_run_log(tmp_path, "passkey")
     with pytest.raises(FileNotFoundError):
         read_run_log(tmp_path / "none", "passkey")

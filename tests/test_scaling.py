@@ -49,7 +49,7 @@ def test_of_other_peoples_files_the_original_context_is_unknown() -> None:
     assert UNSAID.trained_length is None and UNSAID.context_length == 4096 and factor_for(UNSAID, 8192) is None
     with pytest.raises(ValueError, match="needs original_max_position_embeddings"):
         rescale(UNSAID, 16)
-    with pytest.raises(UsageError, match="does not say the context before scaling") as error:
+    with pytest.raises(UsageError, match="does not state the context before scaling") as error:
         inspect_rope(UNSAID)
     assert error.value.remedies == ({"train_length": None},)
     with pytest.raises(UsageError, match="rope type linear cannot extend") as error:

@@ -12,7 +12,7 @@ from .errors import Command, fail
 
 app = typer.Typer(
     name="mlx-resonance",
-    help="LLaMA-family models far past the context they were trained on: Resonance-YaRN for MLX.",
+    help="Run LLaMA-family models far past the context they were trained on: Resonance-YaRN for MLX.",
     add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
@@ -56,10 +56,10 @@ def main() -> None:
     # NotImplementedError: `lm generate --kv-bits` cannot quantize the keys of layers with a sliding window.
     except (ValueError, NotImplementedError, *WRONG_PATHS) as error:
         fail(error, 2)
-    except (OSError, FloatingPointError) as error:  # of training: the loss is not a number
+    except (OSError, FloatingPointError) as error:  # the latter from training: the loss is not a number
         fail(error, 1)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # not a wrong command line but a fault of ours: show where
+        if not hasattr(error, "format_message"):  # not a wrong command line but a bug of ours: show where
             raise
         fail(error.format_message(), 2)
     if code == 130:

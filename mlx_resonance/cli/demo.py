@@ -1,4 +1,4 @@
-"""`mlx-resonance demo`: the main job on the tiny checkpoint that comes with the package."""
+"""`mlx-resonance demo`: the main workflow on the tiny checkpoint that comes with the package."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ FACTOR, PROMPT_TOKENS, NEW_TOKENS, PREFILL = 8, 640, 256, 128
 
 
 def command(
-    max_tokens: Annotated[int, Option(help="Tokens to generate.")] = NEW_TOKENS,
+    max_tokens: Annotated[int, Option(help="Maximum number of tokens to generate.")] = NEW_TOKENS,
     temp: Annotated[float, Option(help="Sampling temperature.")] = 0.6,
-    seed: Annotated[int, Option(help="Seed of the sampling.")] = 1,
+    seed: Annotated[int, Option(help="Sampling seed.")] = 1,
 ) -> None:
     """Convert, inspect and run a tiny LLaMA past its context."""
     import mlx.core as mx
@@ -69,4 +69,4 @@ def _unseen_module(checkpoint: Path) -> tuple[str, str]:
         path = root / name
         if path.is_file() and path.stat().st_size > 8 * PROMPT_TOKENS:
             return name, path.read_text(encoding="utf-8")
-    raise FileNotFoundError(f"[demo] none of the held-out modules is under {root}")
+    raise FileNotFoundError(f"none of the held-out modules is under {root}")

@@ -1,4 +1,4 @@
-"""Errors in words: the one line that a command prints, with the flags that would change it."""
+"""Errors in words: the one line that a command prints, with the flags that would fix it."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ..errors import ANOTHER, Remedy, UsageError
 
 
 def fail(error: object, code: int) -> NoReturn:
-    """One line on stderr, and the exit code: 1 the work failed, 2 the request was wrong, 130 interrupted."""
+    """Print one line on stderr and exit: 1 the work failed, 2 the request was wrong, 130 interrupted."""
     print("error:", " ".join(str(error).split()), file=sys.stderr)
     sys.exit(code)
 
 
 class Command(TyperCommand):
-    """A command whose users read a mistake of theirs in one line that names this command's flags, and no other's."""
+    """A command that reports a user's mistake in one line that names this command's flags and no others."""
 
     def invoke(self, ctx: Any) -> Any:
         """Run it; exit code 2 after a UsageError."""
@@ -28,7 +28,7 @@ class Command(TyperCommand):
 
 
 def in_words(error: UsageError, command: Any) -> str:
-    """The message, with those of the remedies that the command has flags for, or with the flag that it is about."""
+    """The message, with the remedies that the command has flags for, or else with the flag that it is about."""
     parameters = {parameter.name: parameter for parameter in command.params}
     ways = [_flags(way, parameters) for way in error.remedies if set(way) <= set(parameters)]
     if ways:

@@ -27,9 +27,9 @@ def command(
     prompt: Annotated[str | None, Option(help="The prompt. Default: --prompt-file, or standard input.")] = None,
     prompt_file: Annotated[Path | None, Option(**path, metavar="FILE", help="Read the prompt from a file.")] = None,
     max_tokens: MaxTokens = 256,
-    temp: Annotated[float, Option(min=0, help="Sampling temperature; 0 takes the likeliest token.")] = 0.0,
-    top_p: Annotated[float, Option(min=0, max=1, help="Sample from the likeliest tokens of this probability.")] = 1.0,
-    seed: Annotated[int | None, Option(min=0, max=2**64 - 1, help="Seed of the sampling.")] = None,
+    temp: Annotated[float, Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    top_p: Annotated[float, Option(min=0, max=1, help="Sample from the top tokens of this total probability.")] = 1.0,
+    seed: Annotated[int | None, Option(min=0, max=2**64 - 1, help="Sampling seed.")] = None,
     factor: Factor = None,
     kv_bits: KvBits = None,
     prefill_step_size: PrefillStep = 2048,
@@ -38,14 +38,14 @@ def command(
     memory: Memory = None,
     force: Force = False,
     prompts_file: Annotated[
-        Path | None, Option(**path, metavar="JSONL", help="Many prompts: id and prompt a line.")
+        Path | None, Option(**path, metavar="JSONL", help="Many prompts: one id and prompt per line.")
     ] = None,
     output: Annotated[
         Path | None,
-        Option(**path, metavar="JSONL", help="Run log of their answers; a second run adds what is missing."),
+        Option(**path, metavar="JSONL", help="Run log for their answers; a second run adds missing ones."),
     ] = None,
-    batch_size: Annotated[int, Option(min=1, max=LARGEST, help="Answers to --prompts-file written at once.")] = 32,
-    ignore_chat_template: Annotated[bool, Option("--ignore-chat-template", help="Give the prompt as it is.")] = False,
+    batch_size: Annotated[int, Option(min=1, max=LARGEST, help="Answers generated at once for --prompts-file.")] = 32,
+    ignore_chat_template: Annotated[bool, Option("--ignore-chat-template", help="Use the prompt as it is.")] = False,
     json: Annotated[bool, Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Generate text; progress and figures go to stderr."""
@@ -90,16 +90,16 @@ def command(
 def check_combination(
     given: dict[str, Any], output: Path | None, kv_bits: int | None, prompt_cache: Path | None, processes: int
 ) -> None:
-    """Refuse an option that would have no effect beside another.
+    """Refuse options that do not work together.
 
     Args:
         given: `prompt`, `prompt_file`, `prompts_file`.
         output, kv_bits, prompt_cache: as given.
-        processes: how many share the work.
+        processes: number of processes that share the work.
     """
     prompts_file, single = given["prompts_file"], given["prompt"] is not None or given["prompt_file"] is not None
     if prompts_file is not None and output is None:
-        raise UsageError("answers to a file of prompts need a file to go to", remedies=[{"output": None}])
+        raise UsageError("answers to a file of prompts need an output file", remedies=[{"output": None}])
     if prompts_file is None and output is not None:
         raise UsageError("an output file is for the answers to a file of prompts", remedies=[{"prompts_file": None}])
     if prompts_file is not None and single:
@@ -121,7 +121,7 @@ def answer(
     json: bool,
     **options: Any,
 ) -> None:
-    """Answer a file of prompts, with a progress bar; of several processes the first writes the answers."""
+    """Answer a file of prompts, with a progress bar; if there are several processes, the first writes the answers."""
     from ..generation.batch import answer_requests, generate_batch, open_answers
     from ..generation.prompt_cache import refuse_changing_angles
 
@@ -145,19 +145,19 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The prompt from whichever source was given.
 
     Raises:
-        UsageError: both sources were given, none was, the prompt is empty or not UTF-8.
+        UsageError: both sources or neither were given, or the prompt is empty or not UTF-8.
         MissingFileError: there is no such file.
     """
     if prompt is not None and prompt_file is not None:
-        raise UsageError("give one prompt or one file of it, not both", option="prompt_file")
+        raise UsageError("give a prompt or a prompt file, not both", option="prompt_file")
     if prompt is None and prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError("there is no prompt", remedies=[{"prompt": None}, {"prompt_file": None}])
+        raise UsageError("no prompt was given", remedies=[{"prompt": None}, {"prompt_file": None}])
     if prompt_file is not None and (prompt_file.is_dir() or not prompt_file.exists()):
         raise MissingFileError(f"{prompt_file}: no such file", option="prompt_file")
     try:
         if prompt is not None:
             text = prompt
-        else:  # the bytes: the locale's encoding may be another
+        else:  # bytes: the locale may have another encoding
             text = (prompt_file.read_bytes() if prompt_file else sys.stdin.buffer.read()).decode("utf-8")
     except UnicodeDecodeError as error:
         raise UsageError(f"the prompt is not UTF-8 text: {error}", option="prompt_file") from None
@@ -167,7 +167,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
 
 
 def run(model: nn.Module, tokenizer: TokenizerWrapper, tokens: list[int], show: bool, **options: Any) -> dict[str, Any]:
-    """Generate with a progress bar for the prompt, stream the text to stdout where `show`. Returns the figures."""
+    """Generate with a progress bar for the prompt; stream the text to stdout if `show`. Returns the figures."""
     from ..generation import figures, stream_generate
 
     pieces = []

@@ -26,7 +26,7 @@ def command(
     from ..checkpoint import Checkpoint
     from ..inspection import inspect_rope
 
-    # Of a model on the hub, config.json is all that is fetched.
+    # For a model on the hub, only config.json is downloaded.
     inspection = inspect_rope(Checkpoint.open(model, weights=False).rope, train_length, test_length)
     if plot is not None:
         from ..plots import plot_inspection
@@ -69,4 +69,4 @@ def print_schedule(inspection: Inspection) -> None:
         )
     stdout.print(table)
     if not rope.is_resonant:
-        stdout.print("The model turns by the unrounded wavelengths; convert rounds them.")
+        stdout.print("The model uses the unrounded wavelengths; convert rounds them.")

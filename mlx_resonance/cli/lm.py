@@ -1,4 +1,4 @@
-"""`mlx-resonance lm`: mlx-lm's own command, for checkpoints of the resonance rope types too."""
+"""`mlx-resonance lm`: mlx-lm's own commands, for checkpoints of the resonance rope types too."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def command(context: typer.Context) -> None:
     from ..mlx_lm_models import install
 
     install()
-    # It would warn of the rope type of every config.json of ours, which it never uses.
+    # transformers would warn about the rope type of each of our config.json files, which it never uses.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     if context.args[:1] == ["server"]:
         from .server import harden_server

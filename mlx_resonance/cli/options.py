@@ -1,4 +1,4 @@
-"""Options that several commands have, and the parsers of their values."""
+"""Options that several commands share, and the parsers of their values."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LARGEST = 2**31 - 1
 
 
 def _parser(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
-    """For Typer: a mistake in a value is its error, which names the flag."""
+    """A parser for Typer: a wrong value becomes Typer's own error, which names the flag."""
 
     def parsed(text: Any) -> Any:
         if not isinstance(text, str):  # a default
@@ -33,13 +33,13 @@ def _integers(text: str) -> list[int]:
     try:
         return list(dict.fromkeys(int(part) for part in text.split(",")))
     except ValueError:
-        raise BadParameter(f"expected integers with commas between them, such as 1024,2048, got {text!r}") from None
+        raise BadParameter(f"expected integers separated by commas, such as 1024,2048, got {text!r}") from None
 
 
 def _names(text: str) -> list[str]:
     names = list(dict.fromkeys(part.strip() for part in text.split(",")))
     if not all(names):
-        raise BadParameter(f"expected names with commas between them, got {text!r}")
+        raise BadParameter(f"expected names separated by commas, got {text!r}")
     return names
 
 
@@ -62,7 +62,7 @@ names: dict[str, Any] = {"parser": _parser(_names), "metavar": "NAME,NAME,…"}
 
 Model = Annotated[str, Option("-m", "--model", help="Folder or Hugging Face hub id.")]
 MlxPath = Annotated[Path, Option("--mlx-path", **path, metavar="OUT", help="Folder to write; must not exist.")]
-ScaledBy = Annotated[float | None, Option(min=1, max=2**31, help="How many times the context grows.")]
+ScaledBy = Annotated[float | None, Option(min=1, max=2**31, help="Factor by which the context grows.")]
 Original = Annotated[
     int | None, Option(min=1, max=2**31, help="Tokens of context before scaling. Default: as in the source.")
 ]
@@ -74,9 +74,9 @@ Context = Annotated[
 Factor = Annotated[
     float | None, Option(min=1, max=2**31, help="Stretch the context to this many times the trained one.")
 ]
-KvBits = Annotated[int | None, Option(parser=_parser(_kv_bits), metavar="8|4", help="Bits of the KV cache.")]
+KvBits = Annotated[int | None, Option(parser=_parser(_kv_bits), metavar="8|4", help="Bits of a quantized KV cache.")]
 MaxTokens = Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of tokens to generate.")]
 PrefillStep = Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of prompt tokens in one pass.")]
 Memory = Annotated[int | None, Option(**size, help="Memory budget, e.g. 16GB. Default: the device's limit.")]
-Force = Annotated[bool, Option("--force", help="Run although it does not fit into memory.")]
+Force = Annotated[bool, Option("--force", help="Run even if it does not fit into memory.")]
 Json = Annotated[bool, Option("--json", help="Print one JSON object.")]

@@ -25,7 +25,7 @@ stderr = Console(stderr=True, highlight=False, markup=False)
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """One line, one object."""
+    """Print one object on one line."""
     print(json.dumps(value, allow_nan=False), flush=True)
 
 
@@ -46,12 +46,12 @@ def progress_bar() -> Progress:
 
 
 def count_bar() -> Progress:
-    """A bar as `progress_bar`, of things without a speed."""
+    """A bar like `progress_bar`, for things without a speed."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     return Progress(*columns, console=stderr, transient=True, disable=not stderr.is_terminal)
 
 
 def bytes_bar() -> Progress:
-    """A bar as `progress_bar`, of bytes and bytes per second."""
+    """A bar like `progress_bar`, with bytes and bytes per second."""
     columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
     return Progress(*columns, TimeRemainingColumn(), console=stderr, transient=True, disable=not stderr.is_terminal)

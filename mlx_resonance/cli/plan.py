@@ -16,7 +16,7 @@ def command(
     invocation: Invocation,
     model: Model,
     context: Annotated[
-        int | None, Option(min=1, max=2**31, help="Tokens of prompt and answer. Default: the checkpoint's.")
+        int | None, Option(min=1, max=2**31, help="Tokens of prompt and answer. Default: the whole context.")
     ] = None,
     kv_bits: KvBits = None,
     memory: Memory = None,
@@ -25,7 +25,7 @@ def command(
 ) -> None:
     """Show whether a context fits into memory.
 
-    Also the largest one that does.
+    Also show the largest one that does.
     """
     from ..checkpoint import Checkpoint
     from ..errors import UsageError

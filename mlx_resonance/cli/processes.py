@@ -1,4 +1,4 @@
-"""More than one machine: every process that mlx.launch starts holds a part of each layer's matrices and heads."""
+"""Several processes: each one that mlx.launch starts holds a part of every layer's matrices and heads."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
     from ..generation.batch import Request
 
 P = ParamSpec("P")
-LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # what mlx.launch, or its mpirun, tells every process
+LAUNCHED = ("MLX_RANK", "OMPI_COMM_WORLD_RANK")  # set for every process by mlx.launch, or its mpirun
 
 
 class Processes:
     """The processes of a run: without mlx.launch just this one, and nothing is set up.
 
-    They wait for each other in every method that says "all", so all of them must come to it.
+    They wait for each other in every method that says "all", so all of them must call it.
 
     Raises:
-        UsageError: they do not reach each other.
+        UsageError: they cannot reach each other.
     """
 
     def __init__(self) -> None:
@@ -42,28 +42,28 @@ class Processes:
             try:
                 self.group = mx.distributed.init()
             except RuntimeError as error:
-                raise UsageError(f"the processes do not reach each other: {error}") from None
+                raise UsageError(f"the processes cannot reach each other: {error}") from None
             self.rank, self.size = self.group.rank(), self.group.size()
 
     def least(self, value: int) -> int:
-        """The smallest of the numbers that all have."""
+        """The smallest of all processes' numbers."""
         least = mx.distributed.all_min(mx.array(value), group=self.group, stream=mx.cpu)
-        return int(least.item())  # type: ignore[arg-type]  # no complex number
+        return int(least.item())  # type: ignore[arg-type]  # not complex
 
     def first(self, values: Sequence[int]) -> list[int]:
-        """The numbers that the first process has, for all; below 2**31, the others' count only in their length."""
+        """Give all the first process's numbers, below 2**31; the others' values must only have the same length."""
         mine = mx.array([value if self.rank == 0 else 0 for value in values], mx.int32)
         return mx.distributed.all_sum(mine, group=self.group, stream=mx.cpu).tolist()  # type: ignore[return-value]
 
     def agree(self, failed: bool = False) -> bool:
-        """All continue, or none. Returns whether this one failed and is the one to say why."""
+        """All continue, or none does. Returns whether this one failed and is the one to say why."""
         lowest, self.agreed = self.least(self.rank if failed else self.size), True
         if lowest < self.size and not failed:
             sys.exit(2)
         return lowest == self.rank
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
-        """This process's part of a model. Raises UsageError as `Checkpoint.load`, and where it cannot be divided."""
+        """Load this process's part of a model. Raises UsageError like `Checkpoint.load`, or if it cannot be divided."""
         from mlx.utils import tree_flatten
 
         model = checkpoint.load(lazy=self.size > 1)
@@ -77,19 +77,19 @@ class Processes:
                 raise UsageError(f"{why}: {key} is {checkpoint.config[key]}")
         try:
             model.shard(self.group)
-        except ValueError as error:  # features, or quantized weights that share a scale, that do not divide evenly
+        except ValueError as error:  # features, or groups of quantized weights, that do not divide evenly
             raise UsageError(f"{why}: {error}") from None
         for _, weight in tree_flatten(model.parameters()):  # type: ignore[str-unpack]
-            mx.eval(weight)  # one by one: a whole matrix is read, and gone before the next
+            mx.eval(weight)  # one by one: each whole matrix is freed before the next is read
         return model
 
     def start(
         self, tokens: list[int], requests: list[Request], done: Collection[str | int], seed: int | None
     ) -> tuple[list[Request], int | None]:
-        """Start together: the requests that the first process has no answer to, and its seed.
+        """Start together. Returns the requests that the first process has no answer to, and its seed.
 
         Raises:
-            UsageError: they have not read the same prompts: steps that do not match would wait forever.
+            UsageError: they have read different prompts: steps that do not match would wait forever.
         """
         if self.size == 1:
             return [request for request in requests if request.id not in done], seed
@@ -103,7 +103,7 @@ class Processes:
         return [request for request, wanted in zip(requests, missing, strict=True) if wanted], seed
 
     def prompt_cache(self, folder: Path, key: str, max_bytes: int) -> PromptCache:
-        """As PromptCache; every process keeps the keys and values of its own heads."""
+        """Make a PromptCache; every process keeps the keys and values of its own heads."""
         from ..generation import PromptCache
 
         if self.size == 1:
@@ -125,7 +125,7 @@ processes = cache(Processes)
 
 
 def together(command: Callable[P, None]) -> Callable[P, None]:
-    """Of a command that all processes run, only the first writes; an error is said once, and ends all of them."""
+    """Wrap a command that all processes run: only the first prints; an error is printed once, and ends all of them."""
 
     @wraps(command)
     def run(*args: P.args, **kwargs: P.kwargs) -> None:
@@ -138,10 +138,10 @@ def together(command: Callable[P, None]) -> Callable[P, None]:
             command(*args, **kwargs)
             from mlx_lm.generate import generation_stream
 
-            mx.synchronize(generation_stream)  # a step that began before the text's end is known needs all of them
+            mx.synchronize(generation_stream)  # a step begun before the end of the text was known needs all of them
             all_of_them.agree()
         except Exception as error:
-            # Once all have agreed to begin, a wrong request is wrong in each, and the first says so.
+            # Once all have agreed to start, a wrong request fails in each of them, and the first says so.
             alike = isinstance(error, ValueError)
             if all_of_them.agree(failed=True) if not all_of_them.agreed else not alike:
                 sys.stderr = voice

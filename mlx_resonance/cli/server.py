@@ -10,7 +10,7 @@ from typing import Any
 
 
 def harden_server() -> None:
-    """Have mlx-lm's server refuse with 4xx what would end its generation thread, itself or the connection."""
+    """Make mlx-lm's server refuse with 4xx what would end its generation thread, itself or the connection."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
     from mlx_lm import server
 
@@ -23,7 +23,7 @@ def harden_server() -> None:
         try:
             post(self)
         except Exception as error:
-            if hasattr(self, "_headers_buffer"):  # the answer has begun
+            if hasattr(self, "_headers_buffer"):  # the response has begun
                 raise
             self._set_completion_headers(400)
             self.end_headers()
@@ -34,9 +34,9 @@ def harden_server() -> None:
         chat = [(message.get("role"), message.get("content") or "") for message in request.messages]
         right = all(isinstance(role, str) and isinstance(content, (str, list)) for role, content in chat)
         if not right or not isinstance(request.prompt, str) or not (chat or request.request_type == "text"):
-            raise ValueError("expected a text as prompt, or messages that have a role and content")
+            raise ValueError("expected a string as prompt, or messages that have a role and content")
         if not isinstance(stop_words, list) or not all(isinstance(word, str) for word in stop_words):
-            raise ValueError("stop must be a text or a list of texts")
+            raise ValueError("stop must be a string or a list of strings")
         for key, value in self.body.items():
             limit = 2**64 if key == "seed" else 2**31
             if isinstance(value, (int, float)) and not (abs(value) < limit and (key != "seed" or value >= 0)):
@@ -45,7 +45,7 @@ def harden_server() -> None:
 
     def _tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
         if args.sampling.top_k >= tokenizer.vocab_size:
-            raise ValueError(f"top_k must be less than the {tokenizer.vocab_size} tokens of the vocabulary")
+            raise ValueError(f"top_k must be less than the vocabulary size, {tokenizer.vocab_size}")
         if args.logits.logit_bias and not set(args.logits.logit_bias) <= set(tokenizer.get_vocab().values()):
             raise ValueError("logit_bias has tokens that are not in the vocabulary")
         return tokenize(self, tokenizer, request, args)
@@ -53,13 +53,13 @@ def harden_server() -> None:
     def scan() -> Any:
         try:
             return scan_cache_dir()
-        except CacheNotFound:  # nothing was ever downloaded: /v1/models has a folder to name all the same
+        except CacheNotFound:  # nothing was ever downloaded: /v1/models still has a folder to name
             return SimpleNamespace(repos=())
 
     def load_default(self: Any) -> None:
         try:
             load(self)
-        except (OSError, ValueError, RuntimeError) as error:  # in a thread: mlx-lm would run on, answering nothing
+        except (OSError, ValueError, RuntimeError) as error:  # in a thread: mlx-lm would keep running without answering
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             sys.stderr.flush()
             os._exit(2)

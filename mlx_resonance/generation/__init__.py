@@ -1,4 +1,4 @@
-"""Text generation on mlx-lm's caches and samplers: with a memory plan, chunked prefill and an on-disk KV cache."""
+"""Text generation on mlx-lm's caches and samplers, with a memory plan, chunked prefill and an on-disk KV cache."""
 
 from .memory import MemoryPlan, plan_memory, require_memory
 from .prompt_cache import PromptCache, cache_key

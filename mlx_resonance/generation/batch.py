@@ -1,4 +1,4 @@
-"""Many prompts at once: mlx-lm's continuous batching, a line of JSON for each answer, in a run log."""
+"""Many prompts at once: mlx-lm's continuous batching, with one line of a run log per answer."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ from .prefill import PREFILL_BATCH, STEP
 from .prompt_cache import refuse_changing_angles
 from .stream import check_length, check_options, prompt_tokens
 
-BATCH = 32  # answers that are written at once
+BATCH = 32  # answers generated at once
 KIND = "answers"  # of the run log
 
 
 @dataclass(frozen=True)
 class Request:
-    """A prompt with a name.
+    """A prompt with an id.
 
     Args:
-        id: of its answer.
-        tokens: of the prompt.
+        id: identifies the prompt and its answer.
+        tokens: the prompt's token ids.
         prompt: its text.
     """
 
@@ -40,7 +40,7 @@ class Request:
 
     @property
     def identity(self) -> Record:
-        """What tells an answer to another prompt under the same id: the beginning of the prompt, and its digest."""
+        """What tells this prompt from another with the same id: its beginning and its digest."""
         digest = hashlib.sha256(self.prompt.encode("utf-8", "surrogatepass")).hexdigest()[:16]
         return {"prompt": self.prompt[:60], "prompt_digest": digest}
 
@@ -57,7 +57,7 @@ def generate_batch(
     batch_size: int = BATCH,
     prefill_step_size: int = STEP,
 ) -> Iterator[dict[str, Any]]:
-    """Answer many prompts; an answer that ends makes room for the next prompt.
+    """Answer many prompts; a finished answer makes room for the next prompt.
 
     Args:
         model, tokenizer: from `load`.
@@ -67,7 +67,7 @@ def generate_batch(
         batch_size: maximum number of answers at once.
 
     Returns:
-        For each request, in the order in which they end: `id`, `text`, `prompt_tokens`, `generation_tokens`,
+        For each request, in the order in which they finish: `id`, `text`, `prompt_tokens`, `generation_tokens`,
         `finish_reason`.
 
     Raises:
@@ -109,7 +109,7 @@ def generate_batch(
 
 
 def text_of(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
-    """The text of an answer, as `stream_generate` puts it together."""
+    """The text of an answer, decoded as in `stream_generate`."""
     detokenizer = tokenizer.detokenizer
     for token in tokens:
         detokenizer.add_token(token)
@@ -120,16 +120,16 @@ def text_of(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
 def open_answers(
     output: Path, requests: Sequence[Request], settings: Record, model: str
 ) -> tuple[RunLog, set[str | int]]:
-    """The run log of a batch, and the ids that it has answers to.
+    """Open the run log of a batch. Returns it with the ids that it has answers for.
 
     Args:
-        output: a file of JSON lines, which is made if it does not exist.
+        output: a file of JSON lines, created if it does not exist.
         requests: the prompts.
-        settings: what decides the answers besides the prompts: of the checkpoint, and of the sampling.
+        settings: what the answers depend on besides the prompts: the checkpoint's settings and the sampling's.
         model: name of the checkpoint, for the header.
 
     Raises:
-        UsageError: the file has answers of other settings, or to another prompt under the same id.
+        UsageError: the file has answers with other settings, or to another prompt with the same id.
     """
     fields = {"prompt": str, "prompt_digest": str, "text": str}
     log = RunLog(output, KIND, settings, about={"model": model}, key=("id",), fields=fields)
@@ -144,7 +144,7 @@ def answer_requests(
     on_answer: Callable[[], None] | None = None,
     **options: Any,
 ) -> None:
-    """Answer the requests, and append each answer to a run log as soon as it ends.
+    """Answer the requests, and append each answer to a run log as soon as it is finished.
 
     Args:
         log: from `open_answers`.
@@ -159,7 +159,7 @@ def answer_requests(
 
 
 def read_requests(path: Path, tokenizer: TokenizerWrapper, chat: bool = False) -> list[Request]:
-    """A file of JSON lines, each with `id` (a string or an integer, once) and `prompt`.
+    """Read a file of JSON lines, each with a unique `id` (a string or an integer) and a `prompt`.
 
     Raises:
         MissingFileError: there is no such file.

@@ -1,4 +1,4 @@
-"""Caches of keys and values: mlx-lm's, allocated once for the whole text, in the model's type, 8 or 4 bits."""
+"""KV caches: mlx-lm's, allocated once for the whole text, in the model's type or in 8 or 4 bits."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
 from ..errors import UsageError
 
-GROUP_SIZES = (64, 32)  # values that share a scale and a bias; MLX has no smaller ones
+GROUP_SIZES = (64, 32)  # values that share a scale and a bias; MLX has no smaller groups
 
 
 def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> list[Any]:
-    """A cache for every layer.
+    """Make a cache for every layer.
 
     Args:
         model: from `load`.
-        capacity: tokens to allocate for. mlx-lm's caches grow by copying, which for a moment needs twice the memory.
-        kv_bits: 4 or 8 for keys and values that are quantized from the first token on; None for the model's type.
+        capacity: tokens to allocate for. mlx-lm's caches grow by copying, which briefly needs twice the memory.
+        kv_bits: 4 or 8 to quantize keys and values from the first token on; None for the model's type.
 
     Raises:
-        UsageError: a layer's keys cannot be quantized: its heads have not a multiple of 32 features, or it attends to a
+        UsageError: a layer's KV cache cannot be quantized: its head size is not a multiple of 32, or it has a sliding
             window.
     """
     caches = make_prompt_cache(model)
@@ -29,7 +29,7 @@ def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> l
         size = group_size(head_dim(model))
         for cache in caches:
             if not isinstance(cache, KVCache):
-                raise UsageError("a layer with a sliding window keeps its keys unquantized", option="kv_bits")
+                raise UsageError("a layer with a sliding window cannot quantize its KV cache", option="kv_bits")
         caches = [QuantizedKVCache(size, kv_bits) for _ in caches]
     for cache in caches:
         if isinstance(cache, (KVCache, QuantizedKVCache)):
@@ -38,14 +38,14 @@ def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> l
 
 
 def group_size(dims: int) -> int:
-    """How many features of a head share a scale. Raises UsageError where no size divides them."""
+    """How many features of a head share a scale. Raises UsageError if no group size divides `dims`."""
     for size in GROUP_SIZES:
         if dims % size == 0:
             return size
-    raise UsageError(f"kv_bits needs heads of a multiple of {GROUP_SIZES[-1]} features, got {dims}", option="kv_bits")
+    raise UsageError(f"kv_bits needs a head size that is a multiple of {GROUP_SIZES[-1]}, got {dims}", option="kv_bits")
 
 
 def head_dim(model: nn.Module) -> int:
-    """Features of a head."""
+    """Number of features per head."""
     args = model.args
     return int(getattr(args, "head_dim", None) or args.hidden_size // args.num_attention_heads)

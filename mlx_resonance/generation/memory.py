@@ -1,4 +1,4 @@
-"""The memory plan of generation: weights, keys and values, and the work of reading the prompt."""
+"""The memory plan for generation: weights, KV cache, and what reading the prompt takes."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ from ..sizes import format_size
 from .cache import group_size
 from .prefill import PREFILL_BATCH, STEP, chunk_size
 
-RESERVE, RESERVE_PART = 3 * 2**30, 0.05  # bytes, and part of the limit, that are left to everything else
+RESERVE, RESERVE_PART = 3 * 2**30, 0.05  # bytes, and fraction of the limit, that are left to everything else
 KV_FORMATS: Mapping[str, int | None] = {"16 bit": None, "8 bit": 8, "4 bit": 4}
-FUSED_DIMS = (64, 80, 128)  # heads for which Metal's attention keeps no scores
-# Numbers in flight for each token of a chunk, as multiples of the sizes of the hidden state, of its keys and of the
-# feed-forward layer. MLX hands out about ten operations ahead; found by measuring (benchmarks/memory.py).
+FUSED_DIMS = (64, 80, 128)  # head sizes for which Metal's attention stores no scores
+# Numbers in flight per token of a chunk, as multiples of the sizes of the hidden state, the keys and the feed-forward
+# layer. MLX schedules about ten operations ahead; found by measuring (benchmarks/memory.py).
 HIDDEN, KEYS, FEED_FORWARD = 12.0, 7.0, 1.6
-UNPACKED = 6.0  # bytes for each number of a layer's keys: a CPU unpacks quantized ones in 32 bits; measured as well
+UNPACKED = 6.0  # bytes per number of a layer's keys: a CPU unpacks quantized ones in 32 bits; also measured
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """Bytes, for one sequence.
+    """The bytes of memory that a context needs.
 
     Args:
-        context: tokens, prompt and answer.
-        weights: of the model.
+        context: tokens of prompt and answer.
+        weights: the model's weights.
         kv_per_token: keys and values of one token in all layers.
-        kv: of the context.
-        prefill: peak of reading the prompt, beside those.
-        total: the sum of these.
+        kv: keys and values of the context.
+        prefill: peak of reading the prompt, on top of those.
+        total: the sum of weights, kv and prefill.
         limit: bytes of memory, less the reserve.
         fits: whether the total is within the limit.
         max_context: by KV format, the maximum number of tokens that fit.
@@ -54,12 +54,12 @@ class MemoryPlan:
     max_context: dict[str, int]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """As a dictionary for JSON."""
         return asdict(self)
 
 
 def divided(checkpoint: Checkpoint, processes: int) -> Dimensions:
-    """The part of a model that one of several processes has: heads and projections are divided, the rest is not."""
+    """The part of a model that each of several processes has: heads and projections are divided, the rest is not."""
     whole = checkpoint.dimensions
     return replace(
         whole,
@@ -71,7 +71,7 @@ def divided(checkpoint: Checkpoint, processes: int) -> Dimensions:
 
 
 def kv_per_token(dims: Dimensions, kv_bits: int | None) -> int:
-    """Bytes of keys and values of a token, scales and biases included."""
+    """Bytes of keys and values per token, scales and biases included."""
     if kv_bits is None:
         return 2 * dims.layers * dims.keys * dims.item_size
     per_number = kv_bits / 8 + 2 * dims.item_size / group_size(dims.head_dim)
@@ -79,10 +79,10 @@ def kv_per_token(dims: Dimensions, kv_bits: int | None) -> int:
 
 
 def prefill_memory(dims: Dimensions, context: int, kv_bits: int | None, step: int, budget: int) -> int:
-    """Peak bytes of reading a prompt of `context` tokens, weights and cache apart."""
+    """Peak bytes of reading a prompt of `context` tokens, not counting weights and cache."""
     step = chunk_size(0, step, budget)
-    # Chunks and their keys: the last whole one, and what is left. Where the budget makes them shrink, as if all of
-    # it and a whole chunk were in use: by then the keys count for more.
+    # Chunks and their keys: the last whole one, and the remainder. Where the budget makes chunks shrink, assume the
+    # whole budget and a whole chunk: by then the keys count for more.
     whole = context // step * step
     chunks = ((step, whole), (context - whole, context)) if step * context <= budget else ((step, context),)
     work = max(_chunk_memory(dims, min(size, keys), keys, kv_bits, budget) for size, keys in chunks)
@@ -95,7 +95,7 @@ def _chunk_memory(dims: Dimensions, size: int, keys: int, kv_bits: int | None, b
     rotation = 12 * (dims.hidden + dims.keys) if dims.item_size < 4 else 0  # in float32
     work = size * (in_flight * dims.item_size + rotation)
     if not (mx.metal.is_available() and dims.head_dim in FUSED_DIMS):
-        work += min(size * keys, budget) * (dims.heads * dims.item_size + 1)  # scores, and which of them are masked
+        work += min(size * keys, budget) * (dims.heads * dims.item_size + 1)  # scores and their mask
     if kv_bits is not None:
         work += 2 * dims.keys * keys * dims.item_size  # one layer's keys and values, dequantized
         work += UNPACKED * dims.keys * keys if mx.default_device() == mx.cpu else 0
@@ -113,19 +113,19 @@ def plan_memory(
     processes: int = 1,
     sequences: int = 1,
 ) -> MemoryPlan:
-    """The memory that generating with a checkpoint needs. Its weights are not read.
+    """Plan the memory that generating with a checkpoint needs, without reading its weights.
 
     Args:
         model: a folder, the id of a model on the hub, which is downloaded, or an opened checkpoint.
         context: tokens of prompt and answer; None for the checkpoint's whole context.
         kv_bits: 8 or 4 for quantized keys and values; None for the model's type.
         memory: bytes of memory; None for the device's limit.
-        prefill_step_size, budget: of reading the prompt, as in `prefill`.
-        processes: that the model is divided among; the plan is that of one, embedding and head are in each.
-        sequences: of a batch; the plan's kv and prefill are those of all of them.
+        prefill_step_size, budget: for reading the prompt, as in `prefill`.
+        processes: number of processes that share the model; the plan is for one, and each has embedding and head.
+        sequences: number of sequences in a batch; the plan's kv and prefill cover all of them.
 
     Raises:
-        MissingFileError, UsageError: as `load`; or an argument is out of range, or config.json has no context.
+        MissingFileError, UsageError: as in `load`; or an argument is out of range, or config.json has no context.
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     check_option("kv_bits", kv_bits in (None, 4, 8), "4 or 8", kv_bits)
@@ -166,7 +166,7 @@ def plan_memory(
 
 
 def device_memory() -> int:
-    """Bytes that the device may work with: Metal's recommended working set, or the machine's memory."""
+    """Bytes that the device can use: Metal's recommended working set, or the machine's memory."""
     info = mx.device_info()
     if "max_recommended_working_set_size" in info:
         return int(info["max_recommended_working_set_size"])
@@ -174,13 +174,13 @@ def device_memory() -> int:
 
 
 def require_memory(checkpoint: Checkpoint, context: int, **options: Any) -> None:
-    """Refuse what does not fit into memory.
+    """Refuse a context that does not fit into memory.
 
     Args:
         checkpoint, context, options: as in `plan_memory`.
 
     Raises:
-        UsageError: with the sizes and the limit; its remedies are what would make it fit.
+        UsageError: it does not fit; the message has the sizes and the limit, the remedies would make it fit.
     """
     plan = plan_memory(checkpoint, context, **options)
     if not plan.fits:
@@ -202,7 +202,7 @@ def fitting_context(plan: MemoryPlan) -> str:
 
 
 def remedies(checkpoint: Checkpoint, plan: MemoryPlan, **options: Any) -> list[dict[str, int]]:
-    """Changes of the options of `plan_memory`, or of a batch's size, with which a context fits that does not."""
+    """Changes to the options of `plan_memory`, or to the batch size, that would make a context fit."""
     kv_bits, step = options.get("kv_bits"), options.get("prefill_step_size", STEP)
 
     def fits(**changes: int) -> bool:

@@ -1,4 +1,4 @@
-"""The on-disk KV cache: a prompt that begins like an earlier one is read from where it differs."""
+"""The on-disk KV cache: a prompt that begins like an earlier one is read from where they differ."""
 
 from __future__ import annotations
 
@@ -23,25 +23,25 @@ from ..files import read_header
 from ..rope_config import RopeConfig
 from ..storage import sha256
 
-NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.safetensors")  # of the model and the format; of the content
-# An entry is written if it has more new tokens than a 16th of what was read from another, and read if a 16th of its
-# tokens is of use: every prompt has the start token in common with it.
+NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.safetensors")  # hash of model and format; of content
+# An entry is written if its new tokens are more than a 16th of those read from another entry, and read if a 16th of its
+# tokens are of use: every prompt shares at least the start token with it.
 ENOUGH = 16
-STALE = 3600  # seconds after which a partial file was left by a process that was killed
+STALE = 3600  # seconds after which a partial file must be from a killed process
 
 logger = logging.getLogger("mlx_resonance")
 
 
 class PromptCache:
-    """A folder of prompts' keys and values. Processes may share it.
+    """A folder with the keys and values of prompts, which processes may share.
 
-    Every entry is a safetensors file, named by what it belongs to and by the SHA-256 of its content; it is written
-    atomically. A damaged one is deleted with a warning.
+    Every entry is a safetensors file, named by its key and by the SHA-256 of its content. It is written atomically; a
+    damaged one is deleted with a warning.
 
     Args:
-        folder: is made if it is missing.
+        folder: created if it is missing.
         key: from `cache_key`.
-        max_bytes: of all entries; those that were used least recently go first.
+        max_bytes: maximum size of all entries; the least recently used are deleted first.
 
     Raises:
         NotADirectoryError: the folder is a file.
@@ -56,16 +56,16 @@ class PromptCache:
         self._used_tokens = 0
 
     def fetch(self, tokens: Sequence[int], cache: list[Any]) -> int:
-        """Fill the caches with the longest beginning of a prompt that an entry has, all but its last token at most.
+        """Fill the caches with the longest beginning of a prompt that an entry has, at most all but the last token.
 
         Args:
-            tokens: of the prompt.
-            cache: of each layer, empty.
+            tokens: the prompt's token ids.
+            cache: one per layer, empty.
 
         Returns:
-            How many tokens they hold now.
+            How many tokens they now hold.
         """
-        for layer in cache:  # before anything is read, not when it is to be kept
+        for layer in cache:  # fail before anything is read, not when it is stored
             named(layer)
         self._used, self._used_tokens = None, 0
         best: tuple[int, Path] | None = None
@@ -85,7 +85,7 @@ class PromptCache:
                 fill(layer, {name: value for name, value in arrays.items() if name.startswith(f"{i}.")}, length)
             mx.eval([layer.state for layer in cache])
             os.utime(path)
-        except FileNotFoundError:  # another process has made room
+        except FileNotFoundError:  # another process made room
             return self._empty(cache)
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             self._drop(path, error)
@@ -94,11 +94,11 @@ class PromptCache:
         return length
 
     def store(self, tokens: Sequence[int], cache: list[Any]) -> None:
-        """Keep what the caches hold, if it is more than an entry had. A full disk is a warning.
+        """Store what the caches hold if it is more than the entry that was used. A full disk is only a warning.
 
         Args:
-            tokens: of the text; those whose keys the caches hold are stored.
-            cache: of each layer.
+            tokens: the text's token ids; those whose keys the caches hold are stored.
+            cache: one per layer.
         """
         length = min(len(tokens), *(layer.offset for layer in cache))
         if length - self._used_tokens <= self._used_tokens // ENOUGH:
@@ -107,7 +107,7 @@ class PromptCache:
         for i, layer in enumerate(cache):
             arrays |= {f"{i}.{name}": value[..., :length, :] for name, value in named(layer)}
         if (size := sum(value.nbytes for value in arrays.values())) > self.max_bytes:
-            logger.warning("prompt cache: an entry of %d bytes is more than its limit of %d", size, self.max_bytes)
+            logger.warning("prompt cache: an entry of %d bytes exceeds its limit of %d", size, self.max_bytes)
             return
         temporary = self.folder / f".{uuid.uuid4().hex}.safetensors"
         try:
@@ -125,7 +125,7 @@ class PromptCache:
                 temporary.unlink(missing_ok=True)
 
     def _tokens_of(self, path: Path) -> list[int]:
-        """The tokens of an entry; none where it is damaged or gone."""
+        """The tokens of an entry; none if it is damaged or gone."""
         try:
             if "tokens" not in read_header(path):
                 raise ValueError("it has no tokens")
@@ -137,9 +137,9 @@ class PromptCache:
             return []
 
     def _drop(self, path: Path, error: Exception) -> None:
-        if not path.exists():  # another process has made room
+        if not path.exists():  # another process made room
             return
-        logger.warning("the prompt cache's %s is damaged, and deleted: %s", path.name, error)
+        logger.warning("prompt cache: the entry %s is damaged and was deleted: %s", path.name, error)
         with contextlib.suppress(OSError):
             path.unlink()
 
@@ -168,13 +168,13 @@ class PromptCache:
 
 
 def refuse_changing_angles(rope: RopeConfig, why: str) -> None:
-    """Raise UsageError where the angles change with the length of a text: keys of one text would not fit another."""
+    """Raise UsageError if the angles change with the length of a text: keys of one text would not fit another."""
     if rope.depends_on_length:
         raise UsageError(f"the angles of {rope.rope_type} change with the length of a text: {why}")
 
 
 def cache_key(checkpoint: Checkpoint, kv_bits: int | None) -> str:
-    """What keys and values depend on besides the tokens: the content of the model, its angles, their format.
+    """A hash of what keys and values depend on besides the tokens: the model's content, its angles, the KV format.
 
     Raises:
         UsageError: the angles change with the length of a text.
@@ -184,21 +184,21 @@ def cache_key(checkpoint: Checkpoint, kv_bits: int | None) -> str:
 
 
 def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences have in common from the first on."""
+    """The length of the common prefix of two sequences."""
     length = min(len(one), len(other))
     differ = np.nonzero(np.array(one[:length]) != np.array(other[:length]))[0]
     return int(differ[0]) if len(differ) else length
 
 
 def named(layer: Any) -> list[tuple[str, mx.array]]:
-    """The arrays of a layer's cache, (B, H, L, …) each, under names."""
+    """The arrays of a layer's cache by name, each of shape (B, H, L, …)."""
     if not isinstance(layer, (KVCache, QuantizedKVCache)):
-        raise UsageError("a prompt cache cannot keep layers with a sliding window", option="prompt_cache")
+        raise UsageError("a prompt cache cannot store layers with a sliding window", option="prompt_cache")
     return tree_flatten({"keys": layer.keys, "values": layer.values})  # type: ignore[return-value]
 
 
 def fill(layer: Any, arrays: dict[str, mx.array], length: int) -> None:
-    """Give an empty cache the first `length` tokens of arrays from `named`, allocated for all that it is to hold."""
+    """Give an empty cache the first `length` tokens of arrays from `named`, allocated for all that it will hold."""
     for name in ("keys", "values"):
         own = {key.split(".", 1)[1]: value for key, value in arrays.items()}
         parts = [own[name]] if name in own else [own[f"{name}.{i}"] for i in range(3)]

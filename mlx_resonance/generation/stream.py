@@ -28,8 +28,8 @@ def prompt_tokens(tokenizer: TokenizerWrapper, prompt: str | list[int], chat: bo
 
     Args:
         tokenizer: from `load`.
-        prompt: text, or token ids as they are.
-        chat: put the text as a user's message into the tokenizer's chat template, where it has one.
+        prompt: text, or token ids, which are returned as they are.
+        chat: put the text as a user message into the tokenizer's chat template, if it has one.
 
     Raises:
         UsageError: the prompt is empty.
@@ -67,20 +67,20 @@ def stream_generate(
         model, tokenizer: from `load`.
         prompt: text, or token ids.
         max_tokens: maximum number of tokens to generate; with the prompt they must fit into the checkpoint's context.
-        temp: sampling temperature; 0 takes the likeliest token.
-        top_p: sample from the likeliest tokens of this total probability, in (0, 1].
-        seed: of MLX's random numbers; None leaves them as they are.
-        kv_bits: keep keys and values in 4 or 8 bits, from the first token on.
+        temp: sampling temperature; 0 takes the most likely token.
+        top_p: sample from the most likely tokens that have this total probability, in (0, 1].
+        seed: seed of MLX's random numbers; None leaves their state as it is.
+        kv_bits: quantize keys and values to 4 or 8 bits, from the first token on.
         prefill_step_size: maximum number of prompt tokens in one pass; fewer as the keys grow.
-        prompt_cache: on-disk KV cache of earlier prompts; this one's keys and values are added, also when interrupted.
+        prompt_cache: on-disk KV cache of earlier prompts; this one's keys and values are added, even if interrupted.
         progress: called with the number of prompt tokens done and their total.
 
     Returns:
         An iterator of mlx-lm's GenerationResponse: `text` is the new piece, the last one has a `finish_reason`.
-        `prompt_tps` counts the tokens that were read, not those that the prompt cache had.
+        `prompt_tps` counts the tokens that were read, not those from the prompt cache.
 
     Raises:
-        UsageError: an argument is out of range, the prompt is empty, or the context too short.
+        UsageError: an argument is out of range, the prompt is empty, or the context is too short.
     """
     check_options(max_tokens, temp, top_p, seed, prefill_step_size, kv_bits)
     tokens = prompt_tokens(tokenizer, prompt)
@@ -106,7 +106,7 @@ def _stream(
 ) -> Iterator[GenerationResponse]:
     start = time.perf_counter()
     known = 0 if prompt_cache is None else prompt_cache.fetch(tokens, cache)
-    written = tokens[:-1]  # those that every layer has the keys of
+    written = tokens[:-1]  # those whose keys every layer has
     try:
         with wired_limit(model, [generation_stream]), mx.stream(generation_stream):
             prefill(model, tokens, cache, step=step, progress=progress)
@@ -126,20 +126,20 @@ def _stream(
 
 
 def check_length(rope: RopeConfig, prompt: int, new: int) -> None:
-    """Raise UsageError where a prompt and its answer exceed the context, with the factor that would cover them."""
+    """Raise UsageError if a prompt and its answer exceed the context, with the factor that would cover them."""
     check_context(rope, prompt + new, f"{prompt} prompt tokens and {new} new ones")
 
 
 def generate(model: nn.Module, tokenizer: TokenizerWrapper, prompt: str | list[int], **options: Any) -> str:
-    """Generate text, whole. Options, errors: as `stream_generate`."""
+    """Generate the whole text. Options and errors are those of `stream_generate`."""
     return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **options))
 
 
 def figures(text: str, last: GenerationResponse) -> dict[str, Any]:
-    """What `generate --json` prints, as mlx-lm names it; tokens per second, bytes.
+    """The figures that `generate --json` prints, under mlx-lm's names: tokens per second, and bytes of memory.
 
     Args:
-        text: all of the generated text.
+        text: the whole generated text.
         last: the last response.
     """
     return {
@@ -162,7 +162,7 @@ def check_options(
     kv_bits: int | None = None,
     batch_size: int = 1,
 ) -> None:
-    """Raise UsageError where an option of `stream_generate` or `generate_batch` is out of range."""
+    """Raise UsageError if an option of `stream_generate` or `generate_batch` is out of range."""
     check_option("max_tokens", max_tokens >= 1, "at least 1", max_tokens)
     check_option("temp", 0 <= temp < float("inf"), "0 or more", temp)
     check_option("top_p", 0 < top_p <= 1, "in (0, 1]", top_p)
