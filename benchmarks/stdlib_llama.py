@@ -71,8 +71,8 @@ tags: [mlx, llama, python]
 # stdlib-llama
 
 A LLaMA of {parameters:,} parameters and {context} tokens of context, trained on the Python standard library's sources.
-It is what `mlx-resonance demo` converts and what the tests of mlx-resonance use. It writes text that looks like Python;
-it knows nothing and is of no other use.
+`mlx-resonance demo` converts it, and the tests of mlx-resonance use it. It writes text that looks like Python, knows
+nothing and is of no other use.
 
 | | |
 | --- | --- |
@@ -88,8 +88,8 @@ it knows nothing and is of no other use.
 | held out, bits per byte | {held_out_bits_per_byte:.3f} |
 | weights | float16 |
 
-Made by `{script}` of mlx-resonance; the held-out loss is that of the weights as they are stored. The
-training text is under the PSF licence, the weights are under MIT.
+Made by `{script}` of mlx-resonance; the held-out loss is that of the weights as stored. The training
+text is under the PSF licence, the weights are under MIT.
 """
 
 

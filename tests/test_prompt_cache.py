@@ -198,9 +198,7 @@ def test_least_recently_used_goes_first_and_foreign_files_stay(loaded: Any, tmp_
 def test_an_entry_larger_than_all_is_not_written(loaded: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     tokens = prompt(loaded[1], 100)
     ask(loaded, tokens, PromptCache(tmp_path, "key", 1000))
-    assert (
-        not list(tmp_path.iterdir()) and "an entry of" in caplog.text and "exceeds its limit of 1000" in caplog.text
-    )
+    assert not list(tmp_path.iterdir()) and "an entry of" in caplog.text and "exceeds its limit of 1000" in caplog.text
 
 
 @pytest.mark.parametrize("place", ["save", "replace"])
