@@ -112,7 +112,7 @@ def _check_layers(config: Mapping[str, Any], tensors: Collection[str]) -> None:
     counts = {"num_hidden_layers": config["num_hidden_layers"]} | ({} if kinds is None else {"layer_types": len(kinds)})
     for key, count in counts.items():
         if count != len(layers) or layers != set(range(len(layers))):
-            raise UsageError(f"config.json gives {key} for {count} layers, but the weights have {len(layers)}")
+            raise UsageError(f"config.json's {key} says {count} layers, but the weights have {len(layers)}")
 
 
 def check_windows(config: Mapping[str, Any], rope: RopeConfig) -> None:
