@@ -159,7 +159,7 @@ def check_tensors(checkpoint: Checkpoint) -> nn.Module:
         try:
             nn.quantize(model, **common, class_predicate=lambda path, _: arguments.get(f"{path}.weight", False))
         except LOADING_ERRORS as error:
-            raise UsageError(f"no {kind} model is like this config.json: {error!r}") from None
+            raise UsageError(f"mlx-lm cannot build a {kind} model from this config.json: {error!r}") from None
     wanted = dict(tree_flatten(model.parameters()))
     for name in sorted(set(wanted) - set(tensors)):
         raise UsageError(f"{name} is missing, which the {kind} model of config.json has")

@@ -131,7 +131,7 @@ def attend_in_parts(
     attention: Callable[..., mx.array], queries: mx.array, keys: mx.array, values: mx.array, size: int, *,
     mask: mx.array | str | None, **options: Any,
 ) -> mx.array:  # fmt: skip
-    """Attend from L queries to S keys, the last L of which are theirs, `size` queries at a time.
+    """Attend from the queries of the last L positions to the keys of all S, `size` queries at a time.
 
     Args:
         attention: a function of queries, keys, values, mask and the options.

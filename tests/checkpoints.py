@@ -1,4 +1,4 @@
-"""What several tests share: the tiny checkpoint in float32, texts, what a folder holds, code for other processes."""
+"""Shared by several tests: the tiny checkpoint in float32, texts, what a folder holds, code for other processes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from mlx_lm.models import llama
 STDLIB_LLAMA = Path(str(files("mlx_resonance") / "assets" / "stdlib-llama"))
 COMMAND = [str(Path(sys.executable).with_name("mlx-resonance")), "generate"]
 
-# Code for a process of its own: the most memory that it has held, in bytes.
+# Code for a separate process: its peak memory in bytes.
 PEAK = r"""
 import re
 def peak():
@@ -50,7 +50,7 @@ def random_checkpoint(
     dtype: Any,
     file: Any = llama,
 ) -> Path:
-    """A random model of one of mlx-lm's files, with 16384 tokens of context and the tokenizer of stdlib-llama."""
+    """A random model for one of mlx-lm's files, with 16384 tokens of context and stdlib-llama's tokenizer."""
     config = {
         "model_type": file.__name__.split(".")[-1], "head_dim": hidden // heads, "hidden_size": hidden,
         "intermediate_size": feed_forward, "num_hidden_layers": layers, "num_attention_heads": heads,

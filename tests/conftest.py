@@ -21,7 +21,7 @@ from .checkpoints import STDLIB_LLAMA, in_float32
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
-    """Skip what needs a GPU that is not here."""
+    """Skip tests that need a GPU that this machine lacks."""
     if item.get_closest_marker("metal") and not mx.metal.is_available():
         pytest.skip("no Metal on this machine")
     if item.get_closest_marker("gpu") and not mx.cuda.is_available():
@@ -30,7 +30,7 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
 
 @pytest.fixture(scope="session", autouse=True)
 def processes_without_torch() -> Iterator[None]:
-    """Of those that tests start: a user's have none."""
+    """Hide torch from the processes that tests start, since users may not have it."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", str(Path(__file__).with_name("without_torch")), prepend=os.pathsep)
         yield
@@ -44,13 +44,13 @@ def stdlib_llama() -> Path:
 
 @pytest.fixture(scope="session")
 def checkpoint(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same in float32, which a CPU computes fast in."""
+    """The same in float32, which is fast on a CPU."""
     return in_float32(stdlib_llama, tmp_path_factory.mktemp("float32") / "model")
 
 
 @pytest.fixture(scope="session")
 def extended(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same converted with Resonance-YaRN × 8."""
+    """The same, converted with Resonance-YaRN × 8."""
     from mlx_resonance.convert import convert
 
     folder = tmp_path_factory.mktemp("converted") / "stdlib-llama-8x"
@@ -60,13 +60,13 @@ def extended(stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
 
 @pytest.fixture(scope="session")
 def tokenizer(stdlib_llama: Path) -> Any:
-    """Of these three."""
+    """The tokenizer of these three."""
     return Checkpoint.open(stdlib_llama).tokenizer
 
 
 @pytest.fixture(scope="session")
 def random_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A random 2-layer LLaMA of 128 tokens' context as transformers saves it: shards, tokenizer, chat template."""
+    """A random 2-layer LLaMA with 128 tokens of context as transformers saves it: shards, tokenizer, chat template."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -109,7 +109,7 @@ def copy_of(tmp_path: Path) -> Any:
 
 @pytest.fixture
 def installed() -> Iterator[None]:
-    """mlx-lm after `install()`; as it was, at the end."""
+    """mlx-lm after `install()`, which is undone at the end."""
     from mlx_resonance import install, mlx_lm_models
 
     import mlx_lm.utils

@@ -1,4 +1,4 @@
-"""Ways to break a checkpoint, and what the refusal of each must name (`CASES`); the tests are in test_hostile.py."""
+"""Ways to break a checkpoint, and what each refusal must name (`CASES`); the tests are in test_hostile.py."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def text(name: str, content: str) -> Callable[[Path], None]:
 
 
 def sparse(name: str, size: int) -> Callable[[Path], None]:
-    """A file of zeros that takes no disk."""
+    """A file of zeros that takes no disk space."""
     return lambda folder: os.truncate((folder / name).open("wb").name, size)
 
 
@@ -44,7 +44,7 @@ def index(file: str) -> Callable[[Path], None]:
 
 
 def link(name: str) -> Callable[[Path], None]:
-    """A file of the folder moved out of it, and a link put in its place."""
+    """Move a file out of the folder and put a link in its place."""
 
     def change(folder: Path) -> None:
         (folder.parent / "secrets").mkdir()
@@ -55,7 +55,7 @@ def link(name: str) -> Callable[[Path], None]:
 
 
 def header(change: Callable[[dict[str, Any]], object], raw: Callable[[bytes], bytes] | None = None) -> Any:
-    """The header of the first weight file changed; its data as it was."""
+    """Change the header of the first weight file, but not its data."""
 
     def apply(folder: Path) -> None:
         content = (folder / FIRST).read_bytes()
@@ -70,7 +70,7 @@ def header(change: Callable[[dict[str, Any]], object], raw: Callable[[bytes], by
 
 
 def entry(**changes: Any) -> Any:
-    """A key of one tensor's entry in the header changed."""
+    """Change a key of one tensor's entry in the header."""
     return header(lambda entries: next(e for n, e in entries.items() if n != "__metadata__").update(changes))
 
 
@@ -78,13 +78,13 @@ EMPTY = {"dtype": "F32", "shape": [2**31, 0], "data_offsets": [0, 0]}
 
 
 def first_again(raw: bytes) -> bytes:
-    """A second entry of the first tensor, which says that it is smaller."""
+    """Add a second entry for the first tensor, which says that it is smaller."""
     name = next(name for name in json.loads(raw) if name != "__metadata__")
     return raw[:-1] + f', "{name}": {json.dumps({"dtype": "F32", "shape": [1], "data_offsets": [0, 4]})}}}'.encode()
 
 
 def same_place(folder: Path) -> None:
-    """Two tensors of the same size on the same bytes; nothing else is wrong."""
+    """Put two tensors of the same size on the same bytes; nothing else is wrong."""
     for path in sorted(folder.glob("*.safetensors")):
         content = path.read_bytes()
         length = struct.unpack("<Q", content[:8])[0]
@@ -186,10 +186,10 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config: heads -4": (config(num_attention_heads=-4), "num_attention_heads"),
     "config: kv heads": (config(num_key_value_heads=3), "num_key_value_heads = 3"),
     "config: heads": (config(num_attention_heads=6, num_key_value_heads=6, head_dim=None), "num_attention_heads = 6"),
-    "config: layers": (config(num_hidden_layers=10**9, layer_types=None), "num_hidden_layers of 1000000000"),
-    "config: layer types": (config(layer_types=["full_attention"] * 10**4), "layer_types of 10000 layers"),
+    "config: layers": (config(num_hidden_layers=10**9, layer_types=None), "num_hidden_layers for 1000000000"),
+    "config: layer types": (config(layer_types=["full_attention"] * 10**4), "layer_types for 10000 layers"),
     "config: 18 MB": (config(layer_types=["full_attention"] * 10**6), "expected at most 1048576"),
-    "config: a layer less": (config(num_hidden_layers=1, layer_types=None), "num_hidden_layers of 1 layers"),
+    "config: a layer less": (config(num_hidden_layers=1, layer_types=None), "num_hidden_layers for 1 layers"),
     "config: wide": (config(hidden_size=2**31 - 4), "config.json asks for"),
     "config: wide heads": (config(head_dim=10**9), "head_dim"),
     "config: other shapes": (config(intermediate_size=96), "config.json asks for"),

@@ -25,8 +25,8 @@ class Hub:
 
     Args:
         repo: its id.
-        folder: what `main` is, as `COMMIT`.
-        token: what a request must bear; None for a public model.
+        folder: the content of `main`, as `COMMIT`.
+        token: the token that a request must carry; None for a public model.
 
     `downloaded` has the name of every file that was requested in full or from some byte on; `ranges` the requests of
     weight files. `drop[name] = n` ends the connection after n bytes of a file, as often as `drops` says.
@@ -62,7 +62,7 @@ class Hub:
 
 @contextmanager
 def serve(repo: str, folder: Path, token: str | None = None) -> Iterator[Hub]:
-    """Serve a folder as a model of that id."""
+    """Serve a folder as the model with that id."""
     hub = Hub(repo, folder, token)
 
     class Handler(BaseHTTPRequestHandler):

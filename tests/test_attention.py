@@ -102,18 +102,18 @@ def test_the_oracle_notices_rounding():
 
 
 @pytest.mark.parametrize("chunks", [[100], [99, 1], [1, 99], [37, 40, 1, 1, 21]], ids=str)
-def test_cached_chunks_are_one_pass(chunks):
+def test_cached_chunks_equal_one_pass(chunks):
     model, tokens = random_llama(), mx.array(TOKENS)
     cache = model.make_cache()
     parts, start = [], 0
     for length in chunks:
         parts.append(model(tokens[:, start : start + length], cache=cache))
         start += length
-    # The attention of a chunk is summed in another order than that of the whole.
+    # The attention of a chunk is summed in a different order from that of the whole.
     assert relative_error(mx.concatenate(parts, axis=1), model(tokens)) <= TOLERANCE / 10
 
 
-def test_batch_with_left_padding_is_its_rows():
+def test_batch_with_left_padding_equals_its_rows():
     model = random_llama()
     lengths = [20, 13, 7]
     padding = [max(lengths) - length for length in lengths]
@@ -232,8 +232,8 @@ def test_qwen_works_with_its_caches():
     assert relative_error(mx.concatenate(parts, axis=1), model(tokens)) <= TOLERANCE / 10
 
 
-def test_models_of_mlx_lm_alone_are_as_before():
-    """Ours and theirs beside each other, of the same class."""
+def test_stock_models_of_mlx_lm_work_as_before():
+    """Ours and theirs side by side, of the same class."""
     plain = qwen2.ModelArgs.from_dict(CONFIG | {"model_type": "qwen2", "rope_theta": 10000.0})
     theirs = with_random_weights(qwen2.Model(plain))
     before = theirs(mx.array(TOKENS))
@@ -244,8 +244,8 @@ def test_models_of_mlx_lm_alone_are_as_before():
 
 @pytest.mark.parametrize("kv", [KVCache, BatchKVCache], ids=["single", "batch"])
 @pytest.mark.parametrize("random", [random_llama, random_qwen2])
-def test_no_launch_of_attention_is_above_the_budget(monkeypatch, random, kv):
-    """Whoever calls the model: a chunk of any size is read in launches of bounded size, to the same result."""
+def test_no_launch_of_attention_exceeds_the_budget(monkeypatch, random, kv):
+    """Whoever calls the model, a chunk of any size is read in launches of bounded size, with the same result."""
     launches = []
     original = attention.scaled_dot_product_attention
 
@@ -267,7 +267,7 @@ def test_no_launch_of_attention_is_above_the_budget(monkeypatch, random, kv):
     assert max(launches) <= attention.BUDGET < unbounded
 
 
-# --- runtimes that do not know the rope type
+# --- runtimes that lack the rope type
 
 
 def save(model, folder, rope_part):

@@ -1,4 +1,4 @@
-"""Many prompts at once: the answers of one at a time, resumed after a kill, and files that are refused."""
+"""Many prompts at once: same answers as one at a time, resuming after a kill, and files that are refused."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def requests(loaded: Any) -> list[Request]:
 
 @pytest.fixture(scope="module")
 def expected(loaded: Any, requests: list[Request]) -> dict[str | int, dict[str, Any]]:
-    """What `stream_generate` answers to each alone."""
+    """What `stream_generate` answers to each prompt alone."""
     model, tokenizer = loaded
     answers = {}
     for request in requests:
@@ -57,7 +57,7 @@ def expected(loaded: Any, requests: list[Request]) -> dict[str | int, dict[str, 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 32])
 @pytest.mark.parametrize("step", [2048, 50])
-def test_the_answers_of_one_at_a_time(
+def test_answers_equal_those_of_one_at_a_time(
     loaded: Any, requests: list[Request], expected: dict[str, Any], batch_size: int, step: int
 ) -> None:
     answers = list(generate_batch(*loaded, requests, max_tokens=20, batch_size=batch_size, prefill_step_size=step))
@@ -74,7 +74,7 @@ SETTINGS = {"digest": "0123", "temp": 0.0}
 
 
 def answer(loaded: Any, requests: list[Request], output: Path, **settings: Any) -> int:
-    """Answer what the file has no answer to. Returns how many that were."""
+    """Answer what the file has no answer to. Returns the number of new answers."""
     log, done = open_answers(output, requests, SETTINGS | settings, "a model")
     missing = [request for request in requests if request.id not in done]
     answer_requests(log, *loaded, missing, max_tokens=20)
@@ -110,7 +110,7 @@ def test_another_prompt_or_setting_is_refused_with_both_values(
     other = replace(requests[1], prompt="another text")
     with pytest.raises(UsageError, match='another result for id \'p1\': prompt is "text 1" there and "another text"'):
         answer(loaded, [requests[0], other], output)
-    far = [replace(requests[1], prompt="x" * 100 + end) for end in "ab"]  # they differ past what is shown
+    far = [replace(requests[1], prompt="x" * 100 + end) for end in "ab"]  # they differ beyond the part that is shown
     answer(loaded, [replace(far[0], id="far")], output)
     with pytest.raises(UsageError, match="prompt_digest is"):
         answer(loaded, [replace(far[1], id="far")], output)
@@ -230,7 +230,7 @@ def test_the_plan_counts_the_whole_batch(checkpoint: Path, loaded: Any, count: i
     prompts = [Request(i, [5 + i] * length, "") for i in range(count)]
     list(generate_batch(*loaded, prompts, max_tokens=8))
     planned = plan_memory(checkpoint, length + 8, sequences=count).total
-    # mlx-lm's caches of a batch grow by copying, and are extended: less exact than ours.
+    # mlx-lm's batch caches grow by copying and by extension, so the plan is less exact than for a single prompt.
     assert planned == pytest.approx(mx.get_peak_memory(), rel=0.2)
 
 

@@ -1,4 +1,4 @@
-"""On Linux the package loads OpenBLAS, or warns in one line that there is none, and has malloc keep freed memory."""
+"""On Linux the package loads OpenBLAS, or warns in one line if there is none, and makes malloc keep freed memory."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_the_kernels_for_an_intel_cpu_depend_on_its_flags(
 
 
 def test_openblas_gets_these_kernels_and_the_environment_stays() -> None:
-    """Asks the loaded library itself, with `openblas_get_corename`."""
+    """Ask the loaded library itself, with `openblas_get_corename`."""
     import ctypes.util
 
     expected = core_type()
@@ -82,7 +82,7 @@ def test_openblas_gets_these_kernels_and_the_environment_stays() -> None:
 
 @pytest.mark.parametrize(("environment", "few"), [({}, True), ({"MALLOC_ARENA_MAX": "2"}, False)], ids=["kept", "set"])
 def test_freed_arrays_are_used_again(environment: dict[str, str], few: bool) -> None:
-    """Ten arrays of 40 MB, one after another, cause the page faults of one array, or of all ten."""
+    """Ten arrays of 40 MB, one after another, cause the page faults of one; with malloc set by the user, of all ten."""
     import platform
 
     if platform.libc_ver()[0] != "glibc":

@@ -1,4 +1,4 @@
-"""An opened checkpoint: its files, on disk and on a hub, what is refused, and its digest."""
+"""Opening a checkpoint: its files, on disk and on a hub, what is refused, and its digest."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_a_missing_tokenizer_is_named(random_llama: Path, copy_of: Any) -> None:
         load(folder)
 
 
-def test_tied_embeddings_are_seen_in_the_weights(random_llama: Path, copy_of: Any) -> None:
+def test_tied_embeddings_are_inferred_from_the_weights(random_llama: Path, copy_of: Any) -> None:
     folder = copy_of(random_llama, tie_word_embeddings=None)
     assert "lm_head" in Checkpoint.open(folder).load()
     for name in (INDEX, *(file.name for file in folder.glob("model-*.safetensors"))):
@@ -199,7 +199,7 @@ def test_the_digest_is_of_content_alone(
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "chat_template.jinja", "model-00002-of-00003.safetensors"]
 )
-def test_any_changed_file_is_another_digest(random_llama: Path, copy_of: Any, cache_home: Path, name: str) -> None:
+def test_any_changed_file_changes_the_digest(random_llama: Path, copy_of: Any, cache_home: Path, name: str) -> None:
     folder = copy_of(random_llama)
     digest = Checkpoint.open(folder).digest
     content = (folder / name).read_bytes()
@@ -223,13 +223,13 @@ def test_a_large_file_is_hashed_once(random_llama: Path, cache_home: Path, monke
     hashed.clear()
     assert Checkpoint.open(random_llama).digest == first
     assert not any(path.suffix == ".safetensors" for path in hashed)
-    for path in cache_home.rglob("*"):  # damaged, it is not believed
+    for path in cache_home.rglob("*"):  # a damaged entry is not trusted
         if path.is_file():
             path.write_text("half")
     assert Checkpoint.open(random_llama).digest == first and hashed
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(
+def test_a_cache_that_cannot_be_written_is_skipped(
     random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").touch()

@@ -80,7 +80,7 @@ def test_generate_streams_the_text_that_json_holds(run: Any, extended: Path, tmp
 def test_generate_options_leave_the_text_as_it_is(run: Any, extended: Path, option: tuple[str, int]) -> None:
     arguments = ("generate", "--model", extended, "--max-tokens", 8, "--json", "--prompt", "import os\nimport re\n" * 4)
     plain, other = run(*arguments)[1], run(*arguments, *option)[1]
-    # 8-bit keys and values move the logits by far less than the likeliest token leads by here.
+    # 8-bit keys and values change the logits by far less than the lead of the most likely token here.
     assert json.loads(plain)["text"] == json.loads(other)["text"] != ""
 
 

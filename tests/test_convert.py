@@ -56,7 +56,7 @@ def test_shards_are_no_larger_than_asked_and_load_again(random_llama: Path, tmp_
     done = convert(random_llama, tmp_path / "out", max_shard_size="0.6MB")
     files = list((tmp_path / "out").glob("model-*.safetensors"))
     assert done.files == len(files) > 1
-    assert max(file.stat().st_size for file in files) < 0.6e6 + 10_000  # the header comes on top
+    assert max(file.stat().st_size for file in files) < 0.6e6 + 10_000  # plus the header
     whole = Checkpoint.open(random_llama).load()
     sharded = Checkpoint.open(tmp_path / "out").with_rope(whole.args.rope).load()
     assert mx.array_equal(whole(TOKENS), sharded(TOKENS))
@@ -283,7 +283,7 @@ LARGE = "9" * 400 + "GB"
 def test_wrong_arguments_are_named(
     run: Any, random_llama: Path, tmp_path: Path, options: dict[str, Any], named: str, line: str
 ) -> None:
-    """In Python by the parameter, by the command as its flag."""
+    """In Python as the parameter, by the command as its flag."""
     with pytest.raises(UsageError) as refused:
         convert(random_llama, tmp_path / "out", **options)
     assert named in str(refused.value) and "--" not in str(refused.value)
@@ -320,7 +320,7 @@ def test_the_commands_choices_are_the_librarys() -> None:
         ({"vocab_size": "many"}, "vocab_size"),
         ({"hidden_size": 64.0}, "hidden_size"),
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
-        ({"rms_norm_eps": "1e-5"}, "no llama model is like"),
+        ({"rms_norm_eps": "1e-5"}, "cannot build a llama model"),
         ({"quantization": "4bit"}, "quantization must be an object"),
         ({"quantization_config": [1]}, "quantized"),
         ({"model_type": "mixtral"}, "llama, mistral, qwen2, qwen3"),

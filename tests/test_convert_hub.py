@@ -1,4 +1,4 @@
-"""Models of the hub: only what is needed, connections that break, revisions that move, one weight file at a time."""
+"""Models on the hub: only needed files, connections that break, revisions that move, one weight file at a time."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def hub(model: Path) -> Iterator[Hub]:
 
 
 class First(NamedTuple):
-    """A first conversion: the cache it has filled, its result, and what it has downloaded."""
+    """A first conversion: the cache that it filled, its result, and what it downloaded."""
 
     cache: Path
     out: Path
@@ -54,7 +54,7 @@ def first(model: Path, tmp_path_factory: pytest.TempPathFactory) -> First:
 
 @pytest.fixture
 def warm(first: First, tmp_path: Path) -> Path:
-    """A copy of the cache that the first conversion has filled; its links are relative ones."""
+    """A copy of the cache that the first conversion filled; its links are relative."""
     return shutil.copytree(first.cache, tmp_path / "cache", symlinks=True)
 
 
@@ -89,7 +89,7 @@ def test_a_token_from_the_environment(hub: Hub, tmp_path: Path) -> None:
     assert "hf_secret" not in "".join(path.read_text() for path in (tmp_path / "out").glob("*.json"))
 
 
-def test_a_dropped_connection_is_taken_up_where_it_broke(hub: Hub, random_llama: Path, tmp_path: Path) -> None:
+def test_a_dropped_connection_resumes_where_it_broke(hub: Hub, random_llama: Path, tmp_path: Path) -> None:
     half = 4 * CHUNK
     assert half < (random_llama / FIRST).stat().st_size
     hub.drop, hub.drops = {FIRST: half}, 1
@@ -153,14 +153,14 @@ def test_a_dry_run_fetches_headers_only(hub: Hub, random_llama: Path, tmp_path: 
     assert consumed["download"] < 0.6 * planned["download"]
 
 
-def test_consumed_a_source_is_on_the_disk_one_file_at_a_time(hub: Hub, tmp_path: Path) -> None:
+def test_a_consumed_source_is_on_disk_one_file_at_a_time(hub: Hub, tmp_path: Path) -> None:
     present: list[list[str]] = []
     folder = tmp_path / "work" / "out.partial" / "source"
     hub.on_download = lambda name: present.append([path.name for path in folder.glob("*.safetensors")])
     arguments = ("convert", REPO, "--mlx-path", tmp_path / "work" / "out", *SMALL, "--consume-source")
     done = hub.command(tmp_path / "cache", *arguments)
     assert done.returncode == 0, done.stderr
-    # A file is deleted once all that was made of it is on the disk: while the next one comes, it may be there still.
+    # A file is deleted once everything made from it is on disk: while the next one arrives, it may still be there.
     assert max(map(len, present)) <= 1 and sum(name.endswith(".safetensors") for name in hub.downloaded) == 3
     assert [path.name for path in (tmp_path / "work").iterdir()] == ["out"]
     assert not list((tmp_path / "cache").rglob("*.safetensors"))

@@ -1,4 +1,4 @@
-"""Files and folders of others where a conversion would write: refused, and left as they were."""
+"""Other people's files and folders where a conversion would write: refused, and left as they were."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a source has and its result does not: named with a reason, or refused; and every file is opened once."""
+"""What a result lacks of its source: named with a reason, or refused; and every file is opened once."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ BUFFERS = f"{INV_FREQ.format(0)} and 1 more (computed from config.json)"
 
 @pytest.fixture
 def source(random_llama: Path, tmp_path: Path) -> Callable[..., Path]:
-    """source(change, key=value, …): a copy in one file, its tensors changed, and keys of its config.json."""
+    """source(change, key=value, …): a copy in one file, with changed tensors and keys of config.json."""
 
     def make(change: Callable[[dict[str, mx.array]], object], name: str = "source", **keys: Any) -> Path:
         folder = tmp_path / name
@@ -52,12 +52,12 @@ def tied(tensors: dict[str, mx.array]) -> None:
 
 
 def almost_tied(tensors: dict[str, mx.array]) -> None:
-    """One number of the head is another."""
+    """Change one number of the head."""
     tensors[HEAD] = mx.where(mx.arange(tensors[EMBEDDING].size).reshape(-1, 64) == 77, 1, tensors[EMBEDDING])
 
 
 def buffers(tensors: dict[str, mx.array]) -> None:
-    """As old checkpoints have them."""
+    """The `inv_freq` buffers of old checkpoints."""
     for i in range(2):
         tensors[INV_FREQ.format(i)] = mx.ones(8)
 
@@ -138,7 +138,7 @@ def test_a_head_that_config_json_does_not_tie_is_kept(source: Callable[..., Path
 def test_verification_reads_the_names_from_the_sources_headers(
     source: Callable[..., Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A tensor that a conversion drops without a word, as mlx-lm's `sanitize` does, is a problem."""
+    """A tensor that a conversion drops silently, as mlx-lm's `sanitize` does, is a problem."""
     bias = "model.layers.1.self_attn.q_proj.bias"
     folder = source(lambda tensors: tensors.update({bias: mx.ones(64)}))
     with pytest.raises(UsageError, match=f"{bias} is in the weights, but not in the llama model"):

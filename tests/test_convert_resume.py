@@ -20,7 +20,7 @@ import pytest
 from .checkpoints import PEAK, contents
 
 OPTIONS: dict[str, Any] = {"rope": "yarn", "factor": 8, "quantize": True, "max_shard_size": "0.1MB"}
-# Forks children that convert and are killed: at the Nth event of the file system in OUT.partial, or after N seconds.
+# Forks children that convert and are killed: at the Nth file system event in OUT.partial, or after N seconds.
 # Each time another one resumes and must make the same files. Prints the numbers of events and files.
 KILLER = """
 import json, os, random, shutil, signal, sys, threading, time
@@ -83,7 +83,7 @@ print(json.dumps({"events": n - 2, "files": len(expected)}))
 
 
 def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> None:
-    """Leave a run that failed when all weights were written."""
+    """Leave behind a run that failed after all weights were written."""
 
     def fail(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -117,9 +117,7 @@ def test_killed_before_the_last_files_the_next_run_makes_the_same_ones(random_ll
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
-def test_what_is_finished_is_not_done_again(
-    random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_finished_work_is_not_repeated(random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     interrupted(random_llama, tmp_path / "out", monkeypatch)
     before = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "out.partial").glob("*.safetensors")}
     steps: list[tuple[int, int]] = []
@@ -184,7 +182,7 @@ def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 
 
 def test_a_full_disk_is_one_line_and_what_is_done_stays(stdlib_llama: Path, tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk: the first weight file fits, a later one does not."""
+    """A limit on file sizes stands in for a full disk: the first weight file fits, a later one does not."""
     options: dict[str, Any] = {"max_shard_size": "1.8MB"}
     convert(stdlib_llama, tmp_path / "whole" / "out", **options)
     sizes = [path.stat().st_size for path in sorted((tmp_path / "whole" / "out").glob("*.safetensors"))]

@@ -1,4 +1,4 @@
-"""What a checkpoint may come in: PyTorch's .bin files, 8-bit floats with scales, shards without an index."""
+"""The formats a checkpoint may come in: PyTorch's .bin files, 8-bit floats with scales, shards without an index."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_a_malicious_pickle_does_not_run(random_llama: Path, tmp_path: Path, how
         convert(folder, tmp_path / "out")
     assert not (tmp_path / "pwned").exists()
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
-    with contextlib.suppress(Exception):  # the file does what it is for
+    with contextlib.suppress(Exception):  # the file does run when unpickled plainly
         torch.load(folder / "pytorch_model.bin", weights_only=False)
     assert (tmp_path / "pwned").exists()
 
@@ -151,7 +151,7 @@ KINDS: dict[str, tuple[tuple[int, int] | None, str, dict[str, Any]]] = {
 
 
 def to_fp8(value: torch.Tensor, block: tuple[int, int] | None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """In 8-bit float by blocks: the bytes, the scales, and what they stand for in float32."""
+    """Convert to 8-bit floats by blocks: the bytes, the scales, and the values they represent in float32."""
     rows, columns = value.shape
     b0, b1 = block or (rows, columns)
     b0, b1 = min(b0, rows), min(b1, columns)

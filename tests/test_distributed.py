@@ -1,4 +1,4 @@
-"""More than one process: two of them over the ring backend compute what one does, with half of the matrices each."""
+"""Several processes: two of them over the ring backend compute what one does, with half of the matrices each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ import pytest
 
 pytestmark = pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX has no ring backend")
 
-LIMIT = 300  # seconds after which processes that wait for each other have failed
+LIMIT = 300  # seconds: processes that wait for each other longer have failed
 MAIN = [sys.executable, "-c", "from mlx_resonance.cli import main; main()"]
 REPORT = """
 import json, sys
@@ -91,7 +91,7 @@ def tokens() -> list[int]:
 
 @pytest.fixture(scope="module")
 def models(extended: Path, random_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
-    """Whole and quantized, of eight times the context."""
+    """Whole and quantized models with eight times the context."""
     folder = tmp_path_factory.mktemp("models")
     options: dict[str, Any] = {"rope": "yarn", "factor": 8.0, "dtype": "float32"}
     convert(random_llama, folder / "quantized", quantize=True, q_bits=4, q_group_size=32, **options)
@@ -99,7 +99,7 @@ def models(extended: Path, random_llama: Path, tmp_path_factory: pytest.TempPath
 
 
 def free_port(count: int) -> int:
-    """The first of so many ports in a row that nobody listens on."""
+    """The first of a run of consecutive ports that nobody listens on."""
     while True:
         with socket.socket() as first:
             first.bind(("127.0.0.1", 0))
@@ -146,7 +146,7 @@ def start(commands: list[list[object]], folder: Path) -> list[tuple[int, str, st
 def reports(
     models: list[Path], tokens: list[int], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """What one process says of the models, and what each of two does."""
+    """What one process reports about the models, and what each of two does."""
     folder = tmp_path_factory.mktemp("reports")
     (folder / "tokens.json").write_text(json.dumps(tokens))
     command = [sys.executable, "-c", REPORT, folder / "tokens.json", folder, *models]
@@ -164,7 +164,7 @@ def test_two_processes_compute_what_one_does(models: list[Path], reports: Any, k
     assert reports[0]["seed"] is None and reports[1][0]["seed"] == reports[1][1]["seed"] is not None
     assert two[0]["logits"] == two[1]["logits"]
     expected, logits = np.array(one["logits"]), np.array(two[0]["logits"])
-    # Two halves of a sum, added: another order of additions in float32.
+    # Two halves of a sum are added: a different order of additions in float32.
     assert np.abs(logits - expected).max() <= 2e-5 * np.abs(expected).max()
     for text in ("greedy", "sampled"):
         assert one[text] == two[0][text] == two[1][text] != ""
@@ -176,7 +176,7 @@ def test_each_process_holds_half(models: list[Path], reports: Any, kind: int) ->
     for report in reports[1]:
         half = report[str(models[kind])]
         assert half["matrices"] == one["matrices"] / 2 and half["kv"] == one["kv"] / 2
-        # Also while it is loaded: one matrix is whole for a moment, and split.
+        # Also while loading: one matrix is whole for a moment, then split.
         assert half["peak"] <= half["weights"] + 2 * one["largest"]
         assert half["weights"] == plan_memory(models[kind], 700, processes=2).weights
         assert half["kv"] == plan_memory(models[kind], 700, processes=2).kv
@@ -205,7 +205,7 @@ def test_heads_that_are_not_divided_are_refused(models: list[Path], tmp_path: Pa
 
 @pytest.fixture(scope="module")
 def ends(models: list[Path], stdlib_llama: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    """By name, how a command ended in each of two processes: exit code, stdout, stderr, tokens from prompt caches."""
+    """By name, how a command ended in both processes: exit code, stdout, stderr, tokens from prompt caches."""
     folder = tmp_path_factory.mktemp("commands")
     whole, quantized = models
     convert(stdlib_llama, folder / "of-64", quantize=True, q_bits=4, q_group_size=64)
@@ -247,11 +247,11 @@ def ends(models: list[Path], stdlib_llama: Path, tmp_path_factory: pytest.TempPa
         ("groups", 0, "cannot be divided among 2 processes: "),  # 576 features are nine groups of 64
         ("one", 1, "missing"),
         ("prompts", 0, "different prompts"),
-        ("stdin", 0, "cannot share standard input"),  # which mlx.launch never ends
+        ("stdin", 0, "cannot share standard input"),  # which mlx.launch never closes
         ("output", 0, "is a folder: a file is needed"),
     ],
 )
-def test_an_error_is_said_once_and_ends_all(ends: dict[str, Any], name: str, speaker: int, message: str) -> None:
+def test_an_error_is_printed_once_and_ends_all(ends: dict[str, Any], name: str, speaker: int, message: str) -> None:
     assert [code for code, *_ in ends[name]] == [2, 2]
     said = ends[name][speaker][2].splitlines()
     assert message in said[-1] and said[-1].startswith("error: ")
@@ -259,7 +259,7 @@ def test_an_error_is_said_once_and_ends_all(ends: dict[str, Any], name: str, spe
 
 
 def test_the_prompt_cache_of_two_processes(ends: dict[str, Any]) -> None:
-    """Each keeps its own heads; where one of them has not read a prompt, both read it."""
+    """Each keeps its own heads; if one of them has not read a prompt, both read it."""
     runs = [ends[name] for name in ("read", "of one", "of both")]
     assert all(code == 0 for run in runs for code, *_ in run)
     assert {run[0][1] for run in runs} == {runs[0][0][1]} != {""} and not any(run[1][1] + run[1][2] for run in runs)

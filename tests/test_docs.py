@@ -1,4 +1,4 @@
-"""The pages say what the commands do: the page of flags has all of them, and every flag in a page exists."""
+"""The pages match the commands: the page of flags has all of them, and every flag in a page exists."""
 
 from __future__ import annotations
 

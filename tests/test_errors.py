@@ -1,4 +1,4 @@
-"""A user's mistake: one class, no flag in the library, in words that name the flags of the command that runs."""
+"""A user's mistake: one class, no flag in the library, and a message with the flags of the command that runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`finetune`: a longer context is learned, a killed run resumes bit-identical, mistakes get one line."""
+"""`finetune`: the model learns a longer context, a killed run resumes bit-identically, mistakes get one line."""
 
 from __future__ import annotations
 
@@ -249,7 +249,7 @@ def test_checkpointed_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch, ki
     ],
     ids=["full", "checkpointed", "lora", "accumulated"],
 )
-def test_the_plan_is_what_is_used(tmp_path: Path, length: int, changes: dict[str, Any]) -> None:
+def test_the_plan_matches_the_memory_used(tmp_path: Path, length: int, changes: dict[str, Any]) -> None:
     recipe = Recipe(**({"length": length, "steps": 2, "accumulate": 1} | changes))
     sequences = np.random.default_rng(0).integers(0, 2048, size=(8, length)).astype(np.int32)
     mx.clear_cache()
@@ -283,7 +283,7 @@ def test_documents_are_packed(texts: Path, tokenizer: Any) -> None:
     assert np.array_equal(np.flatnonzero(stream == 1) + 1, np.flatnonzero(stream == 0)[1:][: (stream == 1).sum()])
 
 
-def test_a_batch_is_of_its_step() -> None:
+def test_a_batch_depends_only_on_its_step() -> None:
     batches = Batches(np.arange(10, dtype=np.int32)[:, None], 4, seed=3)
     rows = [np.array(batches(step)[0])[:, 0].tolist() for step in range(5)]
     assert rows[3] == np.array(batches(3)[0])[:, 0].tolist()

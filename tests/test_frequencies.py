@@ -52,7 +52,7 @@ def made_here(golden):
 def test_wavelengths_equal_those_of_the_authors(golden):
     exact = made_here(golden).wavelengths
     ours, theirs = made_here(golden).resonate().wavelengths, np.array(golden["wavelengths"])
-    # Theirs are float32: a wavelength this close to a half may round either way, and a longer one has no more digits.
+    # Theirs are float32: a wavelength this close to a half may round either way, and longer ones have no more digits.
     float32_step = exact * 2.0**-22
     may_differ = (np.abs(exact - np.floor(exact) - 0.5) <= float32_step) | (exact > 2**22)
     allowed = np.where(may_differ, np.maximum(1, float32_step), 0)

@@ -30,7 +30,7 @@ def test_options_reach_mlx_lm(stdlib_llama: Path, monkeypatch: pytest.MonkeyPatc
     assert calls.keys() == {"max_tokens", "sampler", "prompt_cache"} and calls["max_tokens"] == 9
     assert calls["sampler"] == {"temp": 0.5, "top_p": 0.25}
     length = len(prompt_tokens(tokenizer, TEXT))
-    for cache in calls["prompt_cache"]:  # quantized, for all that it will hold, and all but the last token read
+    for cache in calls["prompt_cache"]:  # quantized, allocated for everything, with all but the last token read
         assert (type(cache).__name__, cache.bits, cache.step) == ("QuantizedKVCache", 4, length + 9)
         assert cache.offset == length - 1
     list(stream_generate(model, tokenizer, TEXT, max_tokens=9))
@@ -80,7 +80,7 @@ def test_an_empty_prompt_is_refused(loaded: Any, prompt: Any) -> None:
         list(stream_generate(*loaded, prompt))
 
 
-def test_the_context_is_kept_to_the_token(loaded: Any) -> None:
+def test_the_context_is_enforced_to_the_token(loaded: Any) -> None:
     tokens = [5] * 120
     list(stream_generate(*loaded, tokens, max_tokens=8))
     with pytest.raises(ValueError, match=r"120 prompt tokens and 9 new ones exceed .* 128"):
@@ -96,10 +96,10 @@ def test_the_context_is_kept_to_the_token(loaded: Any) -> None:
     ],
     ids=["longrope", "dynamic"],
 )  # fmt: skip
-def test_a_prompt_read_in_chunks_turns_as_in_one_pass(
+def test_a_prompt_read_in_chunks_rotates_as_in_one_pass(
     random_llama: Path, copy_of: Any, scaling: dict[str, Any]
 ) -> None:
-    """These change their angles with the length: the first chunks must know how long the prompt is."""
+    """These types change their angles with the length: the first chunks must know the length of the prompt."""
     length = 256 if scaling["rope_type"] == "longrope" else 32
     folder = copy_of(random_llama, rope_scaling=scaling, rope_parameters=None, max_position_embeddings=length)
     model, tokenizer = load(folder)
@@ -108,5 +108,5 @@ def test_a_prompt_read_in_chunks_turns_as_in_one_pass(
     for step in (7, 64, 1000):
         first = next(iter(stream_generate(model, tokenizer, tokens, max_tokens=2, prefill_step_size=step)))
         logits = np.array(first.logprobs) - np.array(first.logprobs).max() + expected.max()
-        # Chunks are summed in another order; the wrong angles change the logits by their own size.
+        # Chunks are summed in a different order; wrong angles would change the logits by as much as their own size.
         assert np.abs(logits - expected).max() <= 1e-4 * np.abs(expected).max(), step

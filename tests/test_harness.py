@@ -1,4 +1,4 @@
-"""lm-eval's tasks with our model: numbers as transformers has them, budgets, stops, results, and runs that resume."""
+"""lm-eval's tasks with our model: the same numbers as transformers, budgets, stops, results, and runs that resume."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def theirs(checkpoint: Path) -> Any:
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
 
     def log_likelihoods(tokens: list[int]) -> tuple[Any, Any]:
-        """Of tokens[1:], each given those before; and which of them are the greedy ones."""
+        """Log-likelihoods of tokens[1:], each given those before it; and which of them are the greedy choice."""
         with torch.no_grad():
             logits = model(torch.tensor([tokens])).logits[0, :-1].double()
         targets = torch.tensor(tokens[1:])
@@ -90,7 +90,7 @@ def test_loglikelihood(lm: Any, theirs: Any) -> None:
         ("import", " os"),
         (context, "if n < 2:\n        return n\n"),  # shares the context of the first one
         ("", "import os"),  # after BOS alone
-        ("x = ", "1"),  # the space goes to what follows
+        ("x = ", "1"),  # the space belongs to what follows
         ("class Tree" + "\n    # a comment" * 120, "\n    pass"),  # beyond the context of 512 tokens
     ]
     truncated = lm.responses.truncated
@@ -105,7 +105,7 @@ def test_loglikelihood(lm: Any, theirs: Any) -> None:
     assert ask(lm.loglikelihood, ("import", "")) == [(0, True)]
 
 
-def test_what_merges_with_the_context_is_scored_all_the_same(lm: Any, theirs: Any) -> None:
+def test_a_continuation_that_merges_with_the_context_is_scored(lm: Any, theirs: Any) -> None:
     before, after = next(
         (word[:i], word[i:])
         for word in ("return", "import", "self", "class", "def")
@@ -134,7 +134,7 @@ def test_loglikelihood_rolling(lm: Any, theirs: Any) -> None:
     tokens = lm.tokenizer.encode(long, add_special_tokens=False)
     assert 513 < len(tokens) < 2 * 512
     first = theirs([bos, *tokens[:512]])[0].sum()
-    last = theirs(tokens[-513:])[0][-(len(tokens) - 512) :].sum()  # each token once, with a whole context
+    last = theirs(tokens[-513:])[0][-(len(tokens) - 512) :].sum()  # each token once, with a full context
     found = ask(lm.loglikelihood_rolling, (short,), (long,), ("",))
     expected = theirs([bos, *lm.tokenizer.encode(short, add_special_tokens=False)])[0].sum()
     assert found[0] == pytest.approx(float(expected), abs=1e-3)
@@ -149,7 +149,7 @@ def test_generate_until(lm: Any) -> None:
 
     whole = say(max_gen_toks=12)
     assert len(whole) > 8
-    for until in ([], "", [""], None, ["", "no such text"]):  # none of them stops
+    for until in ([], "", [""], None, ["", "no such text"]):  # none of them stops the text
         assert say(max_gen_toks=12, until=until) == whole
     stop = whole[4:6]
     assert say(max_gen_toks=12, until=stop) == say(max_gen_toks=12, until=["", stop]) == whole[: whole.index(stop)]
@@ -221,7 +221,7 @@ def test_a_killed_run_resumes(
         assert resumed[key] == whole[key]
     assert sorted(output.read_text().splitlines()[1:-1]) == sorted(lines[1:-1])
 
-    monkeypatch.setattr(Checkpoint, "load", None)  # nothing is left to do
+    monkeypatch.setattr(Checkpoint, "load", None)  # nothing left to do
     content = output.read_bytes()
     code, out, _ = run(*common, checkpoint, *both, "--output", output)
     assert code == 0 and json.loads(out)["results"] == whole["results"] and output.read_bytes() == content

@@ -36,7 +36,7 @@ def test_one_line_exit_2_and_nothing_written(run: Any, random_llama: Path, tmp_p
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_none_of_them_takes_memory(random_llama: Path, tmp_path: Path) -> None:
-    """All in one process, whose peak is little more than what its imports need."""
+    """All in one process, whose peak is little more than its imports need."""
     folders = []
     for i, (change, _) in enumerate(CASES.values()):
         folder = tmp_path / str(i) / "source"
@@ -61,7 +61,7 @@ print(peak() - before)
 
 
 def test_tensors_of_nan(run: Any, random_llama: Path, tmp_path: Path) -> None:
-    """Only a tensor that is all NaN is refused; what was done is in OUT.partial, and --allow-nan resumes."""
+    """Only a tensor that is all NaN is refused; finished work stays in OUT.partial, and --allow-nan resumes."""
     for name, content in (("some", [np.nan] + [1.0] * 63), ("all", [np.nan] * 64)):
         folder = tmp_path / name
         shutil.copytree(random_llama, folder)
@@ -99,7 +99,7 @@ def test_a_hostile_card_costs_its_metadata_only(random_llama: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("nothing", [False, 0, "", [], {}, None])
-def test_what_is_false_is_not_there(random_llama: Path, tmp_path: Path, nothing: Any) -> None:
+def test_false_values_count_as_absent(random_llama: Path, tmp_path: Path, nothing: Any) -> None:
     folder = shutil.copytree(random_llama, tmp_path / "source")
     config(quantization=nothing, quantization_config=nothing, sliding_window=nothing)(folder)
     done = convert(folder, tmp_path / "out", verify=True)
@@ -135,7 +135,7 @@ def test_a_quantized_tensor_of_nan_is_refused_too(random_llama: Path, tmp_path: 
     json.loads((tmp_path / "out" / "conversion.json").read_text(), parse_constant=pytest.fail)
 
 
-def test_links_of_the_hubs_cache_are_followed(random_llama: Path, tmp_path: Path) -> None:
+def test_links_in_the_hubs_cache_are_followed(random_llama: Path, tmp_path: Path) -> None:
     """There every file is a link to its content, outside the folder of the revision but within that of the model."""
     snapshot = tmp_path / "models--someone--llama" / "snapshots" / "0123"
     blobs = tmp_path / "models--someone--llama" / "blobs"

@@ -1,4 +1,4 @@
-"""The feature gap that `inspect` shows, of rope types whose angles change with the length of a text."""
+"""The feature gap that `inspect` shows for rope types whose angles change with the length of a text."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 def distances(trained: np.ndarray, tested: np.ndarray, train_length: int, test_length: int) -> np.ndarray:
-    """By the definition: every angle of the longer text beside every one of training."""
+    """By the definition: every angle of the longer text against every one of training."""
     seen = np.exp(2j * np.pi * np.arange(train_length)[:, None] / trained)
     new = np.exp(2j * np.pi * np.arange(train_length, test_length)[:, None] / tested)
     return np.abs(new[:, None] - seen[None]).min(1).max(0)

@@ -1,4 +1,4 @@
-"""mlx-lm's commands on a checkpoint of a resonance rope type, as a user runs them.
+"""mlx-lm's commands on a checkpoint with a resonance rope type, as a user runs them.
 
 Not run here: `evaluate` downloads its tasks, and `perplexity` reads its text with the package datasets, from the hub.
 """
@@ -37,7 +37,7 @@ def lm(*arguments: object, stdin: str = "") -> str:
     """The output of `mlx-resonance lm …`, which must succeed."""
     done = execute("mlx-resonance", "lm", *arguments, stdin=stdin)
     assert done.returncode == 0, done.stderr
-    assert "rope_type" not in done.stderr  # transformers warns of types that it does not know
+    assert "rope_type" not in done.stderr  # transformers warns about types that it does not know
     return done.stdout
 
 
@@ -45,7 +45,7 @@ def rope_type(folder: Path) -> Any:
     return json.loads((folder / "config.json").read_text())["rope_scaling"]["rope_type"]
 
 
-def test_generate_gives_the_text_of_our_own(run: Any, extended: Path) -> None:
+def test_generate_gives_the_same_text_as_ours(run: Any, extended: Path) -> None:
     options = ("generate", "--model", extended, "--max-tokens", 32, "--prompt", PROMPT)
     own = json.loads(run(*options, "--json")[1])
     assert own["prompt_tokens"] > 512 and own["generation_tokens"] == 32
@@ -100,7 +100,7 @@ def test_cache_prompt_keeps_what_our_own_model_does(extended: Path, tmp_path: Pa
 
 @pytest.fixture
 def run_lm(run: Any, installed: None, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """run_lm(argument, …) -> exit code, stdout, stderr, in this process; what `install` has done is undone."""
+    """run_lm(argument, …) -> exit code, stdout, stderr, in this process; `install` is undone afterwards."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     return lambda *arguments: run("lm", *arguments)
 

@@ -1,4 +1,4 @@
-"""L-Eval and LongBench: their prompts, cut to a context, and answers from which a killed run resumes."""
+"""L-Eval and LongBench: prompts cut to a context, and answers from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_truncation(tokenizer: Any) -> None:
     words = [f"word{i}" for i in range(600)]
     text = " ".join(words)
     count = len(tokenizer.encode(text, add_special_tokens=False))
-    # As many words as tokens, less 250 at a time.
+    # As many words as tokens, reduced by 250 at a time.
     assert cut(tokenizer, text, 1250, "words").split(" ") == words[:250]
     assert cut(tokenizer, text, 1250, "words", keep_end=True).split(" ") == words[-250:]
     assert cut(tokenizer, text, count, "head") == text

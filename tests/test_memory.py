@@ -32,7 +32,7 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint of which only headers are read: 1.6 GB of weights that take no disk, 16 layers of 8 key heads."""
+    """A checkpoint whose headers alone are read: 1.6 GB of weights that take no disk, 16 layers of 8 key heads."""
     folder = tmp_path_factory.mktemp("big")
     config = {
         "model_type": "llama", "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 16,
@@ -61,7 +61,7 @@ def big(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def peak(model: Any, tokenizer: Any, context: int, step: int, kv_bits: int | None) -> int:
-    """Bytes that MLX held at most while a prompt of `context` - 2 tokens was read and 2 were written."""
+    """Peak bytes that MLX held while a prompt of `context` - 2 tokens was read and 2 were generated."""
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
@@ -83,7 +83,7 @@ def test_the_plan_is_within_a_tenth_of_the_peak(name: str, tmp_path: Path) -> No
             assert planned == pytest.approx(found, rel=0.1), (context, step, kv_bits)
 
 
-def test_its_parts(big: Path) -> None:
+def test_the_parts_of_the_plan(big: Path) -> None:
     plan = plan_memory(big, 10_000, memory=100 * 10**9)
     assert plan.weights == pytest.approx(1.64e9, rel=0.01)
     assert plan.kv_per_token == 2 * 16 * 8 * 128 * 2 and plan.kv == 10_000 * plan.kv_per_token
@@ -122,8 +122,8 @@ def refusal(folder: Path, context: int, **options: Any) -> UsageError:
 @pytest.mark.parametrize("there", [5.2, 6, 8, 16, 32])
 @pytest.mark.parametrize("kv_bits", [None, 8, 4])
 @pytest.mark.parametrize("step", [128, 2048, 8192])
-def test_what_is_advised_fits(big: Path, there: float, kv_bits: int | None, step: int) -> None:
-    """Each of its remedies, for contexts around and far past what fits."""
+def test_the_remedies_fit(big: Path, there: float, kv_bits: int | None, step: int) -> None:
+    """Each of the remedies, for contexts around and far past what fits."""
     options: dict[str, Any] = {"kv_bits": kv_bits, "memory": int(there * 10**9), "prefill_step_size": step}
     most = plan_memory(big, 1, **options).max_context
     name = "16 bit" if kv_bits is None else f"{kv_bits} bit"
@@ -146,7 +146,7 @@ def test_what_is_advised_fits(big: Path, there: float, kv_bits: int | None, step
             assert not plan_memory(big, 1, **options | {"kv_bits": 4}).fits
 
 
-def test_two_changes_are_advised_where_one_is_not_enough(big: Path) -> None:
+def test_two_changes_are_advised_if_one_is_not_enough(big: Path) -> None:
     options: dict[str, Any] = {"kv_bits": None, "memory": 8 * 10**9, "prefill_step_size": 8192}
     context = plan_memory(big, 1, **options | {"prefill_step_size": 128}).max_context["4 bit"]
     assert refusal(big, context, **options).remedies[0] == {"kv_bits": 4, "prefill_step_size": 128}
@@ -195,7 +195,7 @@ def test_plan_names_the_largest_context_of_every_format(big: Path, run: Any) -> 
         (["--context", -5], "'--context'"),
         (["--context", 2**31 + 1], "'--context'"),
         (["--kv-bits", 3], "'--kv-bits': '3' is not one of 8, 4"),
-        (["--kv-bits", 8], "multiple of 32 features, got 16"),
+        (["--kv-bits", 8], "multiple of 32, got 16"),
         (["--memory", "lots"], "'--memory': it must be a size such as 500MB or 5GB, got 'lots'"),
         (["--memory", "-1GB"], "'--memory': it must be a size"),
         (["--prefill-step-size", 0], "'--prefill-step-size'"),
@@ -210,7 +210,7 @@ def test_a_wrong_argument_of_plan_is_one_line(random_llama: Path, run: Any, opti
     ("options", "message"),
     [
         (["--kv-bits", 5], "'--kv-bits': '5' is not one of 8, 4"),
-        (["--kv-bits", 4], "multiple of 32 features, got 16"),
+        (["--kv-bits", 4], "multiple of 32, got 16"),
         (["--memory", "16"], "'--memory': it must be a size"),
         (["--prefill-step-size", 0], "'--prefill-step-size'"),
         (["--max-tokens", 500], "exceed the checkpoint's context of 128 tokens: .*--factor 4"),
@@ -224,7 +224,7 @@ def test_a_wrong_argument_of_generate_is_one_line(
     assert (code, out) == (2, "") and err.count("\n") == 1 and re.search(message, err), err
 
 
-def test_the_factor_that_is_named_is_enough(random_llama: Path, run: Any) -> None:
+def test_the_named_factor_is_enough(random_llama: Path, run: Any) -> None:
     common = ["generate", "--model", random_llama, "--prompt", "import os\n" * 60, "--max-tokens", 4]
     code, _, err = run(*common)
     factor = re.search(r"--factor (\d+)", err)

@@ -1,4 +1,4 @@
-"""OneCycleAdamW beside torch's AdamW under OneCycleLR, and the ends of one_cycle for any number of steps."""
+"""OneCycleAdamW against torch's AdamW under OneCycleLR, and the ends of one_cycle for any number of steps."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Weight(nn.Module):
 
 
 def gradient(step: int) -> np.ndarray:
-    """Of a different size for every element, so that epsilon and the second moment matter."""
+    """Gradients of a different size for every element, so that epsilon and the second moment matter."""
     rng = np.random.default_rng(step)
     return (rng.normal(size=SHAPE) * np.logspace(-7, 2, math.prod(SHAPE)).reshape(SHAPE)).astype(np.float32)
 
@@ -65,7 +65,7 @@ def our_run() -> tuple[list[np.ndarray], list[float], list[float]]:
     return weights, rates, betas
 
 
-def test_a_training_is_torchs() -> None:
+def test_a_training_run_equals_torchs() -> None:
     weights, rates, betas = our_run()
     expected = torch_run(torch.float64)
     assert len(weights) == STEPS
@@ -109,7 +109,7 @@ def test_a_rise_of_one_step_starts_at_the_peak(steps: int, rise: float) -> None:
 
 
 @pytest.mark.parametrize(("steps", "rise"), [(3, 0.5), (7, 0.3), (12, 0.1), (30, 0.1), (97, 0.33), (100, 0.7)])
-def test_every_value_is_torchs(steps: int, rise: float) -> None:
+def test_every_value_equals_torchs(steps: int, rise: float) -> None:
     weight = torch.zeros(1, requires_grad=True)
     optimizer = torch.optim.SGD([weight], lr=1.0)
     schedule = torch.optim.lr_scheduler.OneCycleLR(

@@ -97,7 +97,7 @@ def tokens() -> list[int]:
 
 
 def last_log_probabilities(model: Any, tokens: list[int]) -> np.ndarray:
-    """Of the token after a text that is read in one pass."""
+    """Log-probabilities of the token after a text that is read in one pass."""
     logits = model(mx.array([tokens]))[0, -1].astype(mx.float32)
     return np.array(logits - mx.logsumexp(logits))
 
@@ -161,7 +161,7 @@ def test_evaluation_and_batches_of_every_model(
     rope = random_rope(4)  # yarn
     folder = make(tmp_path / "model", kind, rope, style)
     model, tokenizer = load(folder)
-    tokens = list(tokenizer.encode(source()[: 8 * LENGTH]))[:LENGTH]  # Qwen's tokenizer splits otherwise
+    tokens = list(tokenizer.encode(source()[: 8 * LENGTH]))[:LENGTH]  # Qwen's tokenizer splits differently
     logits = model(mx.array([tokens]))[0]
     losses = mx.logsumexp(logits[:-1], axis=-1) - mx.take_along_axis(logits[:-1], mx.array(tokens)[1:, None], -1)[:, 0]
     (tmp_path / "text.txt").write_text(source()[: 8 * LENGTH])
@@ -180,7 +180,7 @@ def test_evaluation_and_batches_of_every_model(
     )
 
 
-def test_layers_without_rope_stay_so(tmp_path: Path, tokens: list[int]) -> None:
+def test_layers_without_rope_stay_without(tmp_path: Path, tokens: list[int]) -> None:
     folder = make(tmp_path / "model", "smollm3", random_rope(4), "4")
     model = load(folder)[0]
     kinds = [type(layer.self_attn.rope).__name__ for layer in model.layers]
@@ -244,7 +244,7 @@ def test_a_file_that_calls_initialize_rope_gets_exact_angles(style: str, tmp_pat
     assert model.layers[0].self_attn.rope.frequencies == expected and expected.attention_scale == 1.3
 
 
-def test_the_text_model_of_one_that_sees_is_read_too(tmp_path: Path, installed: None) -> None:
+def test_the_language_part_of_a_vision_model_is_read_too(tmp_path: Path, installed: None) -> None:
     text = asked("mistral", rope_parameters=YARN | {"rope_theta": 20000.0}) | {"layer_types": None}
     model = load_config(tmp_path, {"model_type": "mistral3", "text_config": text})
     expected = RopeConfig.from_hf(SIZES | {"rope_parameters": YARN | {"rope_theta": 20000.0}}).frequencies()
@@ -271,7 +271,7 @@ opened: list[str] = []  # every config.json that our code opens
 
 
 def note_open(event: str, arguments: tuple[Any, ...]) -> None:
-    """Python's audit hook: of who opens a config.json, the innermost caller of ours or of a library counts."""
+    """Python's audit hook: a config.json counts as opened by the innermost caller that is ours or a library's."""
     if event == "open" and str(arguments[0]).endswith("config.json"):
         frame = sys._getframe(1)
         while frame is not None:
@@ -344,4 +344,4 @@ def test_config_and_headers_are_read_once(
     for file in ("config.json", "model.safetensors"):
         assert read.count(str(checkpoint / file)) == 1, read
     results = [path for path in read if not path.startswith(str(checkpoint)) and not path.endswith("config.json")]
-    assert len(set(results)) == len(results), read  # the headers of a result that is verified too
+    assert len(set(results)) == len(results), read  # including the headers of a verified result

@@ -65,7 +65,7 @@ def test_first_integer(answer: str, number: int | None) -> None:
 
 
 def know(depths: set[int]) -> Any:
-    """A stand-in for `generate` that finds the keys at these depths, and says 7 to the others."""
+    """A stand-in for `generate` that finds the keys at these depths, and answers 7 at the others."""
 
     def generate(_: Any, tokenizer: Any, prompt: list[int], **options: Any) -> str:
         for length, depth, repetition in GRID.cells():
@@ -144,7 +144,7 @@ def test_command(run: Any, checkpoint: Path, tmp_path: Path) -> None:
 BAD = {
     "--lengths 600": "600 tokens exceed the checkpoint's context of 512 tokens: give --factor 2",
     "--lengths 60": "60 tokens have no room for filler",
-    "--lengths a,b": "'--lengths': expected integers with commas",
+    "--lengths a,b": "'--lengths': expected integers separated by commas",
     "--lengths 0": "lengths must be in [1, 2**31] tokens, got [0] (--lengths)",
     "--lengths 200 --depths 101": "depths must be in [0, 100], got [101] (--depths)",
     "--lengths 200 --repetitions 0": "Invalid value for '--repetitions'",

@@ -1,4 +1,4 @@
-"""Perplexity: YaRN's windows by hand and against transformers, the same numbers however computed, resumed or given."""
+"""Perplexity: YaRN's windows by hand and against transformers, the same numbers however computed or resumed."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_figures_by_hand() -> None:
 def by_transformers(
     folder: Path, documents: Sequence[Document], start: Sequence[int], context: int, stride: int | None, last: int
 ) -> tuple[float, float, float]:
-    """The protocol as transformers' users write it: labels of -100 for what is not scored; no stride: truncated."""
+    """The protocol as transformers' users write it: labels of -100 for unscored tokens; no stride means truncated."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     room, means, counts, tails = context - len(start), [], [], []
     for document in documents:
@@ -174,7 +174,7 @@ def test_a_killed_run_resumes_to_the_same_bytes(
         run_perplexity([of], protocol, output, {"data": "e"}, options)
 
 
-def test_a_rope_that_is_swapped_is_the_one_that_is_loaded(checkpoint: Path) -> None:
+def test_a_swapped_rope_equals_a_loaded_one(checkpoint: Path) -> None:
     opened, tokens = Checkpoint.open(checkpoint), mx.arange(2, 300)[None]
     model, own = opened.load(), opened.own_rope
     for name in ("resonance_yarn", "ntk", "resonance_default", "default"):

@@ -86,7 +86,7 @@ BAD = {
     "--data short.txt --truncate": "none of 1 documents has 299 tokens",
     "--data a.py --contexts 1": "contexts must be in [2, 2**31] tokens, got [1] (--contexts)",
     "--data a.py --contexts 64,3000000000": "contexts must be in [2, 2**31] tokens",
-    "--data a.py --contexts x": "'--contexts': expected integers with commas",
+    "--data a.py --contexts x": "'--contexts': expected integers separated by commas",
     "--data a.py --contexts 256": "stride must be in [1, 255]",
     "--data a.py --stride 0": "Invalid value for '--stride'",
     "--data a.py --truncate --last 0": "Invalid value for '--last'",

@@ -1,4 +1,4 @@
-"""Figures are written in the format that their name asks for."""
+"""Figures are written in the format that their suffix names."""
 
 from __future__ import annotations
 

@@ -125,7 +125,7 @@ def test_the_best_weights_are_the_earliest_of_the_best() -> None:
 
 
 def test_the_model_learns_and_the_measures_see_it() -> None:
-    """A rule of one token: a small model learns it and, as it is local, is mostly right out of distribution, too."""
+    """A rule of one token: a small model learns it and, since it is local, is mostly right out of distribution, too."""
     task = Task("recursive", modulus=5, near=1, far=0, arithmetic="pow_sin")
     settings = replace(SMOKE, split="official", epochs=40, learning_rate=2e-2, model=replace(SMOKE.model, dropout=0.0))
     run = Run(task, settings, ("rope",), 1)

@@ -83,7 +83,7 @@ def test_sweep_and_report_commands(run, tmp_path) -> None:
 
 
 def test_every_result_says_its_split(run, tmp_path, monkeypatch) -> None:
-    """On the screen and in JSON, in the file of the run and in that of the sweep."""
+    """On the screen and in JSON, in the run's file and in the sweep's."""
     monkeypatch.chdir(tmp_path)
     task, small = ("--subtask", "cot", "--preset", "smoke"), ("--split", "official", "--modulus", "7")
     commands = (
@@ -103,7 +103,7 @@ def test_every_result_says_its_split(run, tmp_path, monkeypatch) -> None:
 
 def test_the_bar_shows_loss_accuracies_and_steps() -> None:
     bar = count_bar()
-    for _ in range(2):  # of two runs one row is left
+    for _ in range(2):  # two runs leave one row
         show = posgen._progress(bar, "yarn", PRESETS["smoke"])
     (row,) = bar.tasks
     assert (row.description, row.completed, row.total) == ("compiling", 0, 6)
@@ -147,7 +147,7 @@ def test_weights_that_do_not_fit_on_the_disk(run, tmp_path, monkeypatch) -> None
 
 
 def test_a_run_that_was_killed_between_two_files(run, tmp_path) -> None:
-    """Before its header was written, and before its checkpoint was deleted."""
+    """Before its header was written, then before its checkpoint was deleted."""
     folder = tmp_path / "r"
     folder.mkdir()
     (folder / "run.jsonl").write_text('{"posgen": 1, "pre')
@@ -242,10 +242,10 @@ BAD = {
     "sweep --preset smoke --encoding alibi --output {}/s.jsonl": "not one of rope, linear",
     "sweep --preset smoke --subtask nested --output {}/s.jsonl": "not one of recursive, cot",
     "sweep --preset smoke --modulus 3 --near 2 --output {}/s.jsonl": "as many different seeds",
-    "sweep --preset smoke --output {}/notes.txt": "not a file of posgen results",
+    "sweep --preset smoke --output {}/notes.txt": "not a run log of posgen results",
     "sweep --preset smoke --output  ": "the path is empty",
     "report {}/none.jsonl": "none.jsonl: no such file (FILE.jsonl)",
-    "report {}/notes.txt": "not a file of posgen results",
+    "report {}/notes.txt": "not a run log of posgen results",
     "eval {}/none": "none/run.jsonl: no such file (DIR)",
     "eval {}": "run.jsonl: no such file (DIR)",
 }

@@ -75,7 +75,7 @@ def test_first_example_equals_that_of_the_authors(golden, splits, name):
     expected, task = golden["splits"][name], golden_task(golden)
     ids, start = tokens(splits[name][:1], task.modulus), 1 + task.seed_length
     assert ids.shape == (1, expected["n_labels"])
-    # Their model reads a whole training row; of other rows, what precedes the first label.
+    # Their model reads a whole training row; for other rows, only what precedes the first label.
     assert expected["n_input"] == (ids.shape[1] if name == "train" else start)
     assert ids[0, : expected["n_input"]][:12].tolist() == expected["input_ids_first"]
     assert [-100] * start + ids[0, start:12].tolist() == expected["labels_first"]

@@ -26,7 +26,7 @@ for rows in (made.train, made.validation, made.test):
 
 
 def assert_unsorted(seeds, modulus):
-    """Neither by the first digit nor by the last: as many steps up as down, to five standard deviations."""
+    """Neither by the first digit nor by the last: as many steps up as down, within five standard deviations."""
     weights = modulus ** np.arange(seeds.shape[1])
     for number in (seeds @ weights, seeds @ weights[::-1]):
         assert abs((np.diff(number) > 0).mean() - 0.5) < 5 * (12 * len(seeds)) ** -0.5
@@ -50,7 +50,7 @@ def test_no_two_disjoint_rows_share_a_seed(disjoint):
     assert len(set(seeds)) == len(seeds) == 12000
 
 
-def test_disjoint_rows_are_the_paper_s(disjoint):
+def test_disjoint_rows_are_the_papers(disjoint):
     task, rows = disjoint
     for part in (rows.train, rows.validation, rows.test):
         some = part[::97]
@@ -130,6 +130,6 @@ def test_presets_with_disjoint_seeds(name):
 
 
 def test_the_disjoint_rows_are_those_of_the_committed_results() -> None:
-    """NumPy does not promise stable random streams: if this fails, the committed results are of other rows."""
+    """NumPy does not promise stable random streams: if this fails, the committed results belong to other rows."""
     table = make_table(Task("cot"), "disjoint", 10600, 256)
     assert sha256(table) == "4c420998f1d2deaa81860ebad4084d65f16226053cd5be3139aafbb64dd42ab2"

@@ -72,7 +72,7 @@ def smoke() -> Decoder:
 
 
 @pytest.mark.parametrize("encoding", ["rope", "yarn", "resonance_rope", "resonance_yarn"])
-def test_official_logits_are_torchs(official: Decoder, encoding: str) -> None:
+def test_official_logits_equal_torchs(official: Decoder, encoding: str) -> None:
     ids = rows(1, 256)
     cos, sin = torch_tables(OFFICIAL, encoding, 257)
     ours = np.array(official(mx.array(ids), rope(OFFICIAL, encoding)))
@@ -95,7 +95,7 @@ class Recorded(Dropout):
 
 @pytest.mark.parametrize("dropout", [False, True])
 @pytest.mark.parametrize("preset", ["smoke", "two official layers"])
-def test_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch, preset: str, dropout: bool) -> None:
+def test_gradients_equal_torchs(monkeypatch: pytest.MonkeyPatch, preset: str, dropout: bool) -> None:
     """With dropout, torch's twin drops what ours dropped, at the same places in the same order."""
     settings = SMOKE if preset == "smoke" else replace(OFFICIAL, model=replace(OFFICIAL.model, layers=2))
     decoder = Decoder(settings.model, VOCABULARY, 3)
@@ -129,7 +129,7 @@ def test_gradients_are_torchs(monkeypatch: pytest.MonkeyPatch, preset: str, drop
 # --- initial values
 
 
-def test_initial_values_are_t5s(official: Decoder) -> None:
+def test_initial_values_match_t5s(official: Decoder) -> None:
     config = OFFICIAL.model
     inner = config.heads * config.head_dim
     deviations = {
@@ -152,7 +152,7 @@ def test_initial_values_are_t5s(official: Decoder) -> None:
             assert abs(array.mean()) < 5 * deviation / math.sqrt(array.size), name
             assert array.std() == pytest.approx(deviation, rel=5 / math.sqrt(2 * array.size)), name
             drawn.append(array.ravel()[:10_000] / deviation)
-    # No two arrays are the same draw, of one seed or of two.
+    # No two arrays are the same draw, whether from one seed or from two.
     assert np.abs(np.corrcoef(drawn) - np.eye(len(drawn))).max() < 6 / math.sqrt(10_000)
 
 
@@ -181,7 +181,7 @@ def test_the_official_feed_forward_is_not_trained(official: Decoder) -> None:
 # --- dropout
 
 
-def test_every_call_and_every_key_drops_anew() -> None:
+def test_every_call_and_every_key_draws_new_dropout() -> None:
     x = mx.ones(1000)
     drop = Dropout(0.5, mx.array([3, 0], dtype=mx.uint32))
     draws = [drop(x), drop(x)]
@@ -228,7 +228,7 @@ def test_logits_from_a_start_on(smoke: Decoder, start: int) -> None:
 
 
 def slowly_written(decoder: Decoder, turning: ResonanceRoPE, ids: np.ndarray, given: int) -> np.ndarray:
-    """Token ids, shape (N, 1 + L): after the first `given`, each is the most likely one of a whole pass."""
+    """Token ids, shape (N, 1 + L): after the first `given`, each is the most likely one in a whole pass."""
     written = ids.copy()
     for position in range(given, ids.shape[1]):
         written[:, position] = mx.argmax(decoder(mx.array(written[:, :position]), turning)[:, -1], axis=-1)
@@ -237,10 +237,10 @@ def slowly_written(decoder: Decoder, turning: ResonanceRoPE, ids: np.ndarray, gi
 
 @pytest.mark.parametrize("encoding", ["rope", "resonance_yarn"])
 @pytest.mark.parametrize("prompt", [4, 12, 23])
-def test_generation_is_a_pass_for_every_token(monkeypatch: pytest.MonkeyPatch, encoding: str, prompt: int) -> None:
+def test_generation_equals_a_pass_for_every_token(monkeypatch: pytest.MonkeyPatch, encoding: str, prompt: int) -> None:
     monkeypatch.setattr(evaluate, "ROWS_AT_ONCE", 4)  # the last chunk is a shorter one
     decoder = Decoder(replace(SMOKE.model, layers=2), VOCABULARY, 3)
-    # An untrained decoder repeats the last token: it outweighs what is attended to, and the embedding is tied.
+    # An untrained decoder repeats the last token: it outweighs the attention, and the embedding is tied.
     decoder.norm.weight = mx.random.normal(decoder.norm.weight.shape, key=mx.random.key(1))
     for layer in decoder.layers:
         layer.attention.q, layer.attention.o = 4 * layer.attention.q, 4 * layer.attention.o

@@ -22,7 +22,7 @@ def table_of(task=COT, split="official", rows=10, length=64):
     return lambda: make_table(task, split, rows, length)
 
 
-# What the message names, what it says would be right, and the call.
+# What the message must name, what it must say would be right, and the call.
 REFUSED = [
     *(("modulus", "at least 2", lambda modulus=modulus: Task("cot", modulus=modulus)) for modulus in (1, 0, -17)),
     *(

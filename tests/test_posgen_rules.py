@@ -27,7 +27,7 @@ def sequences(draw):
 
 @settings(max_examples=400, deadline=None, derandomize=True, database=None)
 @given(sequences())
-def test_rows_are_the_paper_s(case):
+def test_rows_are_the_papers(case):
     task, seeds, length = case
     given_seeds = np.array(seeds, dtype=np.int32)
     rows = task.extend(given_seeds, length)

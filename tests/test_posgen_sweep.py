@@ -50,7 +50,7 @@ def test_a_sweep_runs_everything_once(swept) -> None:
     assert output.read_bytes() == before
 
 
-def test_a_sweep_does_what_is_missing(swept, tmp_path) -> None:
+def test_a_sweep_runs_what_is_missing(swept, tmp_path) -> None:
     output, lines = swept
     text = output.read_text().splitlines(keepends=True)
     part = tmp_path / "part.jsonl"
@@ -103,7 +103,7 @@ def test_a_sweep_survives_being_killed(swept, tmp_path) -> None:
 
 
 def test_a_sweep_clears_what_was_left_after_its_last_line(swept, tmp_path) -> None:
-    """A sweep that was killed after it wrote a training's results and before it deleted the checkpoint."""
+    """A sweep that was killed after it wrote a run's results and before it deleted the checkpoint."""
     output, lines = swept
     again = tmp_path / output.name
     again.write_bytes(output.read_bytes())
@@ -127,7 +127,7 @@ def test_what_is_asked_for_twice_runs_once(tmp_path) -> None:
 
 
 def test_two_sweeps_write_one_file(tmp_path) -> None:
-    """At the same time, of different subtasks; a result that both have is written once."""
+    """At the same time, with different subtasks; a result that both have is written once."""
     output = tmp_path / "shared.jsonl"
 
     def other(run, number, count) -> None:
@@ -142,7 +142,7 @@ def test_two_sweeps_write_one_file(tmp_path) -> None:
     assert len(lines) == 3 and os.listdir(tmp_path) == [output.name]
 
 
-# Changes of a line, or of the header, to what no run gives.
+# Changes of a line, or of the header, to values that no run writes.
 BROKEN = {
     "nan": {"ood": float("nan")}, "infinite": {"id": float("inf")}, "above one": {"generated_ood": 1.5},
     "below zero": {"continued_ood": -0.1}, "a text": {"generated_id": "0.5"}, "nothing": {"ood": None},
@@ -194,7 +194,7 @@ def test_the_committed_results_are_read(name) -> None:
         replace(PRESETS["laptop"], train_scaled="scaled" in name), Task("recursive"),
     )  # fmt: skip
     assert len(lines) == (90 if "scaled" in name else 120)
-    for line in lines:  # the summary is that of the counts
+    for line in lines:  # the summary follows from the counts
         assert line["id"] == pytest.approx(sum(line["correct"][:60]) / 60 / line["rows"], abs=1e-6)
         assert line["ood"] == pytest.approx(sum(line["correct"][60:]) / 192 / line["rows"], abs=1e-6)
 
@@ -229,7 +229,7 @@ def test_summary() -> None:
 
 
 def test_bootstrap_covers_as_it_says() -> None:
-    """Of many experiments whose true difference is 1, about 95 % of the intervals hold it (with few seeds, fewer)."""
+    """In many experiments whose true difference is 1, about 95 % of the intervals contain it (fewer with few seeds)."""
     random = np.random.default_rng(11)
     held = 0
     for _ in range(400):

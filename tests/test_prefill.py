@@ -1,4 +1,4 @@
-"""Reading a prompt: sizes of chunks, the same text whatever they are, interrupts, and quantized keys and values."""
+"""Reading a prompt: chunk sizes, the same text whatever they are, interrupts, and quantized keys and values."""
 
 from __future__ import annotations
 
@@ -107,7 +107,7 @@ def test_an_interrupt_keeps_whole_chunks(loaded: Any, tmp_path: Path) -> None:
 def test_an_interrupt_within_a_chunk_keeps_what_every_layer_has(
     loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[BaseException], layer: int
 ) -> None:
-    """Between two layers some have counted a chunk that the others have not seen."""
+    """Between two layers, some have counted a chunk that the others have not seen."""
     tokens = prompt(loaded[1], 400)
     expected = greedy(loaded, tokens)
     block = type(loaded[0].layers[0])
@@ -148,7 +148,7 @@ cli.main()
 """
 
 
-def test_ctrl_c_in_a_prompt_and_the_next_run_goes_on(checkpoint: Path, tmp_path: Path) -> None:
+def test_ctrl_c_in_a_prompt_and_the_next_run_resumes(checkpoint: Path, tmp_path: Path) -> None:
     folder = tmp_path / "kept"
     (tmp_path / "prompt.txt").write_text(source()[:6000])
     command = [*COMMAND, "--model", checkpoint, "--prompt-file", tmp_path / "prompt.txt", "--factor", "64", "--json"]
@@ -164,7 +164,7 @@ def test_ctrl_c_in_a_prompt_and_the_next_run_goes_on(checkpoint: Path, tmp_path:
     os.close(theirs)
 
     def read() -> bytes:
-        """What the terminal shows next; nothing at its end, which is an OSError on Linux."""
+        """What the terminal shows next; empty at its end, which is an OSError on Linux."""
         assert select.select([terminal], [], [], 120)[0], shown
         with contextlib.suppress(OSError):
             return os.read(terminal, 4096)
@@ -208,7 +208,7 @@ def test_quantized_caches_are_small_from_the_first_chunk_on(stdlib_llama: Path) 
 
 @pytest.mark.parametrize("length", [2048, pytest.param(4096, marks=pytest.mark.long)])
 def test_quantized_caches_lower_the_peak(checkpoint: Path, length: int) -> None:
-    """Above the weights. The step is small: its work is the same whatever the format."""
+    """The peak above the weights. The step is small: its work is the same whatever the format."""
     model, tokenizer = load(checkpoint, factor=16)
     tokens, peaks = prompt(tokenizer, length), {}
     for kv_bits in (None, 8, 4):

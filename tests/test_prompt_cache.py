@@ -1,4 +1,4 @@
-"""The prompt cache on disk: the same text, what is reused and what never, damage, size, and two processes at once."""
+"""The on-disk KV cache: the same text, what is reused and what never is, damage, size, two processes at once."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_the_same_text_and_only_what_differs_is_read(loaded: Any, tmp_path: Path
     kept = PromptCache(tmp_path, "key")
     assert ask(loaded, first, kept, kv_bits=kv_bits) == (expected[0], 0)
     assert ask(loaded, first, kept, kv_bits=kv_bits) == (expected[0], len(first) - 1)
-    # 700 of the document, and whatever the questions have in common
+    # 700 tokens of the document, and whatever the questions share
     answer, known = ask(loaded, second, PromptCache(tmp_path, "key"), kv_bits=kv_bits)
     assert answer == expected[1] and 700 <= known < 710
     assert ask(loaded, document[:300], kept, kv_bits=kv_bits) == (expected[2], 299)
@@ -63,7 +63,7 @@ def test_a_second_question_on_4096_tokens_reads_the_question_only(loaded: Any, t
 
 
 def test_an_answer_is_part_of_the_next_prompt(loaded: Any, tmp_path: Path) -> None:
-    """As in a chat: the entry that extends the used one replaces it."""
+    """As in a chat: an entry that extends the one used replaces it."""
     tokens = prompt(loaded[1], 200)
     answer, _ = ask(loaded, tokens, PromptCache(tmp_path, "key"))
     (entry,) = entries(tmp_path)
@@ -75,7 +75,7 @@ def test_an_answer_is_part_of_the_next_prompt(loaded: Any, tmp_path: Path) -> No
     assert len(entries(tmp_path)) == 2 and other in entries(tmp_path)
 
 
-def test_the_key_is_of_model_rope_and_format(checkpoint: Path, stdlib_llama: Path, copy_of: Any) -> None:
+def test_the_key_depends_on_model_rope_and_format(checkpoint: Path, stdlib_llama: Path, copy_of: Any) -> None:
     opened, other = Checkpoint.open(checkpoint), copy_of(checkpoint)
     same = cache_key(Checkpoint.open(other), None)
     content = bytearray((other / "model.safetensors").read_bytes())
@@ -143,11 +143,11 @@ def test_a_damaged_entry_is_dropped_with_one_warning(
         caplog.clear()
         assert ask(loaded, tokens, PromptCache(tmp_path, "key")) == (expected, 0)
     assert len(caplog.records) == 1 and entry.name in caplog.text
-    assert ask(loaded, tokens, PromptCache(tmp_path, "key")) == (expected, 119)  # written anew
+    assert ask(loaded, tokens, PromptCache(tmp_path, "key")) == (expected, 119)  # written again
 
 
 def test_every_bit_counts(loaded: Any, tmp_path: Path) -> None:
-    """Whichever bit of an entry is another, the entry gives nothing."""
+    """Whichever bit of an entry is flipped, the entry is not used."""
     tokens = prompt(loaded[1], 12)
     ask(loaded, tokens, PromptCache(tmp_path, "key"), max_tokens=1)
     (entry,) = entries(tmp_path)
@@ -175,7 +175,7 @@ def test_least_recently_used_goes_first_and_foreign_files_stay(loaded: Any, tmp_
     key = "0123456789abcdef"
     size = 100 * 2 * 5 * 2 * 64 * 4  # bytes of 100 tokens
     documents = [prompt(loaded[1], 95, start=500 * i) for i in range(5)]
-    documents = [[tokens[0], i + 10, *tokens[1:]] for i, tokens in enumerate(documents)]  # nothing in common
+    documents = [[tokens[0], i + 10, *tokens[1:]] for i, tokens in enumerate(documents)]  # nothing shared
 
     def read(i: int) -> int:
         known = ask(loaded, documents[i], PromptCache(tmp_path, key, int(3.5 * size)), max_tokens=3)[1]
@@ -184,7 +184,7 @@ def test_least_recently_used_goes_first_and_foreign_files_stay(loaded: Any, tmp_
 
     for i in (0, 1, 2):
         assert read(i) == 0  # the start token alone is not worth an entry
-    assert read(0) == 95  # now 1 was used least recently
+    assert read(0) == 95  # now 1 is the least recently used
     assert read(3) == 0
     stored = [mx.load(str(path))["tokens"][1].item() for path in set(entries(tmp_path)) - foreign]
     assert sorted(stored) == [10, 12, 13]
@@ -223,7 +223,9 @@ def test_a_full_disk_is_a_warning(
     assert "cannot be written" in caplog.text and not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_goes_away_is_no_error(loaded: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_folder_that_disappears_is_not_an_error(
+    loaded: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     tokens = prompt(loaded[1], 60)
     kept = PromptCache(tmp_path / "kept", "key")
     (tmp_path / "kept").rmdir()
@@ -267,7 +269,9 @@ def test_two_processes_share_a_folder(random_llama: Path, tmp_path: Path) -> Non
     assert sum(path.stat().st_size for path in kept) <= 500_000
 
 
-def test_killed_while_writing_leaves_a_file_that_goes_later(checkpoint: Path, loaded: Any, tmp_path: Path) -> None:
+def test_killed_while_writing_leaves_a_file_that_is_deleted_later(
+    checkpoint: Path, loaded: Any, tmp_path: Path
+) -> None:
     code = """
 import os, signal, sys
 from mlx_resonance import cli

@@ -83,7 +83,7 @@ def test_more_bits_diverge_less(stdlib_llama: Path, tmp_path: Path, text: Path) 
     assert means[0] > 3 * means[1] > 9 * means[2]
 
 
-def test_one_layer_is_in_memory(stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_layer_at_a_time_is_in_memory(stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     present: list[int] = []
     call = report.OnDemand.__call__
 

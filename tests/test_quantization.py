@@ -1,4 +1,4 @@
-"""The quantizer keeps to its bound, and `compare` notices what does not."""
+"""The quantizer stays within its bound, and `compare` notices what does not."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS += [
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda s: "{mode}-{bits}-{group_size}".format(**s))
 def test_the_quantizer_keeps_to_the_bound_and_a_step_more_does_not(settings: dict[str, Any], dtype: mx.Dtype) -> None:
-    """Weights of all sizes: those whose scales are subnormal in float16, those whose scales E4M3 cannot hold."""
+    """Weights of all sizes, including those whose scales are subnormal in float16 or beyond what E4M3 can hold."""
     chance = np.random.default_rng(0)
     normal = chance.standard_normal((16, 512))
     for spread in (1e-4, 1e-3, 0.02, 1, 50):

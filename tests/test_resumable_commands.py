@@ -1,4 +1,4 @@
-"""Every command with a run log: a killed run resumes, and results of other settings, models or data are refused."""
+"""Every command with a run log: a killed run resumes, and results with other settings, models or data are refused."""
 
 from __future__ import annotations
 
@@ -37,9 +37,9 @@ class Case(NamedTuple):
         command: its arguments; {model}, {out} and the names of the files of `write_data` are filled in.
         key: the fields that identify a result.
         setting: options that change a setting, and what the refusal must say.
-        data: a file of `write_data` that is changed, and what the refusal must say; none where there is no data.
-        log: where the run log is while the work is under way.
-        one_model: whether all results of a file are of one model.
+        data: a file of `write_data` that is changed, and what the refusal must say; None if there is no data.
+        log: where the run log is while the run is in progress.
+        one_model: whether all results in a file belong to one model.
     """
 
     command: str
@@ -136,7 +136,7 @@ class Runner:
         return self.run(*(part.format(**places) for part in parts))
 
     def log(self, out: Path) -> Path:
-        """The run log while the work is under way."""
+        """The run log while the run is in progress."""
         return Path(self.case.log.format(out=out))
 
     def results(self, path: Path) -> dict[tuple[Any, ...], Any]:
@@ -155,7 +155,7 @@ def runner(checkpoint: Path, tmp_path: Path, run: Any) -> Callable[[str], Runner
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, count: int) -> pytest.MonkeyPatch:
-    """The run ends within the `count`-th addition to its log, of which half a line is left."""
+    """End the run within the `count`-th addition to its log, which leaves half a line."""
     append, left = RunLog.append, [count]
 
     def killed(self: RunLog, *records: Any) -> None:
@@ -193,7 +193,7 @@ def test_a_killed_run_resumes(
     code, _, err = command(out)
     assert code == 0, err
     log = finished_log(command, out)
-    assert log.read_bytes().startswith(before[: before.rfind(b"\n") + 1])  # nothing was done again
+    assert log.read_bytes().startswith(before[: before.rfind(b"\n") + 1])  # nothing was repeated
     assert command.results(log) == expected
     assert len(log.read_bytes().splitlines()) == len(finished_log(command, whole).read_bytes().splitlines())
 
@@ -229,7 +229,7 @@ def test_other_data_are_refused_with_both_values(name: str, runner: Callable[[st
     command, out = runner(name), tmp_path / "out"
     assert command.case.data is not None
     data, message = command.case.data
-    if name == "finetune":  # its log is gone with the run
+    if name == "finetune":  # its log is deleted with the run
         with pytest.MonkeyPatch.context() as patch:
             begun(command, out, patch)
     else:
@@ -273,7 +273,7 @@ def test_another_rope_is_refused(
 
 
 def test_perplexity_keeps_models_apart(runner: Callable[[str], Runner], tmp_path: Path) -> None:
-    """One file may hold several models and ropes: each line has the digest of its own."""
+    """One file may hold several models and ropes: each line has its own digest."""
     command, out = runner("perplexity"), tmp_path / "out"
     other = tmp_path / "other"
     shutil.copytree(command.model, other)

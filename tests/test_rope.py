@@ -1,4 +1,4 @@
-"""ResonanceRoPE: exact phases at every position; in everything else it behaves as nn.RoPE."""
+"""ResonanceRoPE: exact phases at every position; in everything else it behaves like nn.RoPE."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ TABLES = PLAIN | RESONANT
 
 
 def assert_rotated(actual, x, frequencies, positions, traditional=False):
-    """Against the oracle's rotation of x, shape (..., L, D), by L positions."""
+    """Compare with the oracle's rotation of x, shape (..., L, D), by L positions."""
     theta = oracle.angles(positions, frequencies.wavelengths)
     expected = oracle.rotate(x, theta, frequencies.attention_scale, traditional)
     tolerance = ROTATION * frequencies.attention_scale * np.abs(x).max() * 2**0.5
@@ -180,7 +180,7 @@ def test_repr():
 
 @layouts
 @pytest.mark.parametrize("offset", [0, 1000003, "(B,)"])
-def test_rotate_is_two_calls(traditional, offset):
+def test_rotate_equals_two_calls(traditional, offset):
     offset = mx.array([3, 70000]) if offset == "(B,)" else offset
     rope = ResonanceRoPE(YARN, traditional)
     q, k = mx.array(normal(2, 4, 5, 128)), mx.array(normal(2, 2, 5, 128, seed=1)).astype(mx.float16)

@@ -50,7 +50,7 @@ def test_type_is_the_older_name_of_rope_type(config):
 
 
 @both_styles
-def test_both_names_of_the_type_may_stand_where_they_agree(config):
+def test_both_names_of_the_type_are_allowed_if_they_agree(config):
     assert RopeConfig.from_hf(config(type="linear", rope_type="linear", factor=4.0)).rope_type == "linear"
 
 
@@ -64,13 +64,13 @@ def test_both_names_of_the_type_may_stand_where_they_agree(config):
         {"rope_parameters": {"rope_type": "default"}},
     ],
 )
-def test_nothing_said_is_plain_rope_with_base_10000(rope_part):
+def test_no_keys_mean_plain_rope_with_base_10000(rope_part):
     rope = RopeConfig.from_hf(SIZES | rope_part)
     assert rope == RopeConfig(64, "default", 10000.0, 32768)
     assert rope.frequencies() == default_frequencies(64, 10000.0)
 
 
-def test_head_dim_goes_before_hidden_size():
+def test_head_dim_takes_precedence_over_hidden_size():
     assert RopeConfig.from_hf(SIZES | {"head_dim": 32}).dims == 32
     assert RopeConfig.from_hf(SIZES | {"head_dim": None}).dims == 64
     assert RopeConfig.from_hf({"head_dim": 32}).dims == 32
@@ -96,18 +96,18 @@ def test_partial_rotary_factor(config):
     assert (rope.dims, rope.partial_rotary_factor) == (32, 0.5)
 
 
-def test_rope_scaling_and_rope_parameters_may_both_stand_where_they_agree():
+def test_rope_scaling_and_rope_parameters_are_both_allowed_if_they_agree():
     both = style4(rope_type="yarn", **YARN) | style5(rope_type="yarn", **YARN)
     assert RopeConfig.from_hf(both) == RopeConfig.from_hf(style4(rope_type="yarn", **YARN))
 
 
-def test_null_is_a_key_that_is_not_there():
+def test_null_counts_as_a_missing_key():
     with_nulls = style4(rope_type="yarn", **YARN, attention_factor=None, mscale=None)
     assert RopeConfig.from_hf(with_nulls) == RopeConfig.from_hf(style4(rope_type="yarn", **YARN))
 
 
 def test_finetuned_changes_nothing():
-    """The YaRN authors' checkpoints have it."""
+    """The YaRN authors' checkpoints have this key."""
     assert RopeConfig.from_hf(style4(type="yarn", finetuned=True, **YARN)) == RopeConfig.from_hf(
         style4(type="yarn", **YARN)
     )
@@ -119,7 +119,7 @@ def test_types_that_depend_on_the_length(rope_type, short, long, prefix):
     rope = RopeConfig.from_hf(style4(rope_type=prefix + rope_type, **PARAMETERS[rope_type]))
     assert rope.depends_on_length
     assert rope.frequencies(short) == rope.frequencies()
-    # A single token more changes a dynamic pair by less than rounding does: compare before rounding.
+    # One more token changes a dynamic pair by less than rounding does: compare before rounding.
     assert rope.unrounded_frequencies(long) != rope.unrounded_frequencies()
 
 
@@ -167,7 +167,7 @@ def test_style_4_has_only_the_keys_of_transformers_4(rope_type):
 
 @every_type
 def test_style_5_has_a_resonance_type_under_rope_scaling_too(rope_type):
-    """Stock mlx-lm reads nothing but rope_scaling: without it, it would run with plain angles."""
+    """Stock mlx-lm reads only rope_scaling: without that key, it would run with plain angles."""
     written = RopeConfig(64, rope_type, 500000.0, 32768, parameters_of(rope_type)).to_hf("5")
     parameters = {"rope_type": rope_type, "rope_theta": 500000.0, **parameters_of(rope_type)}
     expected = {"max_position_embeddings": 32768, "rope_parameters": parameters}

@@ -152,7 +152,7 @@ BAD = {
     "--lengths 600": "600 tokens exceed the checkpoint's context of 512",
     "--lengths 150 --tasks niah_single_1": "niah_single_1 takes at least",
     "--lengths 0": "lengths must be in [1, 2**31] tokens, got [0] (--lengths)",
-    "--lengths x": "'--lengths': expected integers with commas",
+    "--lengths x": "'--lengths': expected integers separated by commas",
     "--tasks niah_single_9": "no task is named 'niah_single_9'; known are niah_single_1",
     "--tasks qa_1": "qa_1 has questions that RULER downloads: it needs the file that RULER makes of them: give --data",
     "--samples 0": "Invalid value for '--samples'",

@@ -1,4 +1,4 @@
-"""The run log: whole lines, whatever ends the run that writes them; results of other settings are refused."""
+"""The run log: whole lines, whatever ends the run that writes them; results with other settings are refused."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def test_another_file_is_refused(tmp_path: Path, content: bytes) -> None:
 def fill_the_disk(log: RunLog) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     size = log.path.stat().st_size
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, size + 50))  # a part of the lines fits
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 50, size + 50))  # some of the lines fit
     log.append(*({"n": i} for i in range(100)))
 
 

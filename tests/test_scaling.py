@@ -1,4 +1,4 @@
-"""Scaled checkpoints scaled again: the context before scaling is kept, or said to be unknown."""
+"""Scaling scaled checkpoints again: the context before scaling is kept, or reported as unknown."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ UNSAID = RopeConfig(64, "linear", max_position_embeddings=4096, parameters={"fac
 
 @pytest.mark.parametrize("resonance", [True, False])
 @pytest.mark.parametrize("name", SCALINGS)
-def test_scaled_again_it_is_as_if_scaled_once(name: str, resonance: bool) -> None:
+def test_scaling_again_equals_scaling_once(name: str, resonance: bool) -> None:
     once = new_rope(PLAIN, name, 8, None, resonance)
     read = RopeConfig.from_hf(json.loads(json.dumps({"head_dim": 64, **once.to_hf()})))
     assert read == once and (read.trained_length, read.context_length) == (512, 4096)
@@ -44,8 +44,8 @@ def test_the_original_context_changes_no_angle() -> None:
         assert np.array_equal(kept.wavelengths, unsaid.wavelengths)
 
 
-def test_of_other_peoples_files_the_original_context_is_unknown() -> None:
-    """Some state it as max_position_embeddings, some the scaled one: neither is guessed."""
+def test_in_other_peoples_files_the_original_context_is_unknown() -> None:
+    """Some state it as max_position_embeddings, others the scaled length: we do not guess."""
     assert UNSAID.trained_length is None and UNSAID.context_length == 4096 and factor_for(UNSAID, 8192) is None
     with pytest.raises(ValueError, match="needs original_max_position_embeddings"):
         rescale(UNSAID, 16)

@@ -1,4 +1,4 @@
-"""What answers are worth, by hand: each case says why."""
+"""Scores of answers, computed by hand: each case says why."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
         ("cat cat", "cat", 2 / 3),  # one of two, one of one
         ("cat-sat", "cat sat", 0),  # without its hyphen it is one word
         ("Sat the CAT", "cat sat", 1),  # order, case and articles do not count
-        ("the", "the", 0),  # nothing is left of either
+        ("the", "the", 0),  # nothing left of either
         ("", "cat", 0),
     ],
 )

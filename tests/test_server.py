@@ -30,7 +30,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def port(extended: Path, tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str]) -> Iterator[int]:
-    """Where a server of the tiny checkpoint converted with Resonance-YaRN × 8 listens."""
+    """The port of a server with the tiny checkpoint converted with Resonance-YaRN × 8."""
     folder = tmp_path_factory.mktemp("server")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -57,7 +57,7 @@ def port(extended: Path, tmp_path_factory: pytest.TempPathFactory, environment: 
 
 @pytest.fixture(scope="module")
 def client(port: int) -> Any:
-    """OpenAI's client; it asks the server once, and past any proxy."""
+    """OpenAI's client, without retries or a proxy."""
     import openai
 
     http_client = openai.DefaultHttpxClient(trust_env=False)
@@ -79,7 +79,7 @@ def ask(port: int, method: str, path: str, body: bytes | str | None = None) -> t
 
 
 def chat(client: Any, text: str = MESSAGES[0]["content"], **options: Any) -> Any:
-    """A greedy completion."""
+    """A greedy chat completion."""
     messages = [{"role": "user", "content": text}]
     settings = {"model": "default_model", "temperature": 0, "max_tokens": 12} | options
     return client.chat.completions.create(messages=messages, **settings)
@@ -148,7 +148,7 @@ def test_a_malformed_request_is_refused_and_the_server_lives_on(port: int, kind:
     assert ask(port, "GET", "/health")[0] == 200
 
 
-def test_settings_within_their_range_are_taken(client: Any, port: int) -> None:
+def test_settings_within_their_range_are_accepted(client: Any, port: int) -> None:
     options = {"temperature": 1, "top_p": 0.9, "stop": ["\n\n"], "logit_bias": {"5": -1}, "presence_penalty": 0.5}
     first, second = (chat(client, seed=7, extra_body={"top_k": 40}, **options) for _ in range(2))
     assert first.choices[0].message.content == second.choices[0].message.content
@@ -156,7 +156,7 @@ def test_settings_within_their_range_are_taken(client: Any, port: int) -> None:
     assert client.chat.completions.create(
         model="default_model", messages=[{"role": "user", "content": parts}], max_tokens=2
     ).choices
-    # OpenAI's API has it so that include_usage may be missing.
+    # In OpenAI's API, include_usage may be missing.
     status, stream = ask(port, "POST", CHAT, body(stream=True, stream_options={}))
     assert status == 200 and stream.endswith(b"data: [DONE]\n\n")
 
@@ -172,7 +172,7 @@ def test_a_client_that_hangs_up_harms_no_other(client: Any, port: int) -> None:
                 piece = connection.recv(4096)
                 assert piece
                 received += piece
-            # Closed by a reset, as a client that is killed does.
+            # Close by a reset, as a killed client does.
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     assert chat(client).choices[0].message.content == expected
     assert ask(port, "GET", "/health")[0] == 200
@@ -187,5 +187,5 @@ def test_a_model_that_cannot_be_loaded_ends_the_server(tmp_path: Path, environme
         timeout=120,
     )
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    # Anywhere: the thread that listens may still say so after it.
+    # Anywhere in the output: the listening thread may still print after it.
     assert len([line for line in done.stderr.splitlines() if line.startswith("error: ")]) == 1

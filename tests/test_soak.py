@@ -1,4 +1,4 @@
-"""Two hundred requests in one process: no wrong token, and no memory that stays behind."""
+"""Two hundred requests in one process: no wrong token, and no memory leak."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ SETTLED, NEW = 20, 12
 
 
 def resident() -> int:
-    """Bytes of this process in memory; 0 where the system does not say."""
+    """Resident bytes of this process; 0 if the system does not report them."""
     if sys.platform != "linux":
         return 0
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-# In the check as many requests as it takes to see a document's worth of memory leak; the others by night.
+# `make test` runs enough requests to notice a leak of one document's memory; the others are run every night.
 @pytest.mark.parametrize("requests", [60, pytest.param(2000, marks=pytest.mark.long)])
 def test_requests_of_every_kind(requests: int, checkpoint: Path, tmp_path: Path) -> None:
     model, tokenizer = load(checkpoint, factor=4)

@@ -1,4 +1,4 @@
-"""The tiny checkpoint that comes with the package: stock runtimes load it, it knows Python, its record is true."""
+"""The tiny checkpoint that comes with the package: stock runtimes load it, it knows Python, its record is correct."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_held_out_loss_is_the_recorded_one(stdlib_llama: Path) -> None:
     model, _ = load(stdlib_llama)
     model.set_dtype(mx.float32)
     loss = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean").item()
-    # Twelve windows instead of all, perhaps of another Python version.
+    # Twelve windows instead of all, perhaps from another Python version.
     assert loss == pytest.approx(record["held_out_loss"], abs=0.6)
     assert loss < 0.6 * math.log(2048)
 

@@ -1,4 +1,4 @@
-"""Atomic files and folders, outputs that cannot be written; what a checkpoint's folder takes over from its source."""
+"""Atomic files and folders, outputs that cannot be written; what a checkpoint's folder inherits from its source."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_a_folder_is_made_by_one_rename(tmp_path: Path) -> None:
     ]  # fmt: skip
 
 
-def test_a_fault_leaves_what_is_done(tmp_path: Path) -> None:
+def test_a_fault_leaves_finished_work(tmp_path: Path) -> None:
     with pytest.raises(KeyboardInterrupt), atomic_folder(tmp_path / "out") as partial:
         (partial / "file").touch()
         raise KeyboardInterrupt
@@ -60,7 +60,7 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_file_before(tmp_path: Path) -
     ],
     ids=["folder", "pipe", "device"],
 )
-def test_what_no_result_can_be_written_to_is_named(tmp_path: Path, make: Any, named: str) -> None:
+def test_an_output_that_cannot_be_written_is_named(tmp_path: Path, make: Any, named: str) -> None:
     make(tmp_path / "out.jsonl")
     with pytest.raises(FileExistsError, match=rf"out\.jsonl {named}: a file is needed"):
         check_output(tmp_path / "out.jsonl")
@@ -91,7 +91,7 @@ def test_a_run_that_ended_meanwhile_is_seen_before_training(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["data.txt", "out"]
 
 
-def test_what_is_fine_tuned_has_the_tokenizer_of_its_source(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+def test_a_fine_tuned_checkpoint_has_the_tokenizer_of_its_source(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
     source, templates = tmp_path / "source", "additional_chat_templates"
     shutil.copytree(stdlib_llama, source)
     (source / templates).mkdir()

@@ -114,7 +114,7 @@ def test_warmup_longer_than_the_run_is_refused() -> None:
 
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
-def test_parts_are_the_whole_batch(max_grad_norm: float | None) -> None:
+def test_parts_equal_the_whole_batch(max_grad_norm: float | None) -> None:
     def run(accumulate: int) -> tuple[list[float], nn.Module]:
         net, losses = model(), []
         net.layers[1] = nn.Identity()  # dropout would draw other numbers

@@ -1,4 +1,4 @@
-"""verify(): what it notices, and that it notices nothing where nothing is wrong."""
+"""verify(): what it notices, and that it reports nothing if nothing is wrong."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", OPTIONS)
-def test_a_right_conversion_has_no_problems(random_llama: Path, tmp_path: Path, name: str) -> None:
+def test_a_correct_conversion_has_no_problems(random_llama: Path, tmp_path: Path, name: str) -> None:
     options = OPTIONS[name]
     done = convert(random_llama, tmp_path / "out", verify=True, **options)
     record = json.loads((tmp_path / "out" / "conversion.json").read_text())
@@ -78,7 +78,7 @@ def test_every_flipped_bit_is_noticed(converted: Path, tmp_path: Path) -> None:
 
 
 def rewrite(folder: Path, name: str, change: Callable[[mx.array], mx.array]) -> None:
-    """Change a tensor and the record's hash of its file, so that only a comparison can tell."""
+    """Change a tensor and the record's hash of its file, so that only comparing tensors can tell."""
     file = json.loads((folder / "model.safetensors.index.json").read_text())["weight_map"][name]
     weights = mx.load(str(folder / file))
     weights[name] = change(weights[name])
@@ -90,7 +90,7 @@ def rewrite(folder: Path, name: str, change: Callable[[mx.array], mx.array]) -> 
 
 
 def one_more(value: mx.array) -> mx.array:
-    """One number of it, changed by more than rounding does."""
+    """One of its numbers, changed by more than rounding would."""
     flat = np.array(value.astype(mx.float32)).reshape(-1)
     flat[7] += 0.01
     return mx.array(flat).reshape(value.shape).astype(value.dtype)
@@ -238,7 +238,7 @@ def test_a_failed_verification_is_1_and_leaves_no_result(
 
 
 @pytest.mark.parametrize("kind", ["one NaN", "infinities", "no head", "all NaN"])
-def test_a_source_that_is_not_finite_is_converted_rightly(random_llama: Path, tmp_path: Path, kind: str) -> None:
+def test_a_source_that_is_not_finite_is_converted_correctly(random_llama: Path, tmp_path: Path, kind: str) -> None:
     folder = shutil.copytree(random_llama, tmp_path / "source")
     for file in folder.glob("*.safetensors"):
         weights = mx.load(str(file))

@@ -1,4 +1,4 @@
-"""Errors in words: the one line that a command prints, with the flags that would fix it."""
+"""Error messages: the one line that a command prints, with the flags that would fix it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The on-disk KV cache: a prompt that begins like an earlier one is read from where they differ."""
+"""The on-disk KV cache: a prompt that begins like an earlier one is read only from where the two differ."""
 
 from __future__ import annotations
 
