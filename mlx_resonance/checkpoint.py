@@ -29,7 +29,7 @@ from .files import (
 )
 from .rope_config import RopeConfig
 from .scaling import rescale
-from .tokenizer import TOKENIZER_PATTERNS, load_tokenizer, tokenizer_files
+from .tokenizer import TOKENIZER_PATTERNS, decisive_files, load_tokenizer
 from .validation import check_config, check_windows, model_classes
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Checkpoint:
     def digest(self) -> str:
         """A hash of the content: config.json, weights and tokenizer, whatever the folder's path, name and times."""
         digest = hashlib.sha256(json.dumps(dict(self.config), sort_keys=True).encode())
-        files = [*(self.folder / name for name in sorted(self.headers)), *tokenizer_files(self.folder)]
+        files = [*(self.folder / name for name in sorted(self.headers)), *decisive_files(self.folder)]
         for path in files:
             digest.update(f"\n{path.relative_to(self.folder).as_posix()} {content_hash(path)}".encode())
         return digest.hexdigest()[:16]

@@ -44,6 +44,8 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None, patterns: list[st
         OSError: the connection broke; the next call resumes the download.
     """
     folder = user_path(path_or_hf_repo)
+    if not str(path_or_hf_repo).strip():
+        raise MissingFileError("the model's name is empty", option="model")
     if folder.is_dir():
         return folder
     name = str(path_or_hf_repo)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -23,6 +23,9 @@ SHARED_FILES = {"base", "cache", "rope_utils", "activations", "switch_layers", "
 PLAIN_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # in a rope dictionary without a scaling
 STYLE_4 = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 PLAIN = {"rope_theta": 10000, "partial_rotary_factor": 1}
+ORIGINAL = "original_max_position_embeddings"
+UNSCALED_TYPES = {"default", "mrope"}
+OF_MLX_LM = {"default", "dynamic", "longrope"}  # mlx-lm's modules do not need to know a text's length beforehand
 OF_MLX_LM_ALONE = {"deepseek_yarn", "telechat3-yarn"}  # mlx-lm's names for yarn with other softmax scales
 
 
@@ -70,15 +73,61 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
                 plain = {"rope_theta": rope.base, "rope_scaling": None, "rope_parameters": None}
                 return model_class, SimpleNamespace(from_dict=lambda config: args_class.from_dict(config | plain))
             honoured = honoured_config(config, model_class, args_class)
-            return model_class, SimpleNamespace(from_dict=lambda config: args_class.from_dict(config | honoured))
+            return model_class, SimpleNamespace(from_dict=lambda config: _arguments(args_class, config | honoured))
 
         bound.arguments["get_model_classes"] = classes
         model, config = original(*bound.args, **bound.kwargs)
         if rope is not None:
             set_rope(model, rope)
+        elif type(model).__module__.startswith(PACKAGE):
+            check_built(model, config)
         return model, config
 
     return load_model
+
+
+def _arguments(args_class: Any, config: dict[str, Any]) -> Any:
+    try:
+        return args_class.from_dict(config)
+    except TypeError as error:  # a key that the file needs is in another style
+        kind = config.get("model_type")
+        raise UsageError(f"mlx-lm cannot build a {kind} model from this config.json: {error}") from None
+
+
+def check_built(model: nn.Module, config: Mapping[str, Any]) -> None:
+    """Refuse a model whose rotary modules do not have the scaling, or the base, that its config.json asks for.
+
+    Args:
+        model: built by a file of mlx-lm that is not adapted.
+        config: the whole object.
+
+    Raises:
+        UsageError: every rotary module is plain RoPE though a scaling is asked for, or none has the base asked for.
+    """
+    kind, names = str(config.get("model_type")), ("rope", "rotary")
+    rotary = [part for _, part in model.named_modules() if any(name in type(part).__name__.lower() for name in names)]
+    plain = [part for part in rotary if isinstance(part, nn.RoPE) and part.scale == 1]
+    text = config.get("text_config")
+    for part in (config, text if isinstance(text, Mapping) else {}):
+        dictionaries = _rope_dictionaries(part)
+        types = {str(asked.get("rope_type") or asked.get("type") or "default") for asked in dictionaries}
+        for rope_type in types - UNSCALED_TYPES:
+            if len(plain) == len(rotary):
+                raise UsageError(f"mlx-lm's {kind} model does not compute the angles of rope type {rope_type}")
+        bases = {asked.get("rope_theta") for asked in (part, *dictionaries)} - {None}
+        if rotary and all(isinstance(module, nn.RoPE) for module in rotary):
+            for base in bases - {module.base for module in rotary}:
+                raise UsageError(f"mlx-lm's {kind} model does not read rope_theta, which config.json sets to {base}")
+
+
+def _rope_dictionaries(part: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """The rope dictionaries of a config.json, those of single layer types too. Raises UsageError for other values."""
+    found: list[Mapping[str, Any]] = []
+    for asked in filter(None, (part.get(key) for key in ("rope_scaling", "rope_parameters"))):
+        if not isinstance(asked, Mapping):
+            raise UsageError(f"rope_scaling must be an object, got {asked!r:.80}")
+        found += [value for value in asked.values() if isinstance(value, Mapping)] or [asked]
+    return found
 
 
 def honoured_config(config: Mapping[str, Any], model_class: type, args_class: Any) -> dict[str, Any]:
@@ -104,12 +153,8 @@ def honoured_config(config: Mapping[str, Any], model_class: type, args_class: An
 
 
 def _honoured_part(kind: str, part: Mapping[str, Any], known: set[str], source: str) -> dict[str, Any]:
-    for asked in filter(None, (part.get(key) for key in ("rope_scaling", "rope_parameters"))):
-        if not isinstance(asked, Mapping):
-            raise UsageError(f"rope_scaling must be an object, got {asked!r:.80}")
-        by_layer = [value for value in asked.values() if isinstance(value, Mapping)]
-        for one in by_layer or [asked]:
-            _check_honoured(kind, one, source)
+    for asked in _rope_dictionaries(part):
+        _check_honoured(kind, asked, source)
     asked = part.get("rope_parameters") or {}
     reads_it = "rope_parameters" in known or any(isinstance(value, Mapping) for value in asked.values())
     return {} if reads_it else _in_style_4(kind, asked, known)
@@ -125,24 +170,26 @@ def _source(module: ModuleType) -> str:
 
 
 def _check_honoured(kind: str, asked: Mapping[str, Any], source: str) -> None:
-    """Refuse a rope dictionary that a file with this source does not honour.
+    """Refuse a rope dictionary that a file with this source cannot honour, before the model is built.
 
-    A file honours a scaling that it names itself, as phi3 does with "longrope", or that it passes to `initialize_rope`.
+    A file that neither names a scaling, as phi3 does with "longrope", nor passes it to `initialize_rope` may have a
+    rotary module of its own for it, as deepseek_v2 does: `check_built` sees that.
     """
     rope_type = str(asked.get("rope_type") or asked.get("type") or "default")
     named = any(f"{quote}{rope_type}{quote}" in source for quote in "\"'")
     handed_on = "initialize_rope(" in source and ("rope_scaling" in source or "rope_parameters" in source)
-    is_ours = rope_type.removeprefix(PREFIX) in MAKERS
-    if rope_type == "default" or (named and not rope_type.startswith(PREFIX)):
-        unknown = [key for key in set(asked) - PLAIN_KEYS if rope_type == "default" and key not in source]
-    elif handed_on and (is_ours or rope_type in OF_MLX_LM_ALONE):
-        takes = inspect.signature(MAKERS[rope_type.removeprefix(PREFIX)]).parameters if is_ours else asked
-        unknown = [key for key in set(asked) - PLAIN_KEYS - NO_EFFECT if key not in takes and key not in source]
-    else:
+    is_ours, is_resonant = rope_type.removeprefix(PREFIX) in MAKERS, rope_type.startswith(PREFIX)
+    known_here = handed_on and (is_ours or rope_type in OF_MLX_LM_ALONE)
+    if not (rope_type == "default" or known_here or (not is_resonant and (named or is_ours))):
         raise UsageError(f"mlx-lm's {kind} model does not compute the angles of rope type {rope_type}")
-    if unknown:
-        names = ", ".join(sorted(unknown))
-        raise UsageError(f"mlx-lm's {kind} model does not compute the angles that {names} in config.json asks for")
+    takes: Iterable[str] = ()
+    if known_here and not named:
+        takes = inspect.signature(MAKERS[rope_type.removeprefix(PREFIX)]).parameters if is_ours else asked
+    if (known_here and not named) or rope_type == "default":
+        unknown = [key for key in set(asked) - PLAIN_KEYS - NO_EFFECT if key not in takes and key not in source]
+        if unknown:
+            names = ", ".join(sorted(unknown))
+            raise UsageError(f"mlx-lm's {kind} model does not compute the angles that {names} in config.json asks for")
 
 
 def _in_style_4(kind: str, asked: Mapping[str, Any], known: set[str]) -> dict[str, Any]:
@@ -152,6 +199,8 @@ def _in_style_4(kind: str, asked: Mapping[str, Any], known: set[str]) -> dict[st
     changes = {key: asked[key] for key in ("rope_theta", "partial_rotary_factor") if asked.get(key) is not None}
     if rope_type != "default":
         changes["rope_scaling"] = scaling | {"rope_type": rope_type, "type": rope_type}
+    if ORIGINAL in known and scaling.get(ORIGINAL) is not None:  # Phi 3 reads it there
+        changes[ORIGINAL] = scaling[ORIGINAL]
     for key, value in changes.items():
         if key not in known and value != PLAIN.get(key):
             raise UsageError(f"mlx-lm's {kind} model does not read {key}, which config.json sets to {value!r:.80}")
@@ -167,10 +216,13 @@ def _initialize_rope(original: Callable[..., nn.Module]) -> Callable[..., nn.Mod
         max_position_embeddings: int | None = None,
     ) -> nn.Module:
         """mlx-lm's, with exact angles for every scaling known here."""
-        scaling = {k: v for k, v in (scaling_config or {}).items() if k not in ("rope_theta", "partial_rotary_factor")}
-        rope_type = str(scaling.get("rope_type") or scaling.get("type") or "default")
-        if rope_type == "default" or rope_type.removeprefix(PREFIX) not in MAKERS:
+        asked = scaling_config or {}
+        rope_type = str(asked.get("rope_type") or asked.get("type") or "default")
+        base_type = rope_type.removeprefix(PREFIX)
+        if base_type not in MAKERS or rope_type in OF_MLX_LM:
             return original(dims, base, traditional, scaling_config, max_position_embeddings)
+        takes = inspect.signature(MAKERS[base_type]).parameters  # a file may read other keys itself
+        scaling = {key: value for key, value in asked.items() if key in takes} | {"rope_type": rope_type}
         rope = RopeConfig.from_hf(
             {
                 "head_dim": dims,

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
 from . import kernels
 from .errors import UsageError
@@ -61,12 +62,29 @@ class ResonanceRoPE(nn.Module):
 
     @contextmanager
     def sharing(self, length: int, offset: int | mx.array) -> Iterator[None]:
-        """Let `shared` hold the angles of a step, computed once for all layers; arguments as in `angles`."""
+        """Within it, `shared` holds the angles of a step, computed once for all layers: arguments as for `angles`.
+
+        Raises:
+            UsageError: as for `angles`; or the angles change with the length, and those of this step would differ
+                between its rows, or from those of the keys that an earlier pass over the same text has cached.
+        """
+        if self._by_length is not None:
+            self._check_one_length(self._by_length, length, np.array(offset))
         before, self._step.angles = self._step.angles, self.angles(length, offset)
         try:
             yield
         finally:
             self._step.angles = before
+
+    def _check_one_length(
+        self, by_length: Callable[[int], RotaryFrequencies], length: int, offsets: NDArray[np.integer]
+    ) -> None:
+        """Raise UsageError if the keys of a text, or of the rows of a batch, would not all rotate alike."""
+        shortest, longest = (max(int(end) + length, self._expected_length) for end in (offsets.min(), offsets.max()))
+        if by_length(shortest) != by_length(longest):
+            raise UsageError("angles that change with the length of a text do not serve rows of several lengths")
+        if length > 1 and offsets.max() > 0 and by_length(longest) != self._frequencies:
+            raise UsageError("angles that change with the length of a text need it to be read in one pass")
 
     def _extra_repr(self) -> str:
         scale = f"{self.frequencies.attention_scale:.6g}"
@@ -102,8 +120,7 @@ class ResonanceRoPE(nn.Module):
         elif not (isinstance(offset, (int, np.integer)) and 0 <= offset <= LONGEST - max(length, 1)):
             raise UsageError(f"[ResonanceRoPE] offset must be an integer in [0, 2**31 - {length}], got {offset}")
         if self._by_length is not None:
-            last = int(np.array(offset).max()) if isinstance(offset, mx.array) else offset
-            frequencies = self._by_length(max(last + length, self._expected_length))
+            frequencies = self._by_length(max(int(np.array(offset).max()) + length, self._expected_length))
             if frequencies != self._frequencies:
                 self._use(frequencies)
         start = offset.astype(mx.int32).reshape(-1) if isinstance(offset, mx.array) else mx.array([int(offset)])

@@ -246,10 +246,11 @@ def _write(file: Any, data: bytes) -> None:
         while written < len(data):  # a full disk may accept a part first
             written += file.write(data[written:])
         os.fsync(file.fileno())
-    except OSError:
+    except OSError as error:
         with contextlib.suppress(OSError):  # truncating may fail too: the first error is the cause
             file.truncate(size)
-        raise
+        why = f"{file.name} cannot be written ({error.strerror}): the same command resumes from here"
+        raise OSError(error.errno, why) from None
 
 
 def _difference(name: str, found: Any, wanted: Any) -> tuple[str, Any, Any]:

@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tekken.json", "vocab.json")
+DECISIVE = {
+    *TOKENIZERS, "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "merges.txt",
+    "generation_config.json", "chat_template.json",
+}  # fmt: skip
 TOKENIZER_PATTERNS = ["*.json", "*.jinja", "*.txt", "tokenizer.model", "*.tiktoken"]
 
 
@@ -30,6 +34,11 @@ def tokenizer_files(folder: Path) -> list[Path]:
     names -= {"config.json", "conversion.json"}  # the latter records how other weights were made
     names = {name for name in names if not name.endswith(".index.json") and (folder / name).is_file()}
     return [file_of(folder, name) for name in sorted(names)]
+
+
+def decisive_files(folder: Path) -> list[Path]:
+    """Those of `tokenizer_files` that decide token ids and prompts: a note in the folder is not one of them."""
+    return [path for path in tokenizer_files(folder) if path.suffix == ".jinja" or path.name in DECISIVE]
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:

@@ -101,6 +101,15 @@ def test_finished_ids_are_skipped_and_half_a_line_is_dropped(
     assert answer(loaded, requests, output) == 0
 
 
+def test_two_processes_leave_one_answer_each(loaded: Any, requests: list[Request], tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    log, _ = open_answers(output, requests, SETTINGS, "a model")
+    answer(loaded, requests[:2], output)  # by another process, meanwhile
+    before = output.read_bytes()
+    answer_requests(log, *loaded, requests[:2], max_tokens=20)
+    assert output.read_bytes() == before
+
+
 def test_another_prompt_or_setting_is_refused_with_both_values(
     loaded: Any, requests: list[Request], tmp_path: Path
 ) -> None:
@@ -263,7 +272,7 @@ def test_lines_nested_too_deep(random_llama: Path, tmp_path: Path, run: Any, whi
 
 
 def test_an_answer_without_text_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "output").write_text('{"answers": 1, "digest": "0123", "temp": 0.0}\n{"id": 1}\n')
+    (tmp_path / "output").write_text('{"generate": 1, "digest": "0123", "temp": 0.0}\n{"id": 1}\n')
     with pytest.raises(UsageError, match="line 2 has no 'prompt'"):
         open_answers(tmp_path / "output", [], SETTINGS, "a model")
 

@@ -196,6 +196,14 @@ def test_the_digest_is_of_content_alone(
     )
 
 
+def test_a_note_in_the_folder_changes_nothing(random_llama: Path, tmp_path: Path, cache_home: Path) -> None:
+    folder = shutil.copytree(random_llama, tmp_path / "copy")
+    digest = Checkpoint.open(folder).digest
+    for name in ("notes.txt", "results.json", "README.md"):
+        (folder / name).write_text("{}")
+    assert Checkpoint.open(folder).digest == digest
+
+
 @pytest.mark.parametrize(
     "name", ["config.json", "tokenizer.json", "chat_template.jinja", "model-00002-of-00003.safetensors"]
 )

@@ -271,7 +271,7 @@ def test_the_prompt_cache_of_two_processes(ends: dict[str, Any]) -> None:
 def test_an_interrupted_file_of_answers_is_resumed(ends: dict[str, Any]) -> None:
     assert [code for code, *_ in ends["answers"]] == [0, 0]
     header, *answers = [json.loads(line) for line in (ends["folder"] / "answers.jsonl").read_text().splitlines()]
-    assert header["answers"] == 1 and sorted(answer["id"] for answer in answers) == [0, 1, 2] and answers[0]["id"] == 1
+    assert header["generate"] == 1 and sorted(answer["id"] for answer in answers) == [0, 1, 2] and answers[0]["id"] == 1
 
 
 def test_one_process_sets_nothing_up(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,22 +4,25 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import sys
 from argparse import Namespace
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import Checkpoint, RopeConfig, convert, files, generate, load
+from mlx_resonance import Checkpoint, RopeConfig, convert, files, generate, load, mlx_lm_models
 from mlx_resonance.generation.batch import Request, generate_batch
 from mlx_resonance.run_log import read_run_log
 
 import mlx.core as mx
+import mlx.nn as nn
 import mlx_lm
 import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import granite, llama, qwen2, qwen3, smollm3
+from mlx_lm.models.cache import BatchKVCache, make_prompt_cache
 
 from .checkpoints import STDLIB_LLAMA, source
 
@@ -187,6 +190,9 @@ def test_layers_without_rope_stay_without(tmp_path: Path, tokens: list[int]) -> 
     assert kinds == ["ResonanceRoPE"] * 3 + ["NoPE"]
 
 
+ORIGINAL_KEY = "original_max_position_embeddings"
+
+
 # --- files of mlx-lm that are not adapted
 
 
@@ -212,7 +218,7 @@ YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": 
         (asked("gemma2", rope_scaling={"type": "linear", "factor": 2.0}), "gemma2 .* rope type linear"),
         (asked("qwen3_moe", rope_scaling=YARN | {"rope_type": "resonance_yarn"}), "qwen3_moe .* resonance_yarn"),
         (asked("phi3", rope_scaling=YARN | {"rope_type": "resonance_yarn"}), "phi3 .* resonance_yarn"),
-        (asked("phi3", rope_scaling=YARN), "phi3 .* rope type yarn"),
+        (asked("phi3", rope_scaling=YARN), "phi3 .* rope type yarn|must contain keys"),
         (asked("llama", rope_scaling=YARN | {"llama_4_scaling_beta": 0.1}), "llama_4_scaling_beta"),
         (asked("olmo2", rope_scaling=YARN | {"llama_4_scaling_beta": 0.1}), "olmo2 .* llama_4_scaling_beta"),
         (asked("llama", rope_scaling={"type": "mrope", "mrope_section": [2, 3, 3]}), "mrope"),
@@ -260,6 +266,87 @@ def test_phi3_keeps_its_own_longrope(tmp_path: Path, installed: None) -> None:
     config = asked("phi3", rope_scaling=scaling, original_max_position_embeddings=64) | {"head_dim": None}
     model = load_config(tmp_path, config)
     assert type(model.layers[0].self_attn.rope).__name__ == "SuScaledRoPE"
+
+
+BY_LAYER = {
+    "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    "sliding_attention": {"rope_type": "default", "rope_theta": 10000},
+}
+GEMMA3 = {"query_pre_attn_scalar": 16, "sliding_window": 16, "sliding_window_pattern": 2}
+MINICPM3 = {
+    "dim_model_base": 32, "q_lora_rank": 16, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "kv_lora_rank": 16,
+    "scale_depth": 1.4, "scale_emb": 1, "rope_theta": 10000.0,
+}  # fmt: skip
+FACTORS = {"short_factor": [1.0] * 8, "long_factor": [2.0] * 8}
+
+
+def test_a_scaling_for_single_layers_that_a_file_drops_is_refused(tmp_path: Path, installed: None) -> None:
+    with pytest.raises(ValueError, match="gemma3_text model does not compute the angles of rope type linear"):
+        load_config(tmp_path, asked("gemma3_text", rope_parameters=BY_LAYER) | GEMMA3)
+    load_config(tmp_path, asked("gemma3_text", rope_theta=1e6) | GEMMA3)
+
+
+def test_a_base_that_a_file_does_not_read_is_refused(tmp_path: Path, installed: None) -> None:
+    config = asked("gemma3_text", rope_parameters={"rope_type": "default", "rope_theta": 54321.0}) | GEMMA3
+    del config["rope_parameters"]["rope_type"]
+    load_config(tmp_path, config)  # its file has this key
+    with pytest.raises(ValueError, match=r"does not read rope_theta, which config\.json sets to 54321"):
+        mlx_lm_models.check_built(nn.Sequential(nn.RoPE(8)), {"model_type": "any", "rope_theta": 54321.0})
+
+
+@pytest.mark.parametrize(
+    ("config", "module"),
+    [
+        (asked("minicpm3", rope_scaling={"type": "longrope", ORIGINAL_KEY: 64, **FACTORS}) | MINICPM3, "SuScaledRoPE"),
+        (
+            asked("ministral3", rope_parameters=YARN | {"type": "yarn", "rope_theta": 1e6, "llama_4_scaling_beta": 0.1})
+            | {"layer_types": None},
+            "ResonanceRoPE",
+        ),
+    ],
+    ids=["its own module", "its own key"],
+)
+def test_what_a_file_computes_itself_is_left_to_it(
+    config: dict[str, Any], module: str, tmp_path: Path, installed: None
+) -> None:
+    model = load_config(tmp_path, config)
+    assert {type(part).__name__ for _, part in model.named_modules() if "RoPE" in type(part).__name__} == {module}
+
+
+def test_phi3_finds_its_original_context_in_either_style(tmp_path: Path, installed: None) -> None:
+    long = {"rope_type": "longrope", ORIGINAL_KEY: 64, **FACTORS}
+    shared = asked("phi3") | {"head_dim": None}
+    style_4 = shared | {"rope_scaling": {"type": "longrope", **FACTORS}, ORIGINAL_KEY: 64}
+    scales = [
+        load_config(tmp_path, config).layers[0].self_attn.rope._scale
+        for config in (style_4, shared | {"rope_parameters": long | {"rope_theta": 10000.0}})
+    ]
+    assert scales[0] == scales[1] > 1
+
+
+def test_angles_that_change_with_the_length_are_never_mixed(
+    tmp_path: Path, tokens: list[int], installed: None, run: Any
+) -> None:
+    """mlx-lm reads a prompt in passes and rows together without telling the length: refused, not other angles."""
+    long = {"factor": 8.0, ORIGINAL_KEY: ORIGINAL, **FACTORS}
+    rope = RopeConfig(16, "longrope", max_position_embeddings=ORIGINAL * FACTOR, parameters=long)
+    folder = make(tmp_path / "model", "llama", rope, "4")
+    model, tokenizer = mlx_lm.load(str(folder))
+    ours = load(folder)[0]
+    assert generate(ours, tokenizer, tokens, max_tokens=4) == generate(
+        ours, tokenizer, tokens, max_tokens=4, prefill_step_size=50
+    )
+    cache = make_prompt_cache(model)
+    model(mx.array([tokens[:50]]), cache=cache)
+    with pytest.raises(ValueError, match="need it to be read in one pass"):
+        model(mx.array([tokens[50:]]), cache=cache)
+    batch = [BatchKVCache([0, 250]) for _ in model.layers]
+    with pytest.raises(ValueError, match="do not serve rows of several lengths"):
+        model(mx.array([tokens, tokens]), cache=batch)
+    command = [Path(sys.executable).with_name("mlx-resonance"), "lm", "server", "--model", folder, "--port", "0"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2 and len(errors) == 1 and "angles of longrope change with the length" in errors[0]
 
 
 # --- read once

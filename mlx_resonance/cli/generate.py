@@ -74,6 +74,8 @@ def command(
     options["prefill_step_size"] = prefill_step_size
     if output is not None:
         settings = checkpoint.settings() | {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
+        if temp > 0:  # an answer then depends on its neighbours
+            settings |= {"batch_size": batch_size, "prefill_step_size": prefill_step_size}
         settings["chat_template"] = chat and tokenizer.has_chat_template
         answer(group, checkpoint, requests, output, settings, json, batch_size=batch_size, **options)
         return

@@ -8,6 +8,8 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
+from ..errors import UsageError
+
 
 def harden_server() -> None:
     """Make mlx-lm's server refuse with 4xx what would end its generation thread, itself or the connection."""
@@ -64,6 +66,15 @@ def harden_server() -> None:
             sys.stderr.flush()
             os._exit(2)
 
+    def load_model(self: Any, *args: Any, **options: Any) -> Any:
+        model, tokenizer = load_any(self, *args, **options)
+        rope = getattr(getattr(model, "args", None), "rope", None)
+        if rope is not None and rope.depends_on_length:
+            why = f"the angles of {rope.rope_type} change with the length of a text"
+            raise UsageError(f"{why}: a server, which answers several texts at once, cannot use them")
+        return model, tokenizer
+
+    load_any, provider.load = provider.load, load_model
     handler.do_POST, handler.handle_completion = do_POST, handle_completion
     generator._tokenize, provider.load_default = _tokenize, load_default
     server.scan_cache_dir = scan

@@ -21,7 +21,7 @@ from .prompt_cache import refuse_changing_angles
 from .stream import check_length, check_options, prompt_tokens
 
 BATCH = 32  # answers generated at once
-KIND = "answers"  # of the run log
+KIND = "generate"  # of the run log
 
 
 @dataclass(frozen=True)
@@ -153,7 +153,9 @@ def answer_requests(
     """
     identities = {request.id: request.identity for request in requests}
     for answer in generate_batch(model, tokenizer, requests, **options) if requests else ():
-        log.append({"id": answer["id"]} | identities[answer["id"]] | answer)
+        log.reload()  # another process may be answering the same prompts
+        if (answer["id"],) not in log:
+            log.append({"id": answer["id"]} | identities[answer["id"]] | answer)
         if on_answer is not None:
             on_answer()
 
