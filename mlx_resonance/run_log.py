@@ -250,7 +250,7 @@ def _write(file: Any, data: bytes) -> None:
         with contextlib.suppress(OSError):  # truncating may fail too: the first error is the cause
             file.truncate(size)
         why = f"{file.name} cannot be written ({error.strerror}): the same command resumes from here"
-        raise OSError(error.errno, why) from None
+        raise OSError(why) from None
 
 
 def _difference(name: str, found: Any, wanted: Any) -> tuple[str, Any, Any]:

@@ -209,7 +209,9 @@ def test_full_disk(run: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(storage.os, "fsync", fsync)
     code, out, err = run(*arguments)
-    assert (code, out) == (1, "") and err.splitlines()[-1] == "error: [Errno 28] No space left on device"
+    assert (code, out) == (1, "") and err.splitlines()[-1] == (
+        f"error: {output} cannot be written (No space left on device): the same command resumes from here"
+    )
     assert output.read_bytes() == before
 
 
