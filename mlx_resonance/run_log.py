@@ -51,6 +51,7 @@ class RunLog:
     ) -> None:
         check_output(path, option)
         self.path, self.kind, self.key, self.option = path, kind, tuple(key), option
+        self._size = 0  # bytes of the file that have been read, or written by us
         self._fields = dict(fields or {})
         self.settings: Record = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -69,9 +70,11 @@ class RunLog:
 
     def reload(self) -> None:
         """Read the results again: another process may have added some."""
-        self._take(self.path.read_bytes())
+        if self.path.stat().st_size != self._size:  # nobody else has written: nothing to read
+            self._take(self.path.read_bytes())
 
     def _take(self, content: bytes) -> None:
+        self._size = content.rfind(b"\n") + 1
         self.header, lines = _parse(self.path, self.kind, content, self.option)
         for name in self.settings:
             self._compare(name, self.header.get(name), self.settings[name])
@@ -119,8 +122,12 @@ class RunLog:
         Raises:
             OSError: the disk is full or fails; the file is as before.
         """
+        data = b"".join(map(_line, records))
         with open(self.path, "ab", buffering=0) as file, _locked(file):
-            _write(file, b"".join(map(_line, records)))
+            ours_alone = os.fstat(file.fileno()).st_size == self._size
+            _write(file, data)
+        if ours_alone:  # else what the others wrote is still to be read
+            self._size += len(data)
         self._records |= {self._key_of(record): record for record in records}
 
     def _key_of(self, record: Mapping[str, Any]) -> tuple[Any, ...]:

@@ -99,6 +99,21 @@ def test_results_of_another_process_are_seen(tmp_path: Path) -> None:
     assert one.records == [{"n": 1}, {"n": 2}]
 
 
+def test_it_is_read_again_only_if_another_process_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = open_log(tmp_path / "results.jsonl"), open_log(tmp_path / "results.jsonl")
+    reads: list[Path] = []
+    read_bytes = Path.read_bytes
+    monkeypatch.setattr(Path, "read_bytes", lambda path: reads.append(path) or read_bytes(path))
+    for n in range(5):
+        one.append({"n": n})
+        one.reload()
+    assert reads == []
+    other.append({"n": 5})
+    one.append({"n": 6})  # after the other's line
+    one.reload()
+    assert len(reads) == 1 and [record["n"] for record in one.records] == list(range(7))
+
+
 def append_many(path: Path, start: int) -> None:
     log = open_log(path)
     for n in range(start, start + 200):
