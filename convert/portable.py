@@ -19,7 +19,8 @@ def portable_rope(rope: RopeConfig) -> tuple[RopeConfig, float]:
 
     Both its lists hold, for pair i, the wavelength in use divided by 2π·base^(2i/dims), so that the length of a text
     does not matter. Both runtimes multiply queries and keys by LongRoPE's own attention scale; `attention_factor`, from
-    which transformers would take another one, is left out, since mlx-lm does not read it.
+    which transformers would take another one, is left out, since mlx-lm does not read it. `factor` is the ratio of the
+    two lengths, from which mlx-lm and transformers 4 compute it: transformers 4 warns where it is missing.
 
     Args:
         rope: settings that do not change with the length.
@@ -38,6 +39,7 @@ def portable_rope(rope: RopeConfig) -> tuple[RopeConfig, float]:
     context = rope.context_length
     if context is None:
         raise UsageError("config.json has no context length (max_position_embeddings)", option="portable")
+    original = rope.trained_length or context
     frequencies = rope.frequencies()
     factors = (frequencies.wavelengths / default_frequencies(rope.dims, rope.base).wavelengths).tolist()
     portable = RopeConfig(
@@ -47,7 +49,7 @@ def portable_rope(rope: RopeConfig) -> tuple[RopeConfig, float]:
         max_position_embeddings=context,
         parameters={
             "short_factor": factors, "long_factor": factors,
-            "original_max_position_embeddings": rope.trained_length or context,
+            "factor": context / original, "original_max_position_embeddings": original,
         },
         partial_rotary_factor=rope.partial_rotary_factor,
     )  # fmt: skip

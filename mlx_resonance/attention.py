@@ -64,9 +64,9 @@ def _with_angles(forward: Callable[..., mx.array]) -> Callable[..., mx.array]:
         if rope is None:
             return forward(self, inputs, cache, *args, **kwargs)
         embeddings = args[0] if args else kwargs.get("input_embeddings")
-        length = (inputs if embeddings is None else embeddings).shape[1]
+        x = inputs if embeddings is None else embeddings
         offset = next((layer.offset for layer in cache or () if layer is not None), 0)
-        with rope.sharing(length, offset):
+        with rope.sharing(x.shape[1], offset, like=x):
             return forward(self, inputs, cache, *args, **kwargs)
 
     return call

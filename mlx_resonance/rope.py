@@ -14,7 +14,7 @@ from . import kernels
 from .errors import UsageError
 from .frequencies import RotaryFrequencies
 from .kernels import Angles
-from .rope_config import LONGEST
+from .rope_types import LONGEST
 
 
 class ResonanceRoPE(nn.Module):
@@ -61,7 +61,7 @@ class ResonanceRoPE(nn.Module):
         return self._step.angles
 
     @contextmanager
-    def sharing(self, length: int, offset: int | mx.array) -> Iterator[None]:
+    def sharing(self, length: int, offset: int | mx.array, like: mx.array | None = None) -> Iterator[None]:
         """Within it, `shared` holds the angles of a step, computed once for all layers: arguments as for `angles`.
 
         Raises:
@@ -69,8 +69,8 @@ class ResonanceRoPE(nn.Module):
                 between its rows, or from those of the keys that an earlier pass over the same text has cached.
         """
         if self._by_length is not None:
-            self._check_one_length(self._by_length, length, np.array(offset))
-        before, self._step.angles = self._step.angles, self.angles(length, offset)
+            self._check_one_length(self._by_length, length, _values(offset))
+        before, self._step.angles = self._step.angles, self.angles(length, offset, like)
         try:
             yield
         finally:
@@ -97,13 +97,14 @@ class ResonanceRoPE(nn.Module):
         """
         self._expected_length = length
 
-    def angles(self, length: int, offset: int | mx.array = 0) -> Angles:
+    def angles(self, length: int, offset: int | mx.array = 0, like: mx.array | None = None) -> Angles:
         """The angles of one step, to be shared by all layers: see `rotate`.
 
         Args:
             length: number of tokens, L.
             offset: position of the first token, an int in [0, 2³¹ - L] or an integer array of shape () or (B,), whose
                 values are cast to int32 and not checked.
+            like: an array of the same step, such as the model's input; `mx.export_function` needs it.
 
         Returns:
             What `rotate` takes: the offset, the constants, and on a CPU a table of cosines and sines.
@@ -120,11 +121,11 @@ class ResonanceRoPE(nn.Module):
         elif not (isinstance(offset, (int, np.integer)) and 0 <= offset <= LONGEST - max(length, 1)):
             raise UsageError(f"[ResonanceRoPE] offset must be an integer in [0, 2**31 - {length}], got {offset}")
         if self._by_length is not None:
-            frequencies = self._by_length(max(int(np.array(offset).max()) + length, self._expected_length))
+            frequencies = self._by_length(max(int(_values(offset).max()) + length, self._expected_length))
             if frequencies != self._frequencies:
                 self._use(frequencies)
         start = offset.astype(mx.int32).reshape(-1) if isinstance(offset, mx.array) else mx.array([int(offset)])
-        return kernels.angles(start, length, self._constants)
+        return kernels.angles(start, length, self._constants, like)
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
         """Rotate one array, as `mlx.nn.RoPE` does.
@@ -141,7 +142,7 @@ class ResonanceRoPE(nn.Module):
         """
         self._check(x)
         batch = x.shape[0] if x.ndim > 2 else 1
-        angles = self._fitting(self.angles(x.shape[-2], offset), batch, x.shape[-2])
+        angles = self._fitting(self.angles(x.shape[-2], offset, x), batch, x.shape[-2])
         if x.size == 0:
             return x
         flat = x.reshape(batch, -1, *x.shape[-2:])
@@ -171,7 +172,7 @@ class ResonanceRoPE(nn.Module):
                 f"[ResonanceRoPE] q and k must be (B, H, L, D) with the same B, L and D, got {q.shape} and {k.shape}"
             )
         if angles is None:
-            angles = self.angles(q.shape[2], offset)
+            angles = self.angles(q.shape[2], offset, q)
         angles = self._fitting(angles, q.shape[0], q.shape[2])
         rotated_q, rotated_k = kernels.rotate([q, k], angles, self.traditional)
         return rotated_q, rotated_k
@@ -190,6 +191,17 @@ class ResonanceRoPE(nn.Module):
             raise UsageError(f"[ResonanceRoPE] expected (..., L, D) with D >= {self.dims}, got shape {x.shape}")
         if not mx.issubdtype(x.dtype, mx.floating):
             raise UsageError(f"[ResonanceRoPE] expected a floating-point array, got {x.dtype}")
+
+
+def _values(offset: int | mx.array) -> NDArray[np.integer]:
+    """The offset as numbers. Raises UsageError where MLX has none, since it traces the function."""
+    try:
+        return np.array(offset)
+    except ValueError:
+        raise UsageError(
+            "[ResonanceRoPE] angles that change with the length of a text need an offset whose value is known, "
+            "got an argument of a function that MLX compiles, maps or exports"
+        ) from None
 
 
 class _Step:

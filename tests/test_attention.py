@@ -133,9 +133,9 @@ def test_angles_are_computed_once_for_all_layers(monkeypatch, cached):
     calls = []
     angles = ResonanceRoPE.angles
 
-    def counted(self, length, offset=0):
+    def counted(self, length, offset=0, like=None):
         calls.append((length, offset))
-        return angles(self, length, offset)
+        return angles(self, length, offset, like)
 
     monkeypatch.setattr(ResonanceRoPE, "angles", counted)
     model = random_llama(num_hidden_layers=3)

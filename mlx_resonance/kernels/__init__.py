@@ -27,14 +27,14 @@ class Angles(NamedTuple):
     constants: PhaseConstants
     table: tuple[mx.array, mx.array] | None
 
-    def cos_sin(self) -> tuple[mx.array, mx.array]:
+    def cos_sin(self, like: mx.array | None = None) -> tuple[mx.array, mx.array]:
         """Cosine and sine times the attention scale, float32, shape (1, 1, L, P) or (B, 1, L, P)."""
-        return self.table or ops.cos_sin(self.offset, self.length, self.constants)
+        return self.table or ops.cos_sin(self.offset, self.length, self.constants, like)
 
 
-def angles(offset: mx.array, length: int, constants: PhaseConstants) -> Angles:
-    """The angles of one step: see `Angles`."""
-    table = None if gpu.current_backend() else ops.cos_sin(offset, length, constants)
+def angles(offset: mx.array, length: int, constants: PhaseConstants, like: mx.array | None = None) -> Angles:
+    """The angles of one step: see `Angles`; `like` as in `ops.cos_sin`."""
+    table = None if gpu.current_backend() else ops.cos_sin(offset, length, constants, like)
     return Angles(offset, length, constants, table)
 
 
@@ -52,4 +52,4 @@ def rotate(xs: list[mx.array], angles: Angles, traditional: bool) -> list[mx.arr
     backend = gpu.current_backend()
     if backend and gpu.can_rotate(backend, xs, angles.constants, traditional):
         return gpu.rotate(backend, xs, angles.offset, angles.constants, traditional)
-    return ops.rotate(xs, *angles.cos_sin(), traditional)
+    return ops.rotate(xs, *angles.cos_sin(xs[0]), traditional)

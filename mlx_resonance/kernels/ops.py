@@ -45,25 +45,29 @@ def phase_constants(frequencies: RotaryFrequencies) -> PhaseConstants:
     )
 
 
-def cos_sin(offset: mx.array, length: int, constants: PhaseConstants) -> tuple[mx.array, mx.array]:
+def cos_sin(
+    offset: mx.array, length: int, constants: PhaseConstants, like: mx.array | None = None
+) -> tuple[mx.array, mx.array]:
     """Cosine and sine of every pair's angle at the positions of one step, times the attention scale.
 
     Args:
         offset: position of the first token, an integer array of shape (N,); positions lie in (-2³¹, 2³¹).
         length: number of tokens, L.
         constants: from `phase_constants`.
+        like: an array of the same step, such as the queries; not read. Under `mx.export_function`, which cannot write
+            what is compiled, it tells MLX that the step is being traced even if the offset is not.
 
     Returns:
         cos, sin: float32, shape (N, 1, L, P), within 2.5e-7 × attention_scale of the exact values.
     """
     positions = mx.arange(length, dtype=mx.int64) + offset.astype(mx.int64).reshape(-1, 1, 1)
-    cos, sin = _cos_sin(positions, *constants)
+    cos, sin = _cos_sin(positions, *constants, offset if like is None else like)
     return mx.stop_gradient(cos), mx.stop_gradient(sin)
 
 
-@mx.compile
+@mx.compile  # which leaves the operations as they are if any argument is being traced, `like` included
 def _cos_sin(
-    positions: mx.array, modulus: mx.array, turns: mx.array, attention_scale: mx.array
+    positions: mx.array, modulus: mx.array, turns: mx.array, attention_scale: mx.array, like: mx.array
 ) -> tuple[mx.array, mx.array]:
     # For a whole-number wavelength λ the position is first reduced to m mod λ, so m and m + λ give the same bits. The
     # 64-bit product with the turns per token wraps around at whole turns, which is what an angle does.

@@ -5,8 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from mlx_resonance import RopeConfig
 from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.convert import convert
+from mlx_resonance.convert.portable import portable_rope
+from mlx_resonance.errors import UsageError
 
 import mlx.core as mx
 import mlx_lm.utils
@@ -105,9 +108,7 @@ def test_the_same_file_without_the_scale_is_another_model(tmp_path: Path) -> Non
     [
         ({}, ["-q"], "does not read mlx-lm's quantization"),
         ({}, ["--rope", "dynamic", "--factor", 2], "change with the length"),
-        ({"partial_rotary_factor": 0.5}, [], "partial_rotary_factor"),
         ({"rope_traditional": True}, [], "rope_traditional"),
-        ({"max_position_embeddings": None}, [], "no context length"),
     ],
 )
 def test_what_cannot_be_portable(
@@ -117,3 +118,17 @@ def test_what_cannot_be_portable(
     code, _, stderr = run("convert", folder, "--mlx-path", tmp_path / "out", "--portable", *flags)
     assert code == 2 and named in stderr and stderr.endswith(" (--portable)\n"), stderr
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+@pytest.mark.parametrize(
+    ("rope", "named"),
+    [
+        (RopeConfig(16), "no context length"),
+        (RopeConfig(16, max_position_embeddings=128, partial_rotary_factor=0.5), "partial_rotary_factor"),
+    ],
+)
+def test_settings_that_cannot_be_portable(rope: RopeConfig, named: str) -> None:
+    """The reader of config.json completes or refuses them, for the models that can be converted."""
+    with pytest.raises(UsageError, match=named) as caught:
+        portable_rope(rope)
+    assert caught.value.option == "portable"
