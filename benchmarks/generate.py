@@ -70,7 +70,7 @@ def compare(folder: Path, repeats: int) -> dict[str, Any]:
 def first_token(model: Any, tokenizer: Any, tokens: list[int], kept: PromptCache | None) -> float:
     """Seconds to the first token."""
     start = time.perf_counter()
-    next(stream := stream_generate(model, tokenizer, tokens, max_tokens=1, prompt_cache=kept))
+    next(stream := stream_generate(model, tokenizer, tokens, max_tokens=1, disk_cache=kept))
     seconds = time.perf_counter() - start
     stream.close()
     return seconds

@@ -253,7 +253,8 @@ options = {"max_tokens": LENGTH - len(prompt), "temp": 0.5, "seed": 1, "prefill_
 live = display(tokens_over_time(read, written, TRAINED, LENGTH), display_id=True)
 page = display({"text/plain": ""}, raw=True, display_id=True)
 start = time.perf_counter()
-stream = stream_generate(model, tokenizer, prompt, progress=lambda done, total: note(read, done), **options)
+watch = {"prompt_progress_callback": lambda done, total: note(read, done)}
+stream = stream_generate(model, tokenizer, prompt, **watch, **options)
 for count, response in enumerate(stream, 1):
     pieces.append(response.text)
     if count % (TRAINED // 4) == 0 or response.finish_reason:
@@ -321,14 +322,14 @@ assert abs(perplexity["4 bit"] / perplexity[whole] - 1) < 0.10
 # %%
 from mlx_resonance.generation import PromptCache, cache_key
 
-prompt_cache = PromptCache(work / "prompts", cache_key(checkpoint, None))
+disk_cache = PromptCache(work / "prompts", cache_key(checkpoint, None))
 questions = ["\n    def ", "\n\nclass ", "\n\nimport "]
 questions = [prompt + tokenizer.encode(question, add_special_tokens=False) for question in questions]
 
 
 def ask(question, cache):
     start, known = time.perf_counter(), []
-    keep = {"max_tokens": 1, "prompt_cache": cache, "progress": lambda done, total: known.append(done)}
+    keep = {"max_tokens": 1, "disk_cache": cache, "prompt_progress_callback": lambda done, _: known.append(done)}
     response = next(stream_generate(model, tokenizer, question, **keep))
     return time.perf_counter() - start, known[0], response.token
 
@@ -336,7 +337,7 @@ def ask(question, cache):
 # %%
 from figures.generation import first_tokens
 
-caches = {"without a prompt cache": None, "with": prompt_cache}
+caches = {"without a prompt cache": None, "with": disk_cache}
 seconds, known, answers = ({name: [] for name in caches} for _ in range(3))
 live = display(first_tokens(seconds), display_id=True)
 for question in questions:

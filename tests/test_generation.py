@@ -27,7 +27,8 @@ def test_options_reach_mlx_lm(stdlib_llama: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(stream.mlx_lm, "stream_generate", lambda *_, **options: calls.update(options) or iter(()))
     monkeypatch.setattr(stream, "make_sampler", lambda **options: options)
     list(stream_generate(model, tokenizer, TEXT, temp=0.5, top_p=0.25, max_tokens=9, kv_bits=4, prefill_step_size=7))
-    assert calls.keys() == {"max_tokens", "sampler", "prompt_cache"} and calls["max_tokens"] == 9
+    assert calls.keys() == {"max_tokens", "stream", "sampler", "logits_processors", "prompt_cache"}
+    assert calls["max_tokens"] == 9 and calls["logits_processors"] == []
     assert calls["sampler"] == {"temp": 0.5, "top_p": 0.25}
     length = len(prompt_tokens(tokenizer, TEXT))
     for cache in calls["prompt_cache"]:  # quantized, allocated for everything, with all but the last token read
@@ -40,9 +41,8 @@ def test_options_reach_mlx_lm(stdlib_llama: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_progress_counts_the_prompt(loaded: Any) -> None:
     seen: list[tuple[int, int]] = []
-    responses = stream_generate(
-        *loaded, list(range(10, 30)), max_tokens=2, prefill_step_size=8, progress=lambda *at: seen.append(at)
-    )
+    options = {"prefill_step_size": 8, "prompt_progress_callback": lambda *at: seen.append(at)}
+    responses = stream_generate(*loaded, list(range(10, 30)), max_tokens=2, **options)
     assert [response.prompt_tokens for response in responses] == [20, 20]
     assert [done for done, _ in seen] == [0, 8, 16, 19, 20] and {total for _, total in seen} == {20}
 

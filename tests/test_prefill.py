@@ -94,11 +94,12 @@ def test_an_interrupt_keeps_whole_chunks(loaded: Any, tmp_path: Path) -> None:
 
     kept = PromptCache(tmp_path, "key")
     with pytest.raises(KeyboardInterrupt):
-        greedy(loaded, tokens, prefill_step_size=128, prompt_cache=kept, progress=interrupt)
+        greedy(loaded, tokens, prefill_step_size=128, disk_cache=kept, prompt_progress_callback=interrupt)
     assert len(list(tmp_path.iterdir())) == 1
     seen: list[int] = []
-    options = {"prefill_step_size": 128, "prompt_cache": PromptCache(tmp_path, "key")}
-    assert greedy(loaded, tokens, progress=lambda done, _: seen.append(done), **options) == expected
+    options = {"prefill_step_size": 128, "disk_cache": PromptCache(tmp_path, "key")}
+    options["prompt_progress_callback"] = lambda done, _: seen.append(done)
+    assert greedy(loaded, tokens, **options) == expected
     assert seen[:2] == [256, 384]
 
 
@@ -124,10 +125,10 @@ def test_an_interrupt_within_a_chunk_keeps_what_every_layer_has(
     with monkeypatch.context() as patch:
         patch.setattr(block, "__call__", fail)
         with pytest.raises(error):
-            greedy(loaded, tokens, prefill_step_size=100, prompt_cache=PromptCache(tmp_path, "key"))
+            greedy(loaded, tokens, prefill_step_size=100, disk_cache=PromptCache(tmp_path, "key"))
     seen: list[int] = []
-    progress = {"progress": lambda done, _: seen.append(done)}
-    assert greedy(loaded, tokens, prompt_cache=PromptCache(tmp_path, "key"), **progress) == expected
+    progress = {"prompt_progress_callback": lambda done, _: seen.append(done)}
+    assert greedy(loaded, tokens, disk_cache=PromptCache(tmp_path, "key"), **progress) == expected
     assert seen[0] == 200
 
 
@@ -137,12 +138,12 @@ from mlx_resonance import cli
 from mlx_resonance.generation import stream
 signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & has it ignored
 prefill = stream.prefill
-def waiting(*arguments, progress, **options):
+def waiting(*arguments, prompt_progress_callback, **options):
     def shown(done, total):
-        progress(done, total)
+        prompt_progress_callback(done, total)
         if done >= 128:
             time.sleep(300)  # until Ctrl-C, however late it comes
-    return prefill(*arguments, progress=shown, **options)
+    return prefill(*arguments, prompt_progress_callback=shown, **options)
 stream.prefill = waiting
 cli.main()
 """

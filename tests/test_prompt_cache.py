@@ -31,8 +31,8 @@ def loaded(checkpoint: Path) -> Any:
 def ask(loaded: Any, tokens: list[int], kept: PromptCache | None = None, **options: Any) -> tuple[list[int], int]:
     """The tokens of a greedy answer, and how many of the prompt were not read."""
     seen: list[int] = []
-    options = {"max_tokens": 12, "progress": lambda done, _: seen.append(done)} | options
-    answer = [response.token for response in stream_generate(*loaded, tokens, prompt_cache=kept, **options)]
+    options = {"max_tokens": 12, "prompt_progress_callback": lambda done, _: seen.append(done)} | options
+    answer = [response.token for response in stream_generate(*loaded, tokens, disk_cache=kept, **options)]
     return answer, seen[0]
 
 
@@ -248,7 +248,7 @@ for _ in range(60):
     kind, length = chance.randrange(3), chance.randrange(8, 60)
     tokens = [0] + [100 * kind + i for i in range(10, 10 + length)]
     kept = PromptCache(folder, "0123456789abcdef", 500_000)
-    answer = [r.token for r in stream_generate(model, tokenizer, tokens, max_tokens=3, prompt_cache=kept)]
+    answer = [r.token for r in stream_generate(model, tokenizer, tokens, max_tokens=3, disk_cache=kept)]
     assert answers.setdefault((kind, length), answer) == answer, (kind, length)
 print(len(answers))
 """

@@ -53,8 +53,8 @@ def test_requests_of_every_kind(requests: int, checkpoint: Path, tmp_path: Path)
         kind = chance.choice(["whole", "whole", "closed", "interrupt"])
         kept = PromptCache(tmp_path / "kept", "0123456789abcdef", int(1.5 * size)) if chance.random() < 0.7 else None
         options: dict[str, Any] = {"max_tokens": NEW, "prefill_step_size": chance.choice([16, 64, 2048])}
-        options |= {"progress": interrupt} if kind == "interrupt" else {}
-        responses = stream_generate(model, tokenizer, documents[i][:length], prompt_cache=kept, **options)
+        options |= {"prompt_progress_callback": interrupt} if kind == "interrupt" else {}
+        responses = stream_generate(model, tokenizer, documents[i][:length], disk_cache=kept, **options)
         stop, answer = chance.randrange(1, NEW), []
         try:
             for response in responses:

@@ -16,6 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import MissingFileError, UsageError
 from ..run_log import Record, RunLog, json_lines
+from ..tokenizer import check_ids
 from .prefill import PREFILL_BATCH, STEP
 from .prompt_cache import refuse_changing_angles
 from .stream import check_length, check_options, prompt_tokens
@@ -71,11 +72,13 @@ def generate_batch(
         `finish_reason`.
 
     Raises:
-        UsageError: a prompt and its answer exceed the context, or the angles change with the length of a text.
+        UsageError: a prompt has an id outside the vocabulary, a prompt and its answer exceed the context, or the angles
+            change with the length of a text.
     """
     check_options(max_tokens, temp, top_p, seed, prefill_step_size, batch_size=batch_size)
     refuse_changing_angles(model.args.rope, "a batch has texts of several lengths")
     for request in requests:
+        check_ids(tokenizer, request.tokens, model.args.vocab_size)
         check_length(model.args.rope, len(request.tokens), max_tokens)
     if seed is not None:
         mx.random.seed(seed)
@@ -182,7 +185,7 @@ def read_requests(path: Path, tokenizer: TokenizerWrapper, chat: bool = False) -
         try:
             tokens = prompt_tokens(tokenizer, entry["prompt"], chat)
         except UsageError as error:
-            raise UsageError(f"{where}: {error.message}", option="prompts_file") from None
+            raise UsageError(f"{where}: {error.message}", option="prompts_file", remedies=error.remedies) from None
         requests.append(Request(entry["id"], tokens, entry["prompt"]))
     if not requests:
         raise UsageError(f"{path} has no prompts", option="prompts_file")

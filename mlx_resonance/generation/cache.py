@@ -7,7 +7,7 @@ from typing import Any
 import mlx.nn as nn
 from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
 
-from ..errors import UsageError
+from ..errors import UsageError, check_option
 
 GROUP_SIZES = (64, 32)  # values that share a scale and a bias; MLX has no smaller groups
 
@@ -26,15 +26,59 @@ def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> l
     """
     caches = make_prompt_cache(model)
     if kv_bits is not None:
-        size = group_size(head_dim(model))
-        for cache in caches:
-            if not isinstance(cache, KVCache):
-                raise UsageError("a layer with a sliding window cannot quantize its KV cache", option="kv_bits")
-        caches = [QuantizedKVCache(size, kv_bits) for _ in caches]
+        quantize(model, caches, kv_bits)
     for cache in caches:
         if isinstance(cache, (KVCache, QuantizedKVCache)):
             cache.step = capacity  # what it grows by
     return caches
+
+
+def quantize(model: nn.Module, caches: list[Any], kv_bits: int) -> None:
+    """Replace caches in their list by quantized ones with the same tokens.
+
+    Raises:
+        UsageError: a layer cannot be quantized, as in `make_cache`, or it is, to another number of bits.
+    """
+    size = group_size(head_dim(model))
+    for cache in caches:
+        if not isinstance(cache, (KVCache, QuantizedKVCache)):
+            raise UsageError("a layer with a sliding window cannot quantize its KV cache", option="kv_bits")
+        if getattr(cache, "bits", kv_bits) != kv_bits:
+            raise UsageError(f"the caches have {cache.bits} bits, kv_bits asks for {kv_bits}", option="kv_bits")
+    caches[:] = [cache.to_quantized(size, kv_bits) if isinstance(cache, KVCache) else cache for cache in caches]
+
+
+def check_format(model: nn.Module, kv_group_size: int | None, quantized_kv_start: int) -> None:
+    """Raise UsageError if mlx-lm's options ask for another format than `make_cache` makes; None is its own size."""
+    size = group_size(head_dim(model))
+    check_option("kv_group_size", kv_group_size in (None, size), f"{size} for this head size", kv_group_size)
+    check_option("quantized_kv_start", quantized_kv_start == 0, "0: all tokens are quantized", quantized_kv_start)
+
+
+def cached_tokens(model: nn.Module, caches: list[Any], new: int) -> int:
+    """How many tokens caches from mlx-lm hold.
+
+    Args:
+        model: from `load`.
+        caches: one per layer.
+        new: number of tokens that they are to take in addition.
+
+    Raises:
+        UsageError: they are not caches of one text, one per layer, or a rotating one would drop tokens.
+    """
+    layers = len(model.layers)
+    if not isinstance(caches, list) or len(caches) != layers:
+        got = f"{len(caches)} of them" if isinstance(caches, list) else f"a {type(caches).__name__}"
+        raise UsageError(f"prompt_cache must be a list of {layers} caches, one per layer, got {got}")
+    held: Any = getattr(caches[0], "offset", None)
+    for cache in caches:
+        if not isinstance(held, int) or getattr(cache, "offset", None) != held:
+            raise UsageError("prompt_cache must hold the same number of tokens of one text in every layer")
+        if (most := getattr(cache, "max_size", None)) is not None and most < held + new:
+            raise UsageError(
+                f"a rotating cache of {most} tokens would drop the beginning of a text of {held + new} tokens"
+            )
+    return int(held)
 
 
 def group_size(dims: int) -> int:

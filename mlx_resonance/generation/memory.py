@@ -13,7 +13,7 @@ import mlx.core as mx
 from ..attention import BUDGET
 from ..checkpoint import Checkpoint, Dimensions
 from ..errors import UsageError, check_option
-from ..rope_config import LONGEST
+from ..rope_types import LONGEST
 from ..sizes import format_size
 from .cache import group_size
 from .prefill import PREFILL_BATCH, STEP, chunk_size

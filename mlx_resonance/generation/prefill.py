@@ -29,7 +29,8 @@ def prefill(
     *,
     step: int = STEP,
     budget: int = BUDGET,
-    progress: Progress | None = None,
+    before: int = 0,
+    prompt_progress_callback: Progress | None = None,
 ) -> None:
     """Append the keys and values of all tokens but the last to the caches.
 
@@ -39,24 +40,25 @@ def prefill(
     Args:
         model: from `load`.
         tokens: the whole prompt.
-        cache: one per layer; its offset says how many of the tokens it has.
+        cache: one per layer; it may hold the tokens of an earlier text, then the first tokens of the prompt.
         step: maximum number of tokens in a chunk.
         budget: maximum of queries × keys in a chunk.
-        progress: called with the number of tokens done and their total.
+        before: number of tokens of an earlier text in the cache.
+        prompt_progress_callback: called with the number of prompt tokens done and their total.
     """
-    done, total = cache[0].offset, len(tokens)
-    if progress is not None:
-        progress(done, total)
+    done, total = cache[0].offset - before, len(tokens)
+    if prompt_progress_callback is not None:
+        prompt_progress_callback(done, total)
     try:
         while done < total - 1:
-            size = min(chunk_size(done, step, budget), total - 1 - done)
+            size = min(chunk_size(before + done, step, budget), total - 1 - done)
             model(mx.array(list(tokens[done : done + size]))[None], cache=cache)
             done += size  # before eval: an interrupt is raised only after eval has returned
             mx.eval([layer.state for layer in cache])  # not the logits: this skips the head
             mx.clear_cache()
-            if progress is not None:
-                progress(done, total)
+            if prompt_progress_callback is not None:
+                prompt_progress_callback(done, total)
     except BaseException:
         for layer in cache:  # some may have counted a chunk that the others have not seen
-            layer.trim(layer.offset - done)
+            layer.trim(layer.offset - before - done)
         raise

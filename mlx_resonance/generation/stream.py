@@ -1,4 +1,4 @@
-"""generate() and stream_generate(): mlx-lm's generation, within the checkpoint's context."""
+"""generate() and stream_generate(): mlx-lm's functions, within the checkpoint's context."""
 
 from __future__ import annotations
 
@@ -18,125 +18,253 @@ from ..errors import UsageError, check_option
 from ..rope import expect
 from ..rope_config import RopeConfig
 from ..scaling import check_context
-from .cache import make_cache
+from ..tokenizer import check_ids, template_error
+from .cache import cached_tokens, check_format, make_cache, quantize
 from .prefill import STEP, Progress, prefill
-from .prompt_cache import PromptCache
+from .prompt_cache import PromptCache, refuse_changing_angles
+
+Sampler = Callable[[mx.array], mx.array]
+LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+REFUSED = {  # arguments of mlx-lm's
+    "draft_model": "the context check and the memory plan are for one model",
+    "max_kv_size": "a rotating KV cache would drop the beginning of the text",
+    "input_embeddings": "a prompt is read as tokens",
+}
 
 
-def prompt_tokens(tokenizer: TokenizerWrapper, prompt: str | list[int], chat: bool = False) -> list[int]:
+def prompt_tokens(
+    tokenizer: TokenizerWrapper, prompt: str | list[int], chat: bool = False, rows: int | None = None
+) -> list[int]:
     """The token ids of a prompt.
 
     Args:
         tokenizer: from `load`.
         prompt: text, or token ids, which are returned as they are.
         chat: put the text as a user message into the tokenizer's chat template, if it has one.
+        rows: number of ids in the model's vocabulary; None if the prompt is a text and the tokenizer, from `load`,
+            checks it.
 
     Raises:
-        UsageError: the prompt is empty.
+        UsageError: the prompt is empty, has a token outside the vocabulary, or the chat template fails.
     """
     if not prompt or (isinstance(prompt, str) and not prompt.strip()):
         raise UsageError("the prompt is empty", option="prompt")
-    if not isinstance(prompt, str):
-        return list(prompt)
+    tokens = _tokens_of_text(tokenizer, prompt, chat) if isinstance(prompt, str) else list(prompt)
+    if rows is not None:
+        check_ids(tokenizer, tokens, rows)
+    return tokens
+
+
+def _tokens_of_text(tokenizer: TokenizerWrapper, prompt: str, chat: bool) -> list[int]:
     if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
         raise UsageError("the prompt is not UTF-8 text", option="prompt")
     if chat and tokenizer.has_chat_template:
         messages = [{"role": "user", "content": prompt}]
-        return list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        tokens = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
+        if not tokens:
+            raise template_error("makes an empty prompt")
+        return tokens
     starts_with_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    return list(tokenizer.encode(prompt, add_special_tokens=not starts_with_bos))
+    tokens = list(tokenizer.encode(prompt, add_special_tokens=not starts_with_bos))
+    if not tokens:
+        raise UsageError("the tokenizer makes no tokens of the prompt", option="prompt")
+    return tokens
 
 
 def stream_generate(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
-    prompt: str | list[int],
-    *,
+    prompt: str | list[int] | mx.array,
     max_tokens: int = 256,
-    temp: float = 0.0,
-    top_p: float = 1.0,
+    draft_model: nn.Module | None = None,
+    stream: mx.Stream | mx.ThreadLocalStream = generation_stream,
+    *,
+    sampler: Sampler | None = None,
+    logits_processors: list[LogitsProcessor] | None = None,
+    temp: float | None = None,
+    top_p: float | None = None,
     seed: int | None = None,
-    kv_bits: int | None = None,
+    prompt_cache: list[Any] | None = None,
+    disk_cache: PromptCache | None = None,
     prefill_step_size: int = STEP,
-    prompt_cache: PromptCache | None = None,
-    progress: Progress | None = None,
+    kv_bits: int | None = None,
+    kv_group_size: int | None = None,
+    quantized_kv_start: int = 0,
+    max_kv_size: int | None = None,
+    input_embeddings: mx.array | None = None,
+    num_draft_tokens: int | None = None,
+    prompt_progress_callback: Progress | None = None,
 ) -> Iterator[GenerationResponse]:
-    """Generate text, piece by piece.
+    """Generate text, piece by piece: mlx-lm's function of this name, with the checks and caches of this package.
 
     Args:
         model, tokenizer: from `load`.
         prompt: text, or token ids.
         max_tokens: maximum number of tokens to generate; with the prompt they must fit into the checkpoint's context.
-        temp: sampling temperature; 0 takes the most likely token.
-        top_p: sample from the most likely tokens that have this total probability, in (0, 1].
+        stream: of MLX, to compute on.
+        sampler: makes a token of log-probabilities; mlx-lm's `make_sampler` makes one.
+        logits_processors: functions of the tokens so far and the next token's logits, which return new logits.
+        temp, top_p: instead of a sampler: the temperature, 0 (the default) for the most likely token, and the total
+            probability, in (0, 1], of the tokens to sample from.
         seed: seed of MLX's random numbers; None leaves their state as it is.
-        kv_bits: quantize keys and values to 4 or 8 bits, from the first token on.
+        prompt_cache: mlx-lm's caches, one per layer. The prompt continues the text that they hold; they are extended.
+        disk_cache: on-disk KV cache of earlier prompts; this one's keys and values are added, even if interrupted.
         prefill_step_size: maximum number of prompt tokens in one pass; fewer as the keys grow.
-        prompt_cache: on-disk KV cache of earlier prompts; this one's keys and values are added, even if interrupted.
-        progress: called with the number of prompt tokens done and their total.
+        kv_bits: quantize keys and values to 4 or 8 bits, from the first token on.
+        kv_group_size, quantized_kv_start: mlx-lm's, with kv_bits only as this package quantizes: in groups of 64, or
+            of 32 if the head size is no multiple of 64, from token 0.
+        draft_model, max_kv_size, input_embeddings: mlx-lm's, not supported.
+        num_draft_tokens: mlx-lm's, without effect where there is no draft model.
+        prompt_progress_callback: called with the number of prompt tokens done and their total.
 
     Returns:
         An iterator of mlx-lm's GenerationResponse: `text` is the new piece, the last one has a `finish_reason`.
-        `prompt_tps` counts the tokens that were read, not those from the prompt cache.
+        `prompt_tps` counts the tokens that were read, not those from the on-disk KV cache.
 
     Raises:
-        UsageError: an argument is out of range, the prompt is empty, or the context is too short.
+        UsageError: an argument is out of range or not supported, the prompt is empty, or the context is too short.
     """
-    check_options(max_tokens, temp, top_p, seed, prefill_step_size, kv_bits)
-    tokens = prompt_tokens(tokenizer, prompt)
-    check_length(model.args.rope, len(tokens), max_tokens)
-    expect(model, len(tokens))
+    refuse(draft_model=draft_model, max_kv_size=max_kv_size, input_embeddings=input_embeddings)
+    check_options(max_tokens, temp or 0.0, 1.0 if top_p is None else top_p, seed, prefill_step_size, kv_bits)
+    if kv_bits is not None:
+        check_format(model, kv_group_size, quantized_kv_start)
+    if isinstance(prompt, mx.array):
+        prompt = prompt.tolist()  # type: ignore[assignment]
+    tokens = prompt_tokens(tokenizer, prompt, rows=model.args.vocab_size)  # type: ignore[arg-type]
+    options = {
+        "max_tokens": max_tokens,
+        "stream": stream,
+        "sampler": choose_sampler(sampler, temp, top_p),
+        "logits_processors": [after(tokens[:-1], processor) for processor in logits_processors or ()],
+        "prompt_cache": open_cache(model, prompt_cache, disk_cache, len(tokens), max_tokens, kv_bits),
+    }
     if seed is not None:
         mx.random.seed(seed)
-    cache = make_cache(model, len(tokens) + max_tokens, kv_bits)
-    sampler = make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0)
-    return _stream(model, tokenizer, tokens, cache, max_tokens, sampler, prefill_step_size, prompt_cache, progress)
+    return _stream(model, tokenizer, tokens, prefill_step_size, disk_cache, prompt_progress_callback, options)
 
 
 def _stream(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     tokens: list[int],
-    cache: list[Any],
-    max_tokens: int,
-    sampler: Callable[[mx.array], mx.array],
     step: int,
-    prompt_cache: PromptCache | None,
-    progress: Progress | None,
+    disk_cache: PromptCache | None,
+    callback: Progress | None,
+    options: dict[str, Any],
 ) -> Iterator[GenerationResponse]:
     start = time.perf_counter()
-    known = 0 if prompt_cache is None else prompt_cache.fetch(tokens, cache)
+    cache, stream = options["prompt_cache"], options["stream"]
+    before = cache[0].offset
+    known = 0 if disk_cache is None else disk_cache.fetch(tokens, cache)
     written = tokens[:-1]  # those whose keys every layer has
     try:
-        with wired_limit(model, [generation_stream]), mx.stream(generation_stream):
-            prefill(model, tokens, cache, step=step, progress=progress)
+        with wired_limit(model, [stream]), mx.stream(stream):
+            prefill(model, tokens, cache, step=step, before=before, prompt_progress_callback=callback)
         speed = 0.0
-        options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": sampler, "prompt_cache": cache}
         for response in mlx_lm.stream_generate(model, tokenizer, tokens[-1:], **options):
             if not speed:
                 speed = (len(tokens) - known) / (time.perf_counter() - start)
                 written = list(tokens)
-                if progress is not None:
-                    progress(len(tokens), len(tokens))
+                if callback is not None:
+                    callback(len(tokens), len(tokens))
             written.append(response.token)
             yield replace(response, prompt_tokens=len(tokens), prompt_tps=speed)
     finally:
-        if prompt_cache is not None:
-            prompt_cache.store(written, cache)
+        if disk_cache is not None:
+            disk_cache.store(written, cache)
 
 
-def check_length(rope: RopeConfig, prompt: int, new: int) -> None:
-    """Raise UsageError if a prompt and its answer exceed the context, with the factor that would cover them."""
-    check_context(rope, prompt + new, f"{prompt} prompt tokens and {new} new ones")
+def refuse(**unsupported: Any) -> None:
+    """Raise UsageError, with the reason, if an argument of mlx-lm's that is not supported has a value."""
+    for name, value in unsupported.items():
+        if value is not None:
+            raise UsageError(f"{name} is not supported: {REFUSED[name]}")
 
 
-def generate(model: nn.Module, tokenizer: TokenizerWrapper, prompt: str | list[int], **options: Any) -> str:
-    """Generate the whole text. Options and errors are those of `stream_generate`."""
-    return "".join(response.text for response in stream_generate(model, tokenizer, prompt, **options))
+def choose_sampler(sampler: Sampler | None, temp: float | None, top_p: float | None) -> Sampler:
+    """The sampler, or one made of temp and top_p. Raises UsageError if both are given."""
+    if sampler is None:
+        return make_sampler(temp=temp or 0.0, top_p=0.0 if top_p is None or top_p == 1 else top_p)
+    if temp is not None or top_p is not None:
+        raise UsageError("give either a sampler or temp and top_p")
+    return sampler
+
+
+def after(tokens: list[int], processor: LogitsProcessor) -> LogitsProcessor:
+    """A logits processor that sees these tokens before those it is given, which lack the part that `prefill` reads."""
+    head = mx.array(tokens, mx.int32)
+    return lambda rest, logits: processor(mx.concatenate([head, rest]), logits)
+
+
+def open_cache(
+    model: nn.Module,
+    prompt_cache: list[Any] | None,
+    disk_cache: PromptCache | None,
+    prompt: int,
+    new: int,
+    kv_bits: int | None,
+) -> list[Any]:
+    """The caches for a prompt and its answer: the given ones, or new ones with room for both.
+
+    Raises:
+        UsageError: they are not caches, or do not go with the other arguments; or the context is too short.
+    """
+    if isinstance(prompt_cache, PromptCache):
+        raise UsageError("prompt_cache is a list of mlx-lm's caches: give a PromptCache as disk_cache")
+    if prompt_cache is not None and disk_cache is not None:
+        raise UsageError("give either prompt_cache or disk_cache")
+    rope = model.args.rope
+    held = 0 if prompt_cache is None else cached_tokens(model, prompt_cache, prompt + new)
+    check_length(rope, prompt, new, held)
+    if held:
+        refuse_changing_angles(rope, "a text cannot be continued from its cached keys")
+    expect(model, held + prompt)
+    if prompt_cache is None:
+        return make_cache(model, prompt + new, kv_bits)
+    if kv_bits is not None:
+        quantize(model, prompt_cache, kv_bits)
+    return prompt_cache
+
+
+def check_length(rope: RopeConfig, prompt: int, new: int, held: int = 0) -> None:
+    """Raise UsageError if a prompt and its answer exceed the context, with the factor that would cover them.
+
+    Args:
+        rope: the settings in use.
+        prompt, new, held: tokens of the prompt, of the answer, and of the text before the prompt.
+    """
+    cached = f"{held} cached tokens, " if held else ""
+    check_context(rope, held + prompt + new, f"{cached}{prompt} prompt tokens and {new} new ones")
+
+
+def generate(
+    model: nn.Module,
+    tokenizer: TokenizerWrapper,
+    prompt: str | list[int] | mx.array,
+    verbose: bool = False,
+    **options: Any,
+) -> str:
+    """Generate the whole text: options and errors are those of `stream_generate`. `verbose` prints as mlx-lm's does."""
+    pieces = []
+    if verbose:
+        print("=" * 10)
+    for response in stream_generate(model, tokenizer, prompt, **options):
+        if verbose:
+            print(response.text, end="", flush=True)
+        pieces.append(response.text)
+    if verbose:
+        print("\n" + "=" * 10)
+    if verbose and not any(pieces):
+        print("No text generated for this prompt")
+    elif verbose:
+        print(f"Prompt: {response.prompt_tokens} tokens, {response.prompt_tps:.3f} tokens-per-sec")
+        print(f"Generation: {response.generation_tokens} tokens, {response.generation_tps:.3f} tokens-per-sec")
+        print(f"Peak memory: {response.peak_memory:.3f} GB")
+    return "".join(pieces)
 
 
 def figures(text: str, last: GenerationResponse) -> dict[str, Any]:
-    """The figures that `generate --json` prints, under mlx-lm's names: tokens per second, and bytes of memory.
+    """The figures that `generate --json` prints, under mlx-lm's names and in its units: tokens per second, GB.
 
     Args:
         text: the whole generated text.
@@ -148,7 +276,7 @@ def figures(text: str, last: GenerationResponse) -> dict[str, Any]:
         "prompt_tps": round(last.prompt_tps, 2),
         "generation_tokens": last.generation_tokens,
         "generation_tps": round(last.generation_tps, 2),
-        "peak_memory": mx.get_peak_memory(),
+        "peak_memory": last.peak_memory,
         "finish_reason": last.finish_reason,
     }
 
