@@ -11,8 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import __version__
+from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.errors import MissingFileError, UsageError, check_option
 from mlx_resonance.files import user_path
+from mlx_resonance.inspection import Training, training_of
 from mlx_resonance.rope_config import RopeConfig
 from mlx_resonance.scaling import largest_shift, new_rope
 from mlx_resonance.sizes import parse_size
@@ -187,7 +189,7 @@ def convert(
         if kept is not None and (journal.folder / kept).exists():
             shutil.rmtree(journal.folder / kept)
         _write_small_files(source, plan, journal.folder, src, card)
-        _record(journal, plan)
+        _record(journal, plan, checkpoint)
         errors = {k: v for entry in journal.finished.values() for k, v in entry.get("quantization_error", {}).items()}
         sizes = {name: entry["bytes"] for name, entry in sorted(journal.finished.items())}
         made, result = replace(made, sizes=sizes, quantization_error=errors), None
@@ -201,13 +203,26 @@ def convert(
     return made
 
 
-def _record(journal: Journal, plan: Plan) -> None:
-    """Put the wavelengths and the hashes of the small files into the record."""
+def _record(journal: Journal, plan: Plan, source: Checkpoint) -> None:
+    """Put the wavelengths, those of the source's training and the hashes of the small files into the record."""
     folder = journal.folder
     names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     small = sorted(names - UNHASHED - set(journal.finished))
     journal.record |= {"rope": rope_table(plan.rope), "files": {name: sha256(folder / name) for name in small}}
+    journal.record |= _training(plan, source)
     journal.write()
+
+
+def _training(plan: Plan, source: Checkpoint) -> dict[str, Any]:
+    """What the source was trained with; in a chain of conversions, what the record of the first one says."""
+    training = training_of(source.folder, source.rope)
+    if training.on_record:
+        return training.to_record()
+    if source.rope.is_resonant or (source.folder / RECORD).is_file():  # was made by us: its record is lost
+        return {}
+    # LongRoPE's authors fine-tune on the whole context, with the factors of long texts.
+    of_context = source.rope.base_type == "longrope"
+    return Training(source.rope, source.rope.context_length if of_context else plan.rope.trained_length).to_record()
 
 
 def _verify(journal: Journal, source: Source, result: Source | None, progress: Progress | None) -> dict[str, Any]:

@@ -36,7 +36,7 @@ def compare_logits(result: Source) -> dict[str, Any] | str:
     if find_spec("torch") is None or find_spec("transformers") is None:
         return "torch and transformers are not installed"
     checkpoint = result.checkpoint
-    if checkpoint.config.get("rope_traditional") or checkpoint.rope.partial_rotary_factor != 1:
+    if checkpoint.config.get("rope_traditional"):
         return "transformers has no such rotation"
     layers = _layers_that_fit(checkpoint)
     if layers < 1:
@@ -80,6 +80,7 @@ def _logits_of_transformers(result: Source, layers: int, tokens: np.ndarray[Any,
 
     config, rope = result.checkpoint.config, result.checkpoint.rope
     plain = {key: value for key, value in config.items() if key not in NOT_IN_CONFIG} | {"num_hidden_layers": layers}
+    plain["pad_token_id"] = None  # transformers' default may be beyond the vocabulary, and no logit depends on it
     if plain.get("layer_types"):
         plain["layer_types"] = plain["layer_types"][:layers]
     settings = transformers.AutoConfig.for_model(plain.pop("model_type"), **plain)

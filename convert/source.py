@@ -23,7 +23,9 @@ from mlx_resonance.files import (
     user_path,
     weight_files,
 )
+from mlx_resonance.inspection import RECORDS
 from mlx_resonance.tokenizer import TOKENIZER_PATTERNS
+from mlx_resonance.validation import without_leftover
 
 import mlx.core as mx
 from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
@@ -34,7 +36,7 @@ from .card import base_models
 from .quantization import QuantizationArguments, arguments_of, dequantize, group_parts
 from .weight_files import HubFile, SafetensorsFile, TorchFile, WeightFile
 
-SMALL_FILES = [*TOKENIZER_PATTERNS, "README.md"]
+SMALL_FILES = [*TOKENIZER_PATTERNS, *RECORDS, "README.md"]
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 TYPES = {"F32", "F16", "BF16", "U32", "U8", "F8_E4M3"}  # U32 and U8: weights and scales that mlx-lm has quantized
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -51,8 +53,9 @@ class Source:
 
     Attributes:
         stored: all tensors, as the files' headers have them.
-        scales: which of them are scales that `read` multiplies 8-bit floats by.
+        scale_of: by 8-bit floats, which of them are the scales that `read` multiplies them by.
         left_out: which of them a conversion leaves out, and why nothing is lost without them.
+        renamed: the name in the files of each tensor of the model that has another one there.
         config_digest: of config.json as it was read.
         checkpoint: with the other tensors; 8-bit floats have the type that they are read as.
 
@@ -69,6 +72,7 @@ class Source:
                 raise UsageError(f"{tensor} is of type {info.dtype}: supported are float32, float16, bfloat16")
         config = read_config(folder)
         self.config_digest = digest(config)
+        config = without_leftover(config)
         self._scales: fp8.Scales = {}
         self.left_out: dict[str, str] = {}
         foreign = config.get("quantization_config") or None
@@ -76,20 +80,23 @@ class Source:
             self._scales = fp8.scales(foreign, config, self.stored, base_models(folder))
             of_activations = [tensor for tensor in self.stored if tensor.endswith(fp8.ACTIVATIONS)]
             self.left_out |= dict.fromkeys(of_activations, "a scale of activations, which are not quantized here")
-            del config["quantization_config"]
+            config = {key: value for key, value in config.items() if key != "quantization_config"}
         for tensor, info in self.stored.items():
             if info.dtype == "F8_E4M3" and tensor not in self._scales:
                 raise UsageError(f"{tensor} is an 8-bit float without a scale: convert the original checkpoint")
             if tensor.endswith("rotary_emb.inv_freq"):
                 self.left_out[tensor] = "computed from config.json"
-        if HEAD in self.stored and config.get("tie_word_embeddings"):
-            self.left_out[HEAD] = f"tied to {EMBEDDING}"
-        self.left_out = dict(sorted(self.left_out.items()))
         self._file = {tensor: file for file in files for tensor in file.tensors}
-        self.scales = {scale.name for scale in self._scales.values()}
-        taken = set(self.stored) - self.scales - set(self.left_out)
+        self.scale_of = {tensor: scale.name for tensor, scale in self._scales.items()}
+        taken = set(self.stored) - set(self.scale_of.values()) - set(self.left_out)
         headers = {file.name: {name: self._as_read(name) for name in file.tensors if name in taken} for file in files}
-        self.checkpoint = Checkpoint.of(name, folder, config, headers)
+        # A file on the hub is downloaded when it is read, which is not now: `read` compares the two then.
+        at_hand = not any(self._file[tensor].download for tensor in (EMBEDDING, HEAD) if tensor in taken)
+        self.checkpoint = Checkpoint.of(name, folder, config, headers, self.read_stored if at_hand else None)
+        head = self.checkpoint.head
+        self._compared = at_hand
+        self.left_out = dict(sorted({**self.left_out, **head.left_out}.items()))
+        self.renamed = {name: stored for stored, name in head.renamed.items()}
         read = {part for tensor in self.checkpoint.tensors for part in self._parts(tensor)}
         self._left = {file.name: read & set(file.tensors) for file in files}
 
@@ -99,16 +106,20 @@ class Source:
         Raises:
             UsageError: the embedding is tied to a head that differs from it.
         """
-        value, scale = self._file[name].read(name), self._scales.get(name)
-        if scale is not None:
-            value = scale.dequantize(value, self._file[scale.name].read(scale.name))
-        if name == EMBEDDING and HEAD in self.left_out:
-            if not mx.array_equal(value, self.read(HEAD), equal_nan=True).item():
+        value = self.read_stored(self.renamed.get(name, name))
+        if name == EMBEDDING and HEAD in self.left_out and not self._compared:
+            if not mx.array_equal(value, self.read_stored(HEAD), equal_nan=True).item():
                 raise UsageError(
-                    f"{HEAD} differs from {EMBEDDING}, to which config.json ties it: "
-                    "set tie_word_embeddings to false there, or delete the tensor"
+                    f"{HEAD} differs from {EMBEDDING}, to which config.json ties it: a source that is consumed while "
+                    "it is read cannot be untied",
+                    remedies=[{"consume_source": False}],
                 )
         return value
+
+    def read_stored(self, stored: str) -> mx.array:
+        """A tensor by its name in the files."""
+        value, scale = self._file[stored].read(stored), self._scales.get(stored)
+        return value if scale is None else scale.dequantize(value, self._file[scale.name].read(scale.name))
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:
@@ -137,9 +148,10 @@ class Source:
         return info if scale is None else info._replace(dtype=scale.dtype)
 
     def _parts(self, name: str) -> list[str]:
-        """What is read for a tensor."""
+        """The tensors of the files that are read for one of the model."""
+        name = self.renamed.get(name, name)
         parts = [name, *([self._scales[name].name] if name in self._scales else [])]
-        return parts + (self._parts(HEAD) if name == EMBEDDING and HEAD in self.left_out else [])
+        return parts + ([HEAD] if name == EMBEDDING and HEAD in self.left_out else [])
 
 
 def digest(value: Any) -> str:

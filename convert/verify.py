@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -22,10 +23,11 @@ from .plan import check_tensors
 from .portable import scaled_by
 from .quantization import arguments_of, group_parts
 from .reference import compare_logits
-from .source import Source, cached_source, mlx_folder, open_source
+from .source import EMBEDDING, HEAD, Source, cached_source, mlx_folder, open_source
 from .weights import Progress
 
 DTYPES = ("float32", "float16", "bfloat16")
+COPIED = "copied"
 CLOSE = 5e-3  # of the largest logit: transformers' own error with float32 angles
 
 
@@ -47,6 +49,8 @@ class Verification:
         errors: of each of the other tensors, the root mean square of the error over that of the values; None where one
             is not finite.
         left_out: the tensors of the source that the result does not have, and why nothing is lost without them.
+        source_tensors: what became of each tensor of the source: copied, rounded to another type, quantized, merged
+            into another, or left out and why.
         logits: against transformers: `error`, the largest as a part of the largest logit, over `tokens` and `layers`;
             or why they were not compared.
         problems: one line for each fault; empty if all is well.
@@ -61,6 +65,7 @@ class Verification:
     inf: int = 0
     errors: dict[str, float | None] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    source_tensors: dict[str, str] = field(default_factory=dict)
     logits: dict[str, Any] | str = ""
     problems: list[str] = field(default_factory=list)
 
@@ -185,31 +190,62 @@ def _check_tensors(
     was_quantized = source is not None and source.checkpoint.config.get("quantization")
     quantized = arguments_of(names, result.checkpoint.config.get("quantization"))
     groups = {name: [name] for name in names} if was_quantized else group_parts(names, quantized)
-    if source is not None:
-        found.left_out = {name: reason for name, reason in source.left_out.items() if name not in groups}
-        wanted = set(source.stored) - source.scales - set(found.left_out)
-        for name in sorted(wanted ^ set(groups)):
-            found.problems.append(f"{name} is in {'the source' if name in wanted else 'the result'} only")
+    made = _fates(source, groups, found) if source is not None else {}
     scaled = scaled_by(groups)
     dtype = None if settings.get("dtype") is None else getattr(mx, str(settings["dtype"]))
     total, done = sum(info.nbytes for info in result.stored.values()), 0
     for name, parts in groups.items():
         arrays = [result.read(part) for part in parts]
-        original = source.read(name) if source is not None and name in source.stored else None
-        if original is not None and len(parts) == 1 and original.shape != arrays[0].shape:
-            found.problems.append(f"{name} has shape {arrays[0].shape}, in the source {original.shape}")
-            original = None
         factor = settings.get("query_key_factor", 1.0) if name in scaled else 1.0
-        same = compare(arrays, quantized.get(name) if len(parts) > 1 else None, original, factor, dtype)
+        arguments = quantized.get(name) if len(parts) > 1 else None
         found.tensors += 1
-        found.exact += original is not None and same.exact
-        found.nan, found.inf = found.nan + same.nan, found.inf + same.inf
-        if not same.exact:
-            found.errors[name] = same.error
-        if same.wrong:
-            found.problems.append(f"{name}: {same.wrong} elements are further from the source than rounding may be")
+        for stored in made.get(name, [None]):
+            original = None if source is None or stored is None else source.read_stored(stored)
+            if original is not None and arguments is None and original.shape != arrays[0].shape:
+                found.problems.append(f"{name} has shape {arrays[0].shape}, in the source {original.shape}")
+                original = None
+            same = compare(arrays, arguments, original, factor, dtype)
+            if same.wrong:
+                found.problems.append(f"{name}: {same.wrong} elements are further from the source than rounding may be")
+            if stored is None or stored == made[name][0]:
+                found.exact += original is not None and same.exact
+                found.nan, found.inf = found.nan + same.nan, found.inf + same.inf
+                if not same.exact:
+                    found.errors[name] = same.error
+            if stored is not None and found.source_tensors[stored] == COPIED and not same.exact:
+                found.source_tensors[stored] = "quantized" if arguments is not None else "rounded"
+            del original
         done += sum(array.nbytes for array in arrays)
-        del arrays, original
+        del arrays
         mx.clear_cache()
         if progress is not None:
             progress(done, total)
+
+
+def _fates(source: Source, groups: Collection[str], found: Verification) -> dict[str, list[str]]:
+    """Note what became of every tensor in the source's files, whose headers are read anew.
+
+    Returns:
+        By each tensor of the result, those of the source that it is compared with.
+    """
+    merged = {scale: weight for weight, scale in source.scale_of.items()}
+    names = {renamed: name for name, renamed in source.renamed.items()}
+    made: dict[str, list[str]] = {}
+    for stored in sorted(name for file in source.files for name in file.names()):
+        name = names.get(stored, stored)
+        if name in groups:
+            found.source_tensors[stored] = COPIED if name == stored else f"merged into {name}"
+            made.setdefault(name, []).insert(0, stored)
+        elif stored in merged:
+            found.source_tensors[stored] = f"merged into {merged[stored]}"
+        elif (reason := source.left_out.get(stored)) is not None:
+            found.source_tensors[stored] = f"left out: {reason}"
+            found.left_out[stored] = reason
+            if stored == HEAD:  # equal to the embedding: it is compared again
+                made.setdefault(EMBEDDING, []).append(stored)
+        else:
+            found.source_tensors[stored] = "missing"
+            found.problems.append(f"{stored} is in the source only")
+    for name in sorted(set(groups) - set(made)):
+        found.problems.append(f"{name} is in the result only")
+    return made

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 import zipfile
 from pathlib import Path
@@ -33,6 +34,10 @@ class WeightFile:
         """One tensor, lazy or not."""
         raise NotImplementedError
 
+    def names(self) -> list[str]:
+        """The names of its tensors, read from the file again: for verification, which trusts nothing read before."""
+        raise NotImplementedError
+
     def release(self) -> None:
         """None of its tensors will be read again. A file of the user's, or in the hub's cache, is kept."""
 
@@ -50,6 +55,12 @@ class SafetensorsFile(WeightFile):
         except RuntimeError as error:
             raise UsageError(f"MLX cannot read {self.path}: {error}") from None
         return tensors[tensor]
+
+    def names(self) -> list[str]:
+        """As the header has them."""
+        with self.path.open("rb") as file:
+            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
+        return [name for name in header if name != "__metadata__"]
 
 
 class HubFile(WeightFile):
@@ -84,6 +95,11 @@ class HubFile(WeightFile):
                 raise UsageError(f"{path} has other tensors than its header on the hub: delete it")
         return self._local.read(tensor)
 
+    def names(self) -> list[str]:
+        """As the header on the hub has them."""
+        with hub_errors(self.repo):
+            return list(HfApi().parse_safetensors_file_metadata(self.repo, self.name, revision=self.commit).tensors)
+
     def release(self) -> None:
         """Delete what was downloaded."""
         self._local = None
@@ -115,6 +131,10 @@ class TorchFile(WeightFile):
         if name == "BF16":  # NumPy has no such type
             return mx.array(value.view(torch.int16).numpy()).view(mx.bfloat16)
         return mx.array((value.view(torch.uint8) if name == "F8_E4M3" else value).numpy())
+
+    def names(self) -> list[str]:
+        """As torch reads them."""
+        return list(self._load())
 
     def _load(self) -> dict[str, Any]:
         try:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import glob
 import hashlib
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 
@@ -19,23 +21,30 @@ from .content_hash import content_hash
 from .errors import UsageError
 from .files import (
     ITEM_SIZES,
+    MAX_INDEX,
     WEIGHTS,
     TensorInfo,
     merge_headers,
     read_config,
     read_header,
+    read_json,
     resolve,
     weight_files,
 )
+from .inspection import RECORDS
 from .rope_config import RopeConfig
+from .rope_reading import OTHER_LENGTHS, TOLD_APART_BY_ORIGINAL, is_about_rotation
+from .rope_types import LONGEST, ORIGINAL, PREFIX
 from .scaling import rescale
+from .tied_head import Reader, TiedHead, resolve_head
 from .tokenizer import TOKENIZER_PATTERNS, decisive_files, load_tokenizer
-from .validation import check_config, check_windows, model_classes
+from .validation import attention_window, check_config, model_classes
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", "original_max_position_embeddings")
+ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", ORIGINAL)
+logger = logging.getLogger("mlx_resonance")
 LOADING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
@@ -46,10 +55,12 @@ class Checkpoint:
     Args:
         name: as the user gave it: a path or a hub id.
         folder: where its files are.
-        config: config.json, with `tie_word_embeddings` taken from the weights if the file does not set it.
+        config: config.json, with the `tie_word_embeddings` that fits the weights.
         headers: the tensors of each weight file, by file name; empty if only config.json was read.
         rope: the rope settings in use, which `rescaled` and `with_rope` change.
         own_rope: the rope settings in config.json.
+        tensors: those of all files, by their names in the model.
+        head: what became of a head that config.json ties to the embedding.
 
     Raises:
         UsageError: config.json, the headers and the rope settings do not fit together.
@@ -62,6 +73,7 @@ class Checkpoint:
     rope: RopeConfig
     own_rope: RopeConfig
     tensors: Mapping[str, TensorInfo] = field(repr=False)
+    head: TiedHead = field(repr=False)
 
     @classmethod
     def open(
@@ -84,28 +96,62 @@ class Checkpoint:
             MissingFileError: there is no such folder or model, or one of its files is missing.
             UsageError: config.json or a weight file cannot be right, or `factor` does not fit it.
         """
-        folder = resolve(path_or_hf_repo, revision, [*TOKENIZER_PATTERNS, WEIGHTS] if weights else ["config.json"])
-        config = read_config(folder)
+        files = [*TOKENIZER_PATTERNS, WEIGHTS] if weights else ["config.json", *RECORDS]
+        folder = resolve(path_or_hf_repo, revision, files)
         here = weights or Path(path_or_hf_repo).expanduser().is_dir()
-        headers = {path.name: read_header(path) for path in weight_files(folder)} if here else {}
-        checkpoint = cls.of(str(path_or_hf_repo), folder, config, headers)
+        checkpoint = cls.of_folder(str(path_or_hf_repo), folder, read_config(folder), weights=here)
         return checkpoint if factor is None else checkpoint.rescaled(factor)
 
     @classmethod
+    def of_folder(cls, name: str, folder: Path, config: dict[str, Any], weights: bool = True) -> Checkpoint:
+        """Make a checkpoint from a folder whose config.json has been read. `weights`: whether it has weight files."""
+        headers = {path.name: read_header(path) for path in weight_files(folder)} if weights else {}
+        place = {tensor: folder / file for file, tensors in headers.items() for tensor in tensors}
+
+        def read(tensor: str) -> mx.array:
+            arrays: dict[str, mx.array] = mx.load(str(place[tensor]), format="safetensors")  # type: ignore[assignment]
+            return arrays[tensor]
+
+        return cls.of(name, folder, config, headers, read)
+
+    @classmethod
     def of(
-        cls, name: str, folder: Path, config: dict[str, Any], headers: Mapping[str, Mapping[str, TensorInfo]]
+        cls,
+        name: str,
+        folder: Path,
+        config: dict[str, Any],
+        headers: Mapping[str, Mapping[str, TensorInfo]],
+        read: Reader | None = None,
     ) -> Checkpoint:
-        """Make a checkpoint from config.json and headers that were read elsewhere, e.g. from a converter's source."""
+        """Make a checkpoint from config.json and headers that were read elsewhere, e.g. from a converter's source.
+
+        Args:
+            name, folder, config, headers: as of the class, config.json as it was read.
+            read: a tensor of the files; it compares an embedding with the head that is tied to it.
+        """
         tensors = merge_headers(headers)
         config = check_config(config, tensors if headers else None)
-        rope = RopeConfig.from_hf(config)
-        check_windows(config, rope)
-        return cls(name, folder, config, headers, rope, rope, tensors)
+        head = resolve_head(config.get("tie_word_embeddings"), tensors, read)
+        if headers:
+            config = config | {"tie_word_embeddings": head.tied}
+        rope = RopeConfig.from_hf(_with_tokenizer_length(config, folder))
+        rope = _within_window(rope, attention_window(config), config["model_type"])
+        return cls(name, folder, config, headers, rope, rope, head.apply(tensors), head)
 
     def with_rope(self, rope: RopeConfig) -> Checkpoint:
-        """The checkpoint with other rope settings. Raises UsageError if its windows do not fit their context."""
-        check_windows(self.config, rope)
-        return replace(self, rope=rope)
+        """The checkpoint with other rope settings.
+
+        Raises:
+            UsageError: they lengthen the context beyond the window of its attention.
+        """
+        window, own = attention_window(self.config), replace(self.own_rope, window=None).context_length
+        context = replace(rope, window=None).context_length or 0
+        if window is not None and context > max(window, own or 0):
+            raise UsageError(
+                f"sliding_window = {window} is shorter than the context of {context} tokens: "
+                f"a {self.config['model_type']} model here attends to all of it"
+            )
+        return replace(self, rope=replace(rope, window=window if window is not None and window < context else None))
 
     def rescaled(self, factor: float) -> Checkpoint:
         """The checkpoint with `factor` times the context before scaling. Raises UsageError like `scaling.rescale`."""
@@ -142,7 +188,9 @@ class Checkpoint:
     @property
     def mlx_config(self) -> dict[str, Any]:
         """config.json with the rope settings in use, in transformers 4 keys only, so that mlx-lm reads them right."""
-        return {key: value for key, value in self.config.items() if key not in ROPE_KEYS} | self.rope.to_hf("4")
+        kind = self.config["model_type"]
+        ours = {key for key in self.config if key in ROPE_KEYS or is_about_rotation(key, kind)}
+        return {key: value for key, value in self.config.items() if key not in ours} | self.rope.to_hf("4")
 
     @property
     def plain_config(self) -> dict[str, Any]:
@@ -161,9 +209,10 @@ class Checkpoint:
         """
         if glob.escape(str(self.folder)) != str(self.folder):
             raise UsageError(f"{self.folder}: mlx-lm finds no files in a folder with any of *?[ in its name")
+        load_model = getattr(mlx_lm.utils.load_model, "of_mlx_lm", mlx_lm.utils.load_model)
         try:
-            model, _ = mlx_lm.utils.load_model(
-                self.folder, lazy=lazy, model_config=self.plain_config, get_model_classes=model_classes
+            model, _ = load_model(
+                self.folder, lazy=lazy, model_config=self.plain_config, get_model_classes=self.model_classes
             )
         except LOADING_ERRORS as error:
             raise UsageError(f"{self.folder} cannot be loaded: {type(error).__name__}: {error}") from None
@@ -172,6 +221,19 @@ class Checkpoint:
             model = mlx_lm.utils.load_adapters(model, adapter_path)
             model.eval()
         return model
+
+    def model_classes(self, config: Mapping[str, Any]) -> tuple[Any, Any]:
+        """mlx-lm's classes for `load_model`; the model names its weights as the checkpoint's `tensors` are named."""
+        model_class: Any
+        model_class, args_class = model_classes(config)
+
+        def build(args: Any) -> nn.Module:
+            model: nn.Module = model_class(args)
+            of_mlx_lm = model.sanitize
+            model.sanitize = lambda weights: of_mlx_lm(self.head.apply(weights))
+            return model
+
+        return build, args_class
 
     def build(self) -> nn.Module:
         """Build the model without loading weights. Raises UsageError if mlx-lm cannot build it."""
@@ -223,6 +285,27 @@ class Dimensions:
             keys=head_dim * (config.get("num_key_value_heads") or heads),
             item_size=ITEM_SIZES[tensors["model.norm.weight"].dtype],
         )
+
+
+def _with_tokenizer_length(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
+    """config.json with the tokenizer's `model_max_length`, where only that tells which length config.json states."""
+    dictionaries = [value for key in ROPE_KEYS if isinstance(value := config.get(key), Mapping)]
+    types = {str(value.get("rope_type") or value.get("type")).removeprefix(PREFIX) for value in dictionaries}
+    path = folder / "tokenizer_config.json"
+    if not types & TOLD_APART_BY_ORIGINAL or any(key in config for key in OTHER_LENGTHS) or not path.is_file():
+        return config
+    return {**config, "model_max_length": read_json(path, MAX_INDEX).get("model_max_length")}
+
+
+def _within_window(rope: RopeConfig, window: int | None, kind: str) -> RopeConfig:
+    """The rope settings of a model that attends to everything here, with the window that it was made for."""
+    if window is None or window >= (rope.context_length or LONGEST):
+        return rope
+    logger.warning(
+        f"sliding_window = {window}: a {kind} model here attends to all tokens, so its context is {window} tokens, "
+        f"not {rope.context_length}"
+    )
+    return replace(rope, window=window)
 
 
 def load(

@@ -308,7 +308,7 @@ def feature_gap(
         frequencies: the rotary frequencies of the longer text.
         train_length: tokens seen in training.
         test_length: tokens of the longer text, at least `train_length`.
-        trained: the rotary frequencies of training, where those were others, such as before a scaling.
+        trained: the rotary frequencies of training, such as those before a scaling; None for `frequencies`.
 
     Returns:
         Euclidean distances in [0, 2], float64, shape (dims / 2,).

@@ -35,6 +35,8 @@ STYLE: dict[Any, Any] = {
 def plot_inspection(inspection: Inspection, path: str | Path) -> None:
     """Plot three panels by pair index: wavelength, change by rounding, feature gap before and after rounding.
 
+    The gap is the distance to the angles that the checkpoint was trained with.
+
     Args:
         inspection: from `inspect_rope`.
         path: as of `new_figure`.
@@ -50,7 +52,8 @@ def plot_inspection(inspection: Inspection, path: str | Path) -> None:
         gap_panel(axes[2], inspection.gaps())
         figure.suptitle(
             f"{inspection.rope.rope_type}, base {inspection.rope.base:g}: "
-            f"trained on {lengths[0]} tokens, read at {lengths[1]}"
+            f"trained on {lengths[0]} tokens, read at {lengths[1]}\ntrained angles: {inspection.training}",
+            fontsize=10,
         )
 
 
@@ -196,7 +199,7 @@ def gap_panel(axis: Axes, gaps: Mapping[str, Float64Array]) -> None:
     axis.set(xlabel="feature pair", ylabel="feature gap", ylim=(-2e-4, 4))
     axis.set_yticks([0, 1e-3, 1e-2, 0.1, 1], ["0", "0.001", "0.01", "0.1", "1"])
     axis.minorticks_off()
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 0.12))
+    axis.legend(loc="best")
 
 
 def legend_below(figure: Figure, columns: int) -> None:

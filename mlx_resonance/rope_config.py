@@ -3,50 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from types import MappingProxyType
 from typing import Any
 
 from .errors import UsageError
-from .frequencies import (
-    RotaryFrequencies,
-    default_frequencies,
-    dynamic_ntk_frequencies,
-    linear_frequencies,
-    llama3_frequencies,
-    longrope_frequencies,
-    ntk_frequencies,
-    yarn_frequencies,
-)
+from .frequencies import RotaryFrequencies
+from .rope_reading import TOLD_APART_BY_ORIGINAL, read_rope
+from .rope_types import DEFAULT_BASE, LONGEST, MAKERS, PREFIX, WIDEST, check_kind, check_type, type_keys
 
-PREFIX = "resonance_"
-DEFAULT_BASE = 10000.0  # transformers' default for `rope_theta`; LLaMA 1 and 2 leave the key out
-
-# A type's keys in config.json are its maker's keyword names: to add a type, add its maker here.
-MAKERS: Mapping[str, Callable[..., RotaryFrequencies]] = MappingProxyType(
-    {
-        "default": default_frequencies,
-        "linear": linear_frequencies,
-        "ntk": ntk_frequencies,
-        "dynamic": dynamic_ntk_frequencies,
-        "yarn": yarn_frequencies,
-        "llama3": llama3_frequencies,
-        "longrope": longrope_frequencies,
-    }
-)
-NOT_IN_ROPE_DICT = {"dims", "base", "seq_len", "max_position_embeddings"}  # these are elsewhere in config.json
-LONGEST = 2**31  # tokens
-WIDEST = 2**16  # features of a head
-LARGEST = 1e15  # for any number in config.json; JSON may hold NaN, infinities and 10**400
-NO_EFFECT = {"finetuned"}  # written by the YaRN authors' code; changes no angle
-# Their files may state the context before or after scaling; only original_max_position_embeddings tells which.
-TOLD_APART_BY_ORIGINAL = {"linear", "ntk"}
-LISTS, INTEGERS, BOOLEANS = (
-    {"short_factor", "long_factor"},
-    {"original_max_position_embeddings"},
-    {"truncate"},
-)
+logger = logging.getLogger("mlx_resonance")
 
 
 @dataclass(frozen=True)
@@ -60,6 +28,7 @@ class RopeConfig:
         max_position_embeddings: tokens of context, scaling included; None if config.json does not say.
         parameters: the type's own keys (`factor`, `beta_fast`, …).
         partial_rotary_factor: `dims` as a fraction of a head's features.
+        window: tokens that the model was made to attend to, where the one here attends to all; None for no limit.
 
     Raises:
         UsageError: the type is unknown, a key is unknown to it or missing, or a value is out of range.
@@ -71,21 +40,17 @@ class RopeConfig:
     max_position_embeddings: int | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
     partial_rotary_factor: float = 1.0
+    window: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
-        if not isinstance(self.rope_type, str) or self.base_type not in MAKERS:
-            known = ", ".join(MAKERS)
-            raise UsageError(
-                f"[RopeConfig] unknown rope_type {self.rope_type!r}; known: {known}, each also as {PREFIX}…"
-            )
+        check_type(self.rope_type)
         if self.dims > WIDEST:
             raise UsageError(f"[RopeConfig] dims (head_dim) must be at most {WIDEST}, got {self.dims}")
         arguments = inspect.signature(self._maker).parameters
-        keys = [key for key in arguments if key not in NOT_IN_ROPE_DICT]
-        for key in keys:
-            if arguments[key].default is inspect.Parameter.empty and key not in self.parameters:
-                raise UsageError(f"[RopeConfig] rope_type {self.rope_type!r} needs {key}, which is missing")
+        keys, needed = type_keys(self.base_type)
+        for key in sorted(needed - set(self.parameters)):
+            raise UsageError(f"[RopeConfig] rope_type {self.rope_type!r} needs {key}, which is missing")
         for key, value in self.parameters.items():
             if key not in keys:
                 takes = ", ".join(keys) or "no keys"
@@ -93,10 +58,10 @@ class RopeConfig:
                     f"[RopeConfig] {key} = {value!r} does not apply to rope_type {self.rope_type!r}, "
                     f"which takes {takes}"
                 )
-            _check_kind(key, value)
-        _check_kind("rope_theta", self.base)
+            check_kind(key, value)
+        check_kind("rope_theta", self.base)
         if self.max_position_embeddings is not None:
-            _check_kind("max_position_embeddings", self.max_position_embeddings, int)
+            check_kind("max_position_embeddings", self.max_position_embeddings, int)
             if self.max_position_embeddings < 1:
                 raise UsageError(
                     f"[RopeConfig] max_position_embeddings must be positive, got {self.max_position_embeddings}"
@@ -148,7 +113,18 @@ class RopeConfig:
         # Most files state the scaled length; Qwen's yarn files and all dynamic ones state the length before scaling.
         if self.base_type in ("yarn", "dynamic") and self.trained_length is not None:
             lengths.append(int(self.trained_length * self.parameters["factor"]))
-        return max((length for length in lengths if length is not None), default=None)
+        longest = max((length for length in lengths if length is not None), default=None)
+        return longest if longest is None or self.window is None else min(longest, self.window)
+
+    @property
+    def length_if_unscaled(self) -> int | None:
+        """Tokens of context if `max_position_embeddings` is the length before scaling; None if it is known not to be.
+
+        A file of a linear or NTK scaling may state either.
+        """
+        if self.trained_length is not None or self.max_position_embeddings is None or self.window is not None:
+            return None
+        return int(self.max_position_embeddings * self.parameters["factor"])
 
     @property
     def _maker(self) -> Callable[..., RotaryFrequencies]:
@@ -176,29 +152,17 @@ class RopeConfig:
                 `type`), style 5 has `rope_parameters`; if it has both, they must agree.
 
         Raises:
-            UsageError: a key is missing, unknown, contradictory or out of range.
+            UsageError: a key is missing, unknown, contradictory or out of range, or the angles that it asks for cannot
+                be known.
+
+        One warning in the log for each key about rotation that is ignored, and each value that is assumed, both as in
+        transformers' model of that type.
         """
-        scaling = _rope_dict(config)
-        rope_type = _agreed("rope_type", scaling.pop("rope_type", None), scaling.pop("type", None)) or "default"
-        base = _agreed("rope_theta", config.get("rope_theta"), scaling.pop("rope_theta", None))
-        part = _agreed(
-            "partial_rotary_factor", config.get("partial_rotary_factor"), scaling.pop("partial_rotary_factor", None)
-        )
-        part = 1.0 if part is None else part
-        _check_kind("partial_rotary_factor", part)
-        if not 0 < part <= 1:
-            raise UsageError(f"[RopeConfig] partial_rotary_factor must be in (0, 1], got {part}")
-        original = "original_max_position_embeddings"
-        if config.get(original) is not None and rope_type != "default":  # Phi-3 keeps it beside the dict
-            scaling[original] = _agreed(original, config[original], scaling.get(original))
-        return cls(
-            dims=int(_head_dim(config) * part),
-            rope_type=rope_type,
-            base=DEFAULT_BASE if base is None else base,
-            max_position_embeddings=config.get("max_position_embeddings"),
-            parameters={key: value for key, value in scaling.items() if value is not None and key not in NO_EFFECT},
-            partial_rotary_factor=part,
-        )
+        arguments, notes = read_rope(config)
+        rope = cls(**arguments)
+        for note in notes:
+            logger.warning(note)
+        return rope
 
     def to_hf(self, style: str = "4") -> dict[str, Any]:
         """The rope part of a config.json.
@@ -210,7 +174,8 @@ class RopeConfig:
             style: "4" for `rope_theta` and `rope_scaling`, "5" for `rope_parameters`.
 
         Returns:
-            The keys to put into the whole object, from which `from_hf` reads an equal RopeConfig.
+            The keys to put into the whole object, from which `from_hf` reads an equal RopeConfig; of a longrope whose
+            `factor` is not the ratio of its two lengths, one with the attention scale written out.
 
         Raises:
             UsageError: the style is unknown.
@@ -222,6 +187,13 @@ class RopeConfig:
         if self.max_position_embeddings is not None:
             config["max_position_embeddings"] = self.max_position_embeddings
         if style == "4":
+            if self.rope_type == "longrope":
+                # transformers 4 reads it only here, and the factor only from the ratio of the two lengths.
+                original = self.parameters["original_max_position_embeddings"]
+                config["original_max_position_embeddings"] = original
+                ratio = (self.max_position_embeddings or 0) / original
+                if self.parameters.get("factor", ratio) != ratio:
+                    scaling.setdefault("attention_factor", self.frequencies().attention_scale)
             if self.partial_rotary_factor != 1:
                 config["partial_rotary_factor"] = self.partial_rotary_factor
             plain = self.rope_type == "default"
@@ -230,54 +202,3 @@ class RopeConfig:
         if self.partial_rotary_factor != 1:
             parameters["partial_rotary_factor"] = self.partial_rotary_factor
         return config | {"rope_parameters": parameters} | ({"rope_scaling": parameters} if self.is_resonant else {})
-
-
-def _rope_dict(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A copy of `rope_scaling` and `rope_parameters`, merged."""
-    found = {key: config[key] for key in ("rope_scaling", "rope_parameters") if config.get(key) is not None}
-    for key, value in found.items():
-        if not isinstance(value, Mapping):
-            raise UsageError(f"[RopeConfig] {key} must be an object, got {value!r}")
-        if any(isinstance(entry, Mapping) for entry in value.values()):
-            raise UsageError(f"[RopeConfig] {key} differs by layer type ({', '.join(value)}); one for all is supported")
-    merged: dict[str, Any] = {}
-    for value in found.values():
-        for key, entry in value.items():
-            merged[key] = _agreed(key, merged.get(key), entry)
-    return merged
-
-
-def _head_dim(config: Mapping[str, Any]) -> int:
-    if config.get("head_dim") is not None:
-        _check_kind("head_dim", config["head_dim"], int)
-        return int(config["head_dim"])
-    for key in ("hidden_size", "num_attention_heads"):
-        if config.get(key) is None:
-            raise UsageError(f"[RopeConfig] config.json has neither head_dim nor {key}")
-        _check_kind(key, config[key], int)
-    if config["num_attention_heads"] < 1:
-        raise UsageError(f"[RopeConfig] num_attention_heads must be positive, got {config['num_attention_heads']}")
-    return int(config["hidden_size"] // config["num_attention_heads"])
-
-
-def _agreed(key: str, one: Any, other: Any) -> Any:
-    """The value of a key that config.json may hold in two places."""
-    if one is not None and other is not None and one != other:
-        raise UsageError(f"[RopeConfig] config.json gives {key} twice, {one!r} and {other!r}; one of them is wrong")
-    return other if one is None else one
-
-
-def _check_kind(key: str, value: Any, kind: type | tuple[type, ...] | None = None) -> None:
-    """Raise UsageError if the value is of the wrong kind for its key."""
-    if kind is None:
-        kind = list if key in LISTS else bool if key in BOOLEANS else int if key in INTEGERS else (int, float)
-    wanted = {list: "a list of numbers", bool: "true or false", int: "an integer"}.get(kind, "a number")  # type: ignore[arg-type]
-    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    numbers = value if kind is list else [value]
-    if right and kind is not bool:
-        right = all(
-            isinstance(number, (int, float)) and not isinstance(number, bool) and -LARGEST < number < LARGEST
-            for number in numbers
-        )
-    if not right:
-        raise UsageError(f"[RopeConfig] {key} must be {wanted}, got {value!r}")

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 from typing import Any
 
 import numpy as np
 
 from .errors import UsageError
-from .rope_config import LONGEST, MAKERS, PREFIX, RopeConfig
+from .rope_config import RopeConfig
+from .rope_types import LONGEST, MAKERS, ORIGINAL, PREFIX
+
+logger = logging.getLogger("mlx_resonance")
 
 # A factor and the original context define these; llama3 and longrope need parameters of one trained checkpoint.
 SCALINGS = ("linear", "ntk", "dynamic", "yarn")
@@ -115,6 +120,9 @@ def rescale(source: RopeConfig, factor: float) -> RopeConfig:
         raise UsageError(
             f"rope type {source.base_type} belongs to one trained length and has no factor", option="factor"
         )
+    if source.length_if_unscaled is not None and factor == source.parameters["factor"]:
+        before = {ORIGINAL: source.max_position_embeddings}  # the factor says which length config.json states
+        return with_scaling(source, source.rope_type, {**source.parameters, **before}, source.length_if_unscaled)
     if source.trained_length is None:
         raise UsageError(
             "config.json does not state the context before scaling: it needs original_max_position_embeddings",
@@ -143,10 +151,25 @@ def check_context(rope: RopeConfig, tokens: int, what: str = "") -> None:
         UsageError: they exceed the context; the factor that would cover them is a remedy.
     """
     limit = rope.context_length
-    if limit is not None and tokens > limit:
-        factor = factor_for(rope, tokens)
-        raise UsageError(
-            f"{what or f'{tokens} tokens'} exceed the checkpoint's context of {limit} tokens"
-            + (f", which rope type {rope.rope_type} cannot extend" if factor is None else ""),
-            remedies=[] if factor is None else [{"factor": factor}],
-        )
+    if limit is None or tokens <= limit:
+        return
+    if tokens <= (rope.length_if_unscaled or 0):
+        _warn_unclear(rope.rope_type, limit, rope.parameters["factor"])
+        return
+    factor = factor_for(rope, tokens)
+    why = f", which rope type {rope.rope_type} cannot extend" if factor is None else ""
+    if rope.window == limit:
+        factor, why = None, ", the window of its attention"
+    raise UsageError(
+        f"{what or f'{tokens} tokens'} exceed the checkpoint's context of {limit} tokens{why}",
+        remedies=[] if factor is None else [{"factor": factor}],
+    )
+
+
+@cache  # once is enough for all prompts of a process
+def _warn_unclear(rope_type: str, limit: int, factor: float) -> None:
+    logger.warning(
+        f"max_position_embeddings = {limit} may be the context before or after {rope_type} scaling: more tokens than "
+        "that are right only if it is the one before",
+        extra={"remedies": [{"factor": factor}]},
+    )

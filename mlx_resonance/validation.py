@@ -9,7 +9,6 @@ from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
 from .errors import UsageError
-from .rope_config import RopeConfig
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -26,6 +25,7 @@ QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "nvfp4": ((4,), (16,)),
     "mxfp8": ((8,), (32,)),
 }
+FOUND_ELSEWHERE = {"rope_theta", "max_position_embeddings", "tie_word_embeddings"}  # transformers has defaults
 FALSE_IS_NONE = ("quantization_config", "sliding_window")
 COUNTS = {
     "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
@@ -41,7 +41,7 @@ def check_config(config: dict[str, Any], tensors: Collection[str] | None) -> dic
         tensors: their names; None to check config.json alone, without the weights.
 
     Returns:
-        config, with `tie_word_embeddings` taken from the weights if it is missing.
+        config, without values that count as absent.
 
     Raises:
         UsageError: config.json cannot be right.
@@ -52,20 +52,48 @@ def check_config(config: dict[str, Any], tensors: Collection[str] | None) -> dic
     _, args_class = model_classes(config)
     for entry in fields(args_class):
         required = entry.default is MISSING and entry.default_factory is MISSING
-        if required and entry.name != "rope_theta" and config.get(entry.name) is None:
+        if required and entry.name not in FOUND_ELSEWHERE and config.get(entry.name) is None:
             raise UsageError(f"config.json has no {entry.name}, which a {kind} model needs")
     if config.get("hidden_act") not in (None, "silu"):
         raise UsageError(f"hidden_act = {config['hidden_act']!r}: only silu is supported")
     # A false, 0 or empty value counts as absent here; mlx-lm and transformers each take it to mean something else.
     config = config | {key: config[key] or None for key in ("quantization", *FALSE_IS_NONE) if key in config}
+    config = without_leftover(config)
     _check_counts(config)
+    tied, method = config.get("tie_word_embeddings"), config.get("quantization_config")
+    if tied is not None and not isinstance(tied, bool):
+        raise UsageError(f"tie_word_embeddings must be true or false, got {tied!r:.80}")
+    if method and not config.get("quantization"):
+        if not isinstance(method, Mapping) or not isinstance(method.get("quant_method"), str):
+            raise UsageError(f"quantization_config must be an object with a quant_method, got {method!r:.80}")
     if tensors is None:
         return config
+    _check_prefix(tensors)
     _check_layers(config, tensors)
     _check_quantization(config.get("quantization"), tensors)
     if "model.norm.weight" not in tensors:
         raise UsageError("the weights have no model.norm.weight, which every supported model has")
-    return {"tie_word_embeddings": "lm_head.weight" not in tensors} | config
+    return config
+
+
+def without_leftover(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json without a `quantization_config` of bitsandbytes that says the weights are not quantized."""
+    found = config.get("quantization_config")
+    if isinstance(found, Mapping) and found.get("quant_method", "bitsandbytes") == "bitsandbytes":
+        switches = [value for key, value in found.items() if key.endswith(("load_in_4bit", "load_in_8bit"))]
+        if switches and not any(switches):
+            return {key: value for key, value in config.items() if key != "quantization_config"}
+    return config
+
+
+def _check_prefix(tensors: Collection[str]) -> None:
+    """Refuse weights of a model that is a part of another one, or that were saved without their model."""
+    if any(name.startswith("model.layers.") for name in tensors):
+        return
+    for name in sorted(tensors):
+        if found := re.match(r"(.*?)(layers|h|blocks?)\.[0-9]+\.", name):
+            has = f"begin with {found[1]!r}" if found[1] else "have no prefix"
+            raise UsageError(f"the weights' names {has}, as {name}: expected 'model.', as in model.layers.0")
 
 
 def _check_quantization(settings: Any, tensors: Collection[str]) -> None:
@@ -100,9 +128,23 @@ def _check_counts(config: Mapping[str, Any]) -> None:
         raise UsageError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
     if config.get("head_dim") is None and width % heads:
         raise UsageError(f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}")
+    _check_rotating_layers(config)
     kinds = config.get("layer_types")
     if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
         raise UsageError(f"layer_types must be a list of names, got {kinds!r:.80}")
+
+
+def _check_rotating_layers(config: Mapping[str, Any]) -> None:
+    """Refuse what cannot say which layers of a SmolLM 3 rotate."""
+    if config["model_type"] != "smollm3":
+        return
+    rotates, interval = config.get("no_rope_layers"), config.get("no_rope_layer_interval")
+    if interval is not None and (type(interval) is not int or interval < 1):
+        raise UsageError(f"no_rope_layer_interval must be a positive integer, got {interval!r:.80}")
+    count = config["num_hidden_layers"]
+    right = isinstance(rotates, list) and len(rotates) == count and all(value in (0, 1) for value in rotates)
+    if rotates is not None and not right:
+        raise UsageError(f"no_rope_layers must be a list of {count} numbers, each 1 or 0, got {rotates!r:.80}")
 
 
 def _check_layers(config: Mapping[str, Any], tensors: Collection[str]) -> None:
@@ -115,22 +157,27 @@ def _check_layers(config: Mapping[str, Any], tensors: Collection[str]) -> None:
             raise UsageError(f"config.json's {key} says {count} layers, but the weights have {len(layers)}")
 
 
-def check_windows(config: Mapping[str, Any], rope: RopeConfig) -> None:
-    """Refuse attention windows that the model would not respect within the context of the rope settings in use."""
-    window, kinds = config.get("sliding_window"), set(config.get("layer_types") or ())
-    if config["model_type"].startswith("qwen") and not config.get("use_sliding_window"):
+def attention_window(config: Mapping[str, Any]) -> int | None:
+    """The window that the model was made for where the one here attends to all tokens; None if they do the same.
+
+    Raises:
+        UsageError: `layer_types` has kinds of attention that no model here has.
+    """
+    kind, window, kinds = config["model_type"], config.get("sliding_window"), set(config.get("layer_types") or ())
+    if kind == "llama" and not kinds:  # transformers' LLaMA has no window
+        return None
+    if kind in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
         window, kinds = None, set()
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise UsageError(f"layer_types {', '.join(sorted(map(str, kinds)))}: expected full or sliding attention")
-    has_windows = SUPPORTED[config["model_type"]] in ("llama", "smollm3")
+    has_windows = SUPPORTED[kind] in ("llama", "smollm3")
     if has_windows and kinds == {"sliding_attention"}:
         raise UsageError("layer_types has no full_attention: at least one such layer is needed")
-    windows_kept = has_windows and kinds == {"full_attention", "sliding_attention"}
-    if window and not windows_kept and window < (rope.context_length or 0):
-        raise UsageError(
-            f"sliding_window = {window} is shorter than the context of {rope.context_length} tokens: "
-            f"a {config['model_type']} model here attends to all of it"
-        )
+    kept = has_windows and kinds == {"full_attention", "sliding_attention"}
+    # Qwen's windows begin in this layer, unless layer_types says which layers have one.
+    first = config.get("max_window_layers") if kind in ("qwen2", "qwen3") and not kinds else None
+    unused = kinds == {"full_attention"} or (isinstance(first, int) and first >= config["num_hidden_layers"])
+    return None if kept or unused else window
 
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:

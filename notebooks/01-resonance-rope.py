@@ -13,7 +13,8 @@
 #
 # - A rotary embedding turns every pair of features by an angle. You will see which angles a model meets in a text that
 #   is longer than those of its training, and that they are new to it.
-# - With wavelengths rounded to whole tokens, the fast pairs repeat known angles. YaRN takes care of the slow ones.
+# - A model that is trained with wavelengths of whole tokens knows all angles of its fast pairs. YaRN takes care of the
+#   slow ones.
 # - The angles of whole wavelengths can be computed exactly at any position, even where float32 cannot hold them.
 #
 # The numbers come from a checkpoint, by default the tiny LLaMA of the package. To use another one, put its folder or
@@ -84,15 +85,16 @@ assert max(angles(40, 0, 30)) < 0.75 and 0.75 in angles(40, 30, 60)  # 40.7, rou
 
 # %% [markdown]
 # The same in LLaMA 2, which has heads of 128 features and was trained on 4096 tokens, positions 0 to 4095. The token
-# after these, the 4097th, is at an angle that the model has not seen, in every one of its 64 pairs. With rounded
-# wavelengths, it shows nothing new to 46 of the pairs. `feature_gap` measures how far each new angle lies from the
-# nearest known one, on a circle with radius 1.
+# after these, the 4097th, is at an angle that the model has not seen, in every one of its 64 pairs. To a model that was
+# trained with rounded wavelengths, it shows nothing new in 46 of them. `feature_gap` measures how far each new angle
+# lies from the nearest one that was seen in training, on a circle with radius 1; `trained` are the angles of training.
 
 # %%
 from mlx_resonance import feature_gap
 
 llama2 = default_frequencies(128, base=10000)
-as_computed, rounded = feature_gap(llama2, 4096, 4097), feature_gap(llama2.resonate(), 4096, 4097)
+as_computed = feature_gap(llama2, 4096, 4097, trained=llama2)
+rounded = feature_gap(llama2.resonate(), 4096, 4097, trained=llama2.resonate())
 assert np.all(as_computed > 0)
 assert np.sum(rounded == 0) == 46
 
@@ -100,31 +102,39 @@ assert np.sum(rounded == 0) == 46
 # ## What rounding changes
 #
 # Now for all positions of a text eight times as long as those of training: the largest distance between one of its
-# angles and the nearest one seen in training, pair by pair. Back to the checkpoint of the first cell.
+# angles and the nearest one seen in training, pair by pair. Back to the checkpoint of the first cell, which was trained
+# with the wavelengths as computed. They can be rounded after training or, for another model, before.
 
 # %%
 from figures.rope import gaps
 
 resonant = plain.resonate()
-gaps({"as computed": plain, "rounded": resonant}, TRAINED, LONGER)
+before = feature_gap(plain, TRAINED, LONGER, trained=plain)
+moved = feature_gap(resonant, TRAINED, LONGER, trained=plain)
+after = feature_gap(resonant, TRAINED, LONGER, trained=resonant)
+gaps({"as computed": before, "rounded after training": moved, "rounded before training": after})
 
 # %% [markdown]
-# A pair whose rounded wavelength fits into the training length is called *pre-critical*. The gap of these pairs is
-# exactly zero after rounding, and was not before. The other pairs keep theirs.
+# A pair whose rounded wavelength fits into the training length is called *pre-critical*. In a model that is trained
+# with the rounded wavelengths, the gap of these pairs is exactly zero. Rounding after training does not close it: it
+# moves the angles away from those of training. The other pairs keep theirs.
 
 # %%
 critical = resonant.critical_pairs(TRAINED)
-before, after = feature_gap(plain, TRAINED, LONGER), feature_gap(resonant, TRAINED, LONGER)
-assert np.all(before > 0)
+assert np.all(before > 0) and np.all(moved > 0)
 assert np.all(after[:critical] == 0) and np.all(after[critical:] > 0)
-assert np.allclose(before[critical:].sum(), after[critical:].sum(), rtol=0.01)
-print(f"{critical} of {len(after)} pairs are pre-critical: {before[:critical].sum():.3f} -> 0 in all")
-print(f"the others: {before[critical:].sum():.2f} -> {after[critical:].sum():.2f}")
+assert np.allclose(before[critical:].sum(), [moved[critical:].sum(), after[critical:].sum()], rtol=0.01)
+print(f"{critical} of {len(after)} pairs are pre-critical; their gaps in all:")
+print(f"as computed {before[:critical].sum():.3f}, rounded after training {moved[:critical].sum():.3f}, before it 0")
+print(f"the others: {before[critical:].sum():.2f}, {moved[critical:].sum():.2f}, {after[critical:].sum():.2f}")
 
 # %% [markdown]
 # Zero sounds like a lot, yet it is a small part of the whole: the fast pairs have been nearly everywhere on their
 # circles, so a new angle is close to a known one anyway. Whether a model benefits has to be measured (notebooks 4
 # and 5).
+#
+# `mlx-resonance inspect` shows the feature gap of a checkpoint to the angles that it was trained with. `convert` and
+# `finetune` write those into a record beside the weights; without one, `inspect` assumes plain RoPE and says so.
 
 # %%
 assert before[:critical].sum() < 0.02 * before.sum()
@@ -171,15 +181,21 @@ assert np.all(np.minimum(LONGER / plain.wavelengths, 1)[slow] > seen[slow])
 assert np.all(np.minimum(LONGER / yarn.wavelengths, 1) <= seen + 1e-12)
 
 # %% [markdown]
-# Resonance-YaRN rounds the wavelengths that YaRN computes: first the stretch, then the rounding. In a model that is
-# fine-tuned with them on its old length, the pre-critical pairs again have no gap.
+# Resonance-YaRN rounds the wavelengths that YaRN computes: first the stretch, then the rounding. To this checkpoint,
+# trained with plain RoPE, the slow pairs then show angles close to known ones; for the fast ones little changes. In a
+# model that is fine-tuned with them on its old length, the pre-critical pairs again have no gap.
 
 # %%
 both = yarn.resonate()
 critical = both.critical_pairs(TRAINED)
+converted = feature_gap(both, TRAINED, LONGER, trained=plain)
+tuned = feature_gap(both, TRAINED, LONGER, trained=both)
 assert both.is_resonant and not yarn.is_resonant
-assert np.all(feature_gap(yarn, TRAINED, LONGER)[:critical] > 0)
-assert np.all(feature_gap(both, TRAINED, LONGER)[:critical] == 0)
+assert np.all(converted > 0) and converted[critical:].sum() < 0.01 * before[critical:].sum()
+assert np.all(tuned[:critical] == 0)
+assert np.all(feature_gap(yarn, TRAINED, LONGER, trained=yarn)[:critical] > 0)
+print(f"converted: {converted[:critical].sum():.2f} in the fast pairs, {converted[critical:].sum():.2f} in the others")
+print(f"fine-tuned: {tuned[:critical].sum():.0f} in the fast pairs, {tuned[critical:].sum():.2f} in the others")
 
 # %% [markdown]
 # ## Exact phases
@@ -236,8 +252,8 @@ assert mx.array_equal(near[..., 3], far[..., 3]).item()
 # %% [markdown]
 # ## Try it
 #
-# Move a slider: the figure follows. A factor above 1 turns YaRN on; the dashed line is then RoPE without it, and the
-# gap is that of a model trained with YaRN's angles.
+# Move a slider: the figure follows. A factor above 1 turns YaRN on; the dashed line is then RoPE without it. The gap is
+# that of a model trained with plain RoPE and, in green, of one trained with the rounded wavelengths.
 
 # %%
 import ipywidgets as widgets

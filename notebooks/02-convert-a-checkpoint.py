@@ -32,7 +32,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from mlx_resonance import Checkpoint, RopeConfig
+from mlx_resonance import Checkpoint, RopeConfig, feature_gap
 
 logging.getLogger("mlx_resonance").setLevel(logging.ERROR)  # no line about a missing GPU
 folder = tempfile.TemporaryDirectory()
@@ -54,26 +54,30 @@ print(f"{plan.rope.rope_type}, {plan.rope.context_length} tokens of context")
 print(f"{plan.weights / 1e6:.1f} MB of weights; takes about {plan.memory / 1e6:.0f} MB of memory")
 
 # %% [markdown]
-# The wavelengths of the new angles, and their feature gap ([notebook 1](01-resonance-rope.ipynb) explains both):
+# The wavelengths of the new angles, and their feature gap: how far they lie from those that the checkpoint was trained
+# with, its own ([notebook 1](01-resonance-rope.ipynb) explains both).
 
 # %%
-from mlx_resonance.inspection import inspect_rope
+from mlx_resonance.inspection import Training, inspect_rope, training_of
 
 from figures.rope import inspected
 
-inspection = inspect_rope(plan.rope)
+inspection = inspect_rope(plan.rope, training=Training(before, before.trained_length))
 inspected(inspection)
 
 # %% [markdown]
-# After rounding, the pre-critical pairs show nothing new in the whole of the longer context. Rounding moves the fastest
-# pairs most.
+# YaRN brings every pair close to known angles. Rounding, which moves the fastest pairs most, does not bring them
+# closer: the gap of the pre-critical pairs is zero only in a model that is fine-tuned with the rounded wavelengths.
 
 # %%
-critical = inspection.in_use.critical_pairs(inspection.train_length)
-assert critical > 0 and not inspection.gap[:critical].any()
+critical, gap = inspection.in_use.critical_pairs(inspection.train_length), inspection.gap
+lengths = inspection.train_length, inspection.test_length
+assert critical > 0 and gap[:critical].all()
+assert not feature_gap(inspection.in_use, *lengths, trained=inspection.in_use)[:critical].any()
 shift = inspection.unrounded.angle_shift()
 assert plan.largest_shift == shift.max() == shift[:3].max()
 print(f"{critical} of {len(shift)} pairs are pre-critical; rounding moves a wavelength by up to {shift.max():.1%}")
+print(f"feature gap: {gap[:critical].sum():.2f} summed over them, {gap[critical:].sum():.2f} over the others")
 
 # %% [markdown]
 # ## Convert
@@ -102,6 +106,14 @@ import json
 settings = json.loads((made.path / "config.json").read_text())
 assert RopeConfig.from_hf(settings) == made.rope == plan.rope
 print(json.dumps({key: settings[key] for key in ("rope_theta", "rope_scaling", "max_position_embeddings")}, indent=2))
+
+# %% [markdown]
+# `conversion.json` has the settings that the checkpoint was trained with. `mlx-resonance inspect` reads them, and shows
+# the same gap as above.
+
+# %%
+assert training_of(made.path, made.rope) == Training(before, before.trained_length)
+print("trained angles:", training_of(made.path, made.rope))
 
 # %% [markdown]
 # The rope type says that the wavelengths are rounded. A runtime that does not know it refuses the checkpoint instead of

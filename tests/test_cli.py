@@ -41,7 +41,7 @@ def test_inspect_json(run: Any, extended: Path) -> None:
     assert result["wavelengths"][:4] == [6, 8, 11, 15]
     assert result["angle_shift"][0] == pytest.approx(0.0451, abs=1e-4)
     assert result["critical_pairs"] == 13
-    assert result["feature_gap"][:13] == [0] * 13 and min(result["feature_gap"][13:]) > 0.05
+    assert len(result["feature_gap"]) == 32 and 0.0001 < min(result["feature_gap"]) < max(result["feature_gap"]) < 0.06
 
 
 def test_inspect_table_has_a_row_for_every_pair(run: Any, stdlib_llama: Path) -> None:
@@ -66,13 +66,13 @@ def test_generate_streams_the_text_that_json_holds(run: Any, extended: Path, tmp
     (tmp_path / "prompt.txt").write_text("import os\n\n\ndef main")
     options = ("generate", "--model", extended, "--max-tokens", 24, "--temp", 0.8, "--seed", 7)
     code, text, err = run(*options, "--prompt-file", tmp_path / "prompt.txt")
-    assert code == 0 and "tokens/s" in err and "peak memory" in err
+    assert code == 0 and "tokens/s" in err and "peak memory" in err and err.endswith(" GB\n")
     code, out, _ = run(*options, "--json", stdin="import os\n\n\ndef main")
     result = json.loads(out)
     assert code == 0 and out.count("\n") == 1
     assert list(result) == GENERATION_KEYS
     assert result["text"] + "\n" == text
-    assert 0 < result["generation_tokens"] <= 24 and result["peak_memory"] > 1e6
+    assert 0 < result["generation_tokens"] <= 24 and 0.01 < result["peak_memory"] < 100  # GB
     assert result["finish_reason"] in ("stop", "length")
 
 

@@ -177,9 +177,15 @@ def test_null_keys_stay_null(random_llama: Path, tmp_path: Path, copy_of: Any) -
     assert written.keys() - config.keys() <= {"rope_theta", "rope_scaling"}
 
 
-def test_a_partial_rotary_factor_is_kept(random_llama: Path, tmp_path: Path, copy_of: Any) -> None:
-    convert(copy_of(random_llama, partial_rotary_factor=0.5), tmp_path / "out", rope="yarn", factor=2)
-    assert load(tmp_path / "out")[0].args.rope.dims == 8
+def test_a_partial_rotary_factor_that_the_model_ignores_is_not_written(
+    random_llama: Path, tmp_path: Path, copy_of: Any
+) -> None:
+    """With a scaling, transformers would rotate by it, and fail."""
+    source = copy_of(random_llama, partial_rotary_factor=0.5)
+    done = convert(source, tmp_path / "out", rope="yarn", factor=2, verify=True)
+    assert "partial_rotary_factor" not in config_of(tmp_path / "out")
+    assert load(tmp_path / "out")[0].args.rope.dims == 16
+    assert done.checks is not None and done.checks["logits"]["error"] < 1e-4
 
 
 @pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
@@ -324,7 +330,6 @@ def test_the_commands_choices_are_the_librarys() -> None:
         ({"quantization": "4bit"}, "quantization must be an object"),
         ({"quantization_config": [1]}, "quantized"),
         ({"model_type": "mixtral"}, "llama, mistral, qwen2, qwen3"),
-        ({"model_type": "mistral", "sliding_window": 64}, "sliding_window"),
         ({"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
     ],
 )

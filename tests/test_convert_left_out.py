@@ -11,19 +11,23 @@ from pathlib import Path
 from typing import Any
 
 import mlx_resonance.convert.checkpoint as checkpoint
-from mlx_resonance import files
+from mlx_resonance import Checkpoint, files
 from mlx_resonance.convert import VerificationError, convert, verify
 from mlx_resonance.convert.source import SafetensorsFile, Source
 from mlx_resonance.errors import UsageError
 
 import mlx.core as mx
+import mlx_lm
+import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from .checkpoints import weights
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INV_FREQ = "model.layers.{}.self_attn.rotary_emb.inv_freq"
-TIED = f"{HEAD} (tied to {EMBEDDING})"
+TIED = f"{HEAD} (equal to {EMBEDDING}, to which it is tied)"
 BUFFERS = f"{INV_FREQ.format(0)} and 1 more (computed from config.json)"
 
 
@@ -96,19 +100,55 @@ def test_what_is_left_out_is_named_with_the_reason(
     assert code == 0 and line in stderr
 
 
-def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_refused(
-    run: Any, source: Callable[..., Path], tmp_path: Path
+def logits(folder: Path) -> np.ndarray:
+    return np.array(Checkpoint.open(folder).load()(mx.arange(40)[None]))
+
+
+def of_transformers(folder: Path) -> np.ndarray:
+    """What transformers reads: it does not tie a head that differs."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        return model(torch.arange(40)[None]).logits.numpy()
+
+
+def test_a_head_that_differs_from_the_embedding_it_is_tied_to_is_untied(
+    run: Any, source: Callable[..., Path], tmp_path: Path, caplog: pytest.LogCaptureFixture, installed: None
 ) -> None:
-    """mlx-lm would drop it, transformers would not tie it: one of config.json and weights is wrong."""
     folder = source(almost_tied, tie_word_embeddings=True)
-    code, stdout, stderr = run("convert", folder, "--mlx-path", tmp_path / "out")
-    assert (code, stdout, stderr.count("\n")) == (2, "", 1), stderr
-    assert f"{HEAD} differs from {EMBEDDING}" in stderr and "tie_word_embeddings" in stderr
-    assert not (tmp_path / "out").exists()
-    assert not list((tmp_path / "out.partial").glob("*.safetensors"))
+    expected = of_transformers(folder)
+    caplog.clear()
+    line = f"{HEAD} differs from {EMBEDDING}, to which config.json ties it: both are used, untied"
+    np.testing.assert_allclose(logits(folder), expected, atol=1e-5 * np.abs(expected).max())
+    assert [record.message for record in caplog.records] == [line]
+    code, stdout, stderr = run(
+        "convert", folder, "--mlx-path", tmp_path / "out", "--no-resonance", "--verify", "--json"
+    )
+    assert code == 0 and stderr.count(f"warning: {line}\n") == 1, stderr
+    checks = json.loads(stdout)["checks"]
+    assert checks["source_tensors"][HEAD] == checks["source_tensors"][EMBEDDING] == "copied"
+    assert checks["logits"]["error"] < 1e-4
+    caplog.clear()
+    assert np.array_equal(logits(tmp_path / "out"), logits(folder))
+    assert mlx_lm.load(str(folder), tokenizer_config={})[0].args.tie_word_embeddings is False
+    model = mlx_lm.utils.load_model(folder)[0]
+    assert np.array_equal(np.array(model(mx.arange(40)[None])), logits(folder))
     convert(source(tied, "other", tie_word_embeddings=True), tmp_path / "result")
-    with pytest.raises(UsageError, match=f"{HEAD} differs"):
-        verify(tmp_path / "result", folder)
+    assert f"{HEAD} is in the source only" in verify(tmp_path / "result", folder).problems
+
+
+def test_a_tied_model_may_have_its_head_alone(
+    run: Any, source: Callable[..., Path], tmp_path: Path, installed: None
+) -> None:
+    """The embedding is then the head."""
+    both = source(tied, tie_word_embeddings=True)
+    folder = source(lambda t: t.update({HEAD: t.pop(EMBEDDING)}), "head", tie_word_embeddings=True)
+    assert np.array_equal(logits(folder), logits(both))
+    assert np.array_equal(np.array(mlx_lm.utils.load_model(folder)[0](mx.arange(40)[None])), logits(both))
+    code, stdout, stderr = run("convert", folder, "--mlx-path", tmp_path / "out", "--verify", "--json")
+    assert code == 0 and f"warning: {EMBEDDING} is not in the weights" in stderr
+    assert json.loads(stdout)["checks"]["source_tensors"][HEAD] == f"merged into {EMBEDDING}"
+    assert EMBEDDING in weights(tmp_path / "out") and HEAD not in weights(tmp_path / "out")
+    assert verify(tmp_path / "out", folder).problems == []
 
 
 def test_the_file_of_a_tied_head_is_kept_until_the_embedding_is_done(source: Callable[..., Path]) -> None:

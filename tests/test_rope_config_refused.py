@@ -11,7 +11,7 @@ import pytest
 from .scalings import LLAMA3, LONGROPE, PARAMETERS, SIZES, YARN, both_styles, style4, style5
 
 NAN = math.nan
-LAYERED = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "default"}}
+LAYERED = {"full_attention": {"rope_type": "default"}, "sliding_attention": {"rope_type": "linear", "factor": 2.0}}
 
 
 def without(parameters, key):
@@ -34,10 +34,6 @@ BAD_SCALINGS = {
     "seq_len given": ("seq_len", {"rope_type": "dynamic", "factor": 4.0, "seq_len": 64}),
     **{f"{name} without factor": ("factor", {"rope_type": name} | without(PARAMETERS[name], "factor"))
        for name in ("linear", "ntk", "dynamic", "yarn", "llama3")},
-    **{f"{name} without original": (
-        "original_max_position_embeddings",
-        {"rope_type": name} | without(PARAMETERS[name], "original_max_position_embeddings"))
-       for name in ("yarn", "llama3", "longrope")},
     **{f"longrope without {key}": (key, {"rope_type": "longrope"} | without(LONGROPE, key))
        for key in ("short_factor", "long_factor")},
     **{f"llama3 without {key}": (key, {"rope_type": "llama3"} | without(LLAMA3, key))
@@ -99,6 +95,21 @@ BAD_CONFIGS = {
     "partial_rotary_factor a string": ("partial_rotary_factor", SIZES | {"partial_rotary_factor": "half"}),
     "rope_parameters by layer type": ("rope_parameters", SIZES | {"rope_parameters": LAYERED}),
     "rope_scaling by layer type": ("rope_scaling", SIZES | {"rope_scaling": LAYERED}),
+    "rope_scaling for one of two layer types": (
+        "rope_scaling",
+        SIZES | {
+            "layer_types": ["full_attention", "sliding_attention"],
+            "rope_scaling": {"sliding_attention": {"rope_type": "linear", "factor": 2.0}},
+        },
+    ),
+    "rope_scaling none for one layer type": (
+        "rope_scaling",
+        SIZES | {"rope_scaling": {"full_attention": None, "sliding_attention": {"rope_type": "default"}}},
+    ),
+    "no length at all": (
+        "original_max_position_embeddings",
+        without(style4(rope_type="yarn", factor=8.0), "max_position_embeddings"),
+    ),
     **{f"{key} is {value!r}": (key, SIZES | {key: value})
        for key in ("rope_scaling", "rope_parameters")
        for value in ("yarn", 4.0, ["yarn", 4.0], True, False, 0, "", [])},

@@ -7,11 +7,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import RopeConfig, load
+from mlx_resonance import Checkpoint, RopeConfig, load, scaling
 from mlx_resonance.convert import convert
 from mlx_resonance.errors import UsageError
 from mlx_resonance.inspection import inspect_rope
 from mlx_resonance.scaling import SCALINGS, check_context, factor_for, named_rope, new_rope, rescale
+from mlx_resonance.validation import attention_window
 
 import numpy as np
 import pytest
@@ -52,9 +53,65 @@ def test_in_other_peoples_files_the_original_context_is_unknown() -> None:
     with pytest.raises(UsageError, match="does not state the context before scaling") as error:
         inspect_rope(UNSAID)
     assert error.value.remedies == ({"train_length": None},)
+    longest = 4096 * int(UNSAID.parameters["factor"])
     with pytest.raises(UsageError, match="rope type linear cannot extend") as error:
-        check_context(UNSAID, 8192)
+        check_context(UNSAID, longest + 1)
     assert error.value.remedies == ()
+
+
+def test_past_the_length_on_file_a_warning_names_the_factor_that_settles_it(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    factor = UNSAID.parameters["factor"]
+    scaling._warn_unclear.cache_clear()
+    check_context(UNSAID, 4096)
+    assert caplog.records == []
+    for tokens in (4097, 4096 * int(factor)):
+        check_context(UNSAID, tokens)
+    (record,) = caplog.records
+    assert "may be the context before or after linear scaling" in record.message
+    assert record.remedies == [{"factor": factor}]
+    settled = rescale(UNSAID, factor)
+    assert (settled.trained_length, settled.context_length) == (4096, 4096 * factor)
+    assert settled.frequencies() == UNSAID.frequencies()
+    caplog.clear()
+    check_context(settled, 4096 * int(factor))
+    assert caplog.records == []
+
+
+@pytest.mark.parametrize(
+    ("lengths", "in_tokenizer", "trained", "context"),
+    [
+        ({"max_position_embeddings": 4096, "max_sequence_length": 16384}, {}, 4096, 16384),  # Vicuna 1.5 16k
+        ({"max_position_embeddings": 16384, "max_sequence_length": 16384}, {}, 4096, 16384),
+        ({"max_position_embeddings": 4096}, {"model_max_length": 16384}, 4096, 16384),  # LongLoRA
+        ({"max_position_embeddings": 4096}, {"model_max_length": 10**30}, None, 4096),
+        ({"max_position_embeddings": 4096}, {}, None, 4096),
+        ({"max_position_embeddings": 4096, "max_sequence_length": 8192}, {}, None, 4096),
+    ],
+)
+@pytest.mark.parametrize("name", ["linear", "ntk", "resonance_linear"])
+def test_another_length_tells_which_context_config_json_states(
+    stdlib_llama: Path,
+    tmp_path: Path,
+    lengths: dict[str, int],
+    in_tokenizer: dict[str, int],
+    trained: int | None,
+    context: int,
+    name: str,
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(stdlib_llama, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= lengths | {"rope_scaling": {"type": name, "factor": 4.0}}
+    (folder / "config.json").write_text(json.dumps(config))
+    path = folder / "tokenizer_config.json"
+    tokenizer = json.loads(path.read_text())
+    tokenizer.pop("model_max_length", None)
+    path.write_text(json.dumps(tokenizer | in_tokenizer))
+    rope = Checkpoint.open(folder).rope
+    assert (rope.trained_length, rope.context_length) == (trained, context)
+    assert rope.frequencies() == RopeConfig(rope.dims, name, parameters={"factor": 4.0}).frequencies()
 
 
 def test_a_card_does_not_invent_it(stdlib_llama: Path, tmp_path: Path) -> None:
@@ -74,6 +131,47 @@ def sliding(folder: Path, target: Path, **changes: Any) -> Path:
     changes = {"model_type": "mistral", "architectures": ["MistralForCausalLM"], "sliding_window": 512} | changes
     (target / "config.json").write_text(json.dumps(config | changes))
     return target
+
+
+def test_without_a_longer_context_it_is_capped_at_the_window(
+    stdlib_llama: Path, tmp_path: Path, run: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Mistral 7B v0.1: 32768 positions, a window of 4096 in every layer. Up to there both attend to the same."""
+    source = sliding(stdlib_llama, tmp_path / "sliding", sliding_window=256)
+    line = "sliding_window = 256: a mistral model here attends to all tokens, so its context is 256 tokens, not 512"
+    checkpoint = Checkpoint.open(source)
+    assert checkpoint.rope.context_length == 256 and [record.message for record in caplog.records] == [line]
+    check_context(checkpoint.rope, 256)
+    with pytest.raises(UsageError, match="exceed the checkpoint's context of 256 tokens, the window") as error:
+        check_context(checkpoint.rope, 257)
+    assert error.value.remedies == ()
+    code, stdout, stderr = run("plan", "--model", source, "--json")
+    assert code == 0 and f"warning: {line}\n" in stderr and json.loads(stdout)["context"] == 256
+    options = ("--prompt", "import os", "--max-tokens", 300)
+    code, _, stderr = run("generate", "--model", source, *options)
+    assert code == 2 and stderr.count("\n") == 2 and "the window of its attention" in stderr
+    with pytest.raises(UsageError, match="shorter than the context of 4096"):
+        checkpoint.rescaled(8)
+    done = convert(source, tmp_path / "out")  # keeps context and window
+    assert done.rope.context_length == 256
+    assert json.loads((done.path / "config.json").read_text())["max_position_embeddings"] == 512
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("llama", {"sliding_window": 64}),  # transformers' LLaMA has none
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": False}),
+        ("qwen2", {"sliding_window": 64, "use_sliding_window": True, "max_window_layers": 2}),
+        ("qwen3", {"sliding_window": 64, "use_sliding_window": True, "layer_types": ["full_attention"] * 2}),
+        ("smollm3", {"sliding_window": 64}),
+        ("mistral", {"sliding_window": None}),
+    ],
+)
+def test_a_window_that_no_layer_has_caps_nothing(kind: str, changes: dict[str, Any]) -> None:
+    config = {"model_type": kind, "num_hidden_layers": 2, **changes}
+    assert attention_window(config) is None
+    assert attention_window(config | {"model_type": "mistral", "layer_types": None, "sliding_window": 64}) == 64
 
 
 def test_a_window_that_the_longer_context_exceeds_is_refused(stdlib_llama: Path, tmp_path: Path, run: Any) -> None:

@@ -5,21 +5,24 @@ from __future__ import annotations
 import math
 import shutil
 import statistics
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
 from .errors import fail
-from .options import Dtype, Json, MlxPath, Original, ScaledBy, path, size
+from .options import Dtype, Json, MlxPath, Original, ScaledBy, file, model, size
 from .output import bytes_bar, print_json, stderr
 
 if TYPE_CHECKING:
     from ..convert import Conversion
 
+SRC: dict[str, Any] = model | {"metavar": "SRC"}
+
 
 def command(
-    src: Annotated[str, Argument(metavar="SRC", help="Folder or Hugging Face hub id.")],
+    src: Annotated[str, Argument(**SRC, help="Folder or Hugging Face hub id.")],
     mlx_path: MlxPath,
     rope: Annotated[Literal["linear", "ntk", "dynamic", "yarn"] | None, Option(help="New scaling.")] = None,
     factor: ScaledBy = None,
@@ -38,7 +41,7 @@ def command(
     portable: Annotated[bool, Option("--portable", help="For stock transformers and mlx-lm: as longrope.")] = False,
     verify: Annotated[bool, Option("--verify", help="Read the result again and compare with the source.")] = False,
     quant_report: Annotated[
-        Path | None, Option(**path, metavar="TEXT", help="File to compare the quantized model with the source on.")
+        Path | None, Option(**file, metavar="TEXT", help="File to compare the quantized model with the source on.")
     ] = None,
     dry_run: Annotated[bool, Option("--dry-run", help="Show what would be written; write nothing.")] = False,
     consume_source: Annotated[
@@ -145,6 +148,8 @@ def describe_checks(found: dict[str, Any]) -> str:
         errors = [math.inf if error is None else error for error in found["errors"].values()]
         off = f", {len(errors)} within rounding (up to {max(errors):.2%})" if errors else ""
         parts.append(f"{found['exact']} equal to the source{off}")
+        made = Counter(fate.split(":")[0].split(" into ")[0] for fate in found["source_tensors"].values())
+        parts.append("of the source " + ", ".join(f"{count} {fate}" for fate, count in made.items()))
     parts.append(f"{found['nan']} NaN, {found['inf']} infinite")
     logits = found["logits"]
     if isinstance(logits, str):

@@ -12,15 +12,16 @@ from typing import Annotated
 
 from typer import Option
 
+from .options import LARGEST
 from .output import print_json, stdout
 
 FACTOR, PROMPT_TOKENS, NEW_TOKENS, PREFILL = 8, 640, 256, 128
 
 
 def command(
-    max_tokens: Annotated[int, Option(help="Maximum number of tokens to generate.")] = NEW_TOKENS,
-    temp: Annotated[float, Option(help="Sampling temperature.")] = 0.6,
-    seed: Annotated[int, Option(help="Sampling seed.")] = 1,
+    max_tokens: Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of tokens to generate.")] = NEW_TOKENS,
+    temp: Annotated[float, Option(min=0, max=100, help="Sampling temperature.")] = 0.6,
+    seed: Annotated[int, Option(min=0, max=2**64 - 1, help="Sampling seed.")] = 1,
 ) -> None:
     """Convert, inspect and run a tiny LLaMA past its context."""
     import mlx.core as mx
@@ -28,7 +29,7 @@ def command(
     from ..checkpoint import Checkpoint
     from ..convert import convert
     from ..generation import prompt_tokens
-    from ..inspection import inspect_rope
+    from ..inspection import inspect_rope, training_of
     from .convert import report
     from .generate import run
     from .inspect import print_schedule
@@ -43,7 +44,7 @@ def command(
 
         _say(f"mlx-resonance inspect {target.name}")
         converted = Checkpoint.open(target)
-        print_schedule(inspect_rope(converted.rope))
+        print_schedule(inspect_rope(converted.rope, training=training_of(target, converted.rope)))
 
         settings = f"--temp {temp} --seed {seed} --max-tokens {max_tokens} --prefill-step-size {PREFILL}"
         _say(f"mlx-resonance generate --model {target.name} {settings} < unseen.py")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Any, NoReturn
 
 from typer.core import TyperCommand
 
 from ..errors import ANOTHER, Remedy, UsageError
+
+logger = logging.getLogger("mlx_resonance")
 
 
 def fail(error: object, code: int) -> NoReturn:
@@ -20,11 +23,31 @@ class Command(TyperCommand):
     """A command that reports a user's mistake in one line that names this command's flags and no others."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it; exit code 2 after a UsageError."""
+        """Run it; warnings of the library go to stderr, a line each; exit code 2 after a UsageError."""
+        warnings = _Warnings(self)
+        logger.addHandler(warnings)
         try:
             return super().invoke(ctx)
         except UsageError as error:
             fail(in_words(error, self), 2)
+        finally:
+            logger.removeHandler(warnings)
+
+
+class _Warnings(logging.Handler):
+    """Prints each warning once, with the flags of a command for its remedies."""
+
+    def __init__(self, command: Any) -> None:
+        super().__init__(logging.WARNING)
+        self.command, self.said = command, set[str]()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Print a line."""
+        error = UsageError(record.getMessage(), remedies=getattr(record, "remedies", ()))
+        line = " ".join(in_words(error, self.command).split())
+        if line not in self.said:
+            self.said.add(line)
+            print("warning:", line, file=sys.stderr)
 
 
 def in_words(error: UsageError, command: Any) -> str:

@@ -9,7 +9,7 @@ from rich.table import Table
 from typer import Argument, Option
 
 from .options import Json, path
-from .output import print_json, stderr, stdout
+from .output import check_outputs, print_json, stderr, stdout
 
 if TYPE_CHECKING:
     from ..inspection import Inspection
@@ -17,17 +17,22 @@ if TYPE_CHECKING:
 
 def command(
     model: Annotated[str, Argument(metavar="MODEL", help="Folder or Hugging Face hub id.")],
-    train_length: Annotated[int | None, Option(min=1, max=2**24, help="Default: the context before scaling.")] = None,
+    train_length: Annotated[
+        int | None, Option(min=1, max=2**24, help="Default: on record, or the context before scaling.")
+    ] = None,
     test_length: Annotated[int | None, Option(min=1, max=2**24, help="Default: the checkpoint's context.")] = None,
     plot: Annotated[Path | None, Option(**path, metavar="FILE.png", help="Draw wavelengths and feature gap.")] = None,
     json: Json = False,
 ) -> None:
     """Show a checkpoint's wavelengths and feature gap."""
     from ..checkpoint import Checkpoint
-    from ..inspection import inspect_rope
+    from ..inspection import inspect_rope, training_of
 
-    # For a model on the hub, only config.json is downloaded.
-    inspection = inspect_rope(Checkpoint.open(model, weights=False).rope, train_length, test_length)
+    check_outputs(plot=plot)
+    # For a model on the hub, only config.json and the record of its training are downloaded.
+    checkpoint = Checkpoint.open(model, weights=False)
+    training = training_of(checkpoint.folder, checkpoint.rope)
+    inspection = inspect_rope(checkpoint.rope, train_length, test_length, training)
     if plot is not None:
         from ..plots import plot_inspection
 
@@ -42,15 +47,20 @@ def command(
 def print_schedule(inspection: Inspection) -> None:
     """The wavelength table, one row per feature pair."""
     rope, in_use = inspection.rope, inspection.in_use
-    critical = in_use.critical_pairs(inspection.train_length)
+    critical, gap = in_use.wavelengths <= inspection.train_length, inspection.gap
     stdout.print(
         f"{rope.rope_type}: base {rope.base:g}, {rope.dims} dims, factor {rope.parameters.get('factor', 1):g}, "
         f"attention scale {in_use.attention_scale:.4f}",
         soft_wrap=True,
     )
+    pairs, length = rope.dims // 2, inspection.train_length
     stdout.print(
-        f"{critical} of {rope.dims // 2} pairs turn fully within {inspection.train_length} tokens; "
-        f"feature gap up to {inspection.test_length} tokens",
+        f"{critical.sum()} of {pairs} pairs are pre-critical: they turn fully within {length} tokens", soft_wrap=True
+    )
+    stdout.print(f"trained angles: {inspection.training}", soft_wrap=True)
+    stdout.print(
+        f"feature gap to them up to {inspection.test_length} tokens: "
+        f"{gap[critical].sum():.2f} summed over the pre-critical pairs, {gap[~critical].sum():.2f} over the others",
         soft_wrap=True,
     )
     table = Table(box=None, pad_edge=False)
@@ -64,8 +74,8 @@ def print_schedule(inspection: Inspection) -> None:
             f"{wavelength:,.3f}",
             f"{rounded[pair]:,.0f}",
             f"{100 * shifts[pair]:.3f} %",
-            "yes" if in_use.wavelengths[pair] <= inspection.train_length else "no",
-            f"{inspection.gap[pair]:.4f}",
+            "yes" if critical[pair] else "no",
+            f"{gap[pair]:.4f}",
         )
     stdout.print(table)
     if not rope.is_resonant:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from ..checkpoint import Checkpoint
 from ..errors import UsageError, check_option
 from ..generation import generate
-from ..rope_config import LONGEST
+from ..rope_types import LONGEST
 from ..run_log import Record, RunLog
 from ..scaling import check_context
 

@@ -12,7 +12,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import ANOTHER, MissingFileError, UsageError, check_option
 from ..generation import prompt_tokens
-from ..rope_config import LONGEST
+from ..rope_types import LONGEST
 from ..run_log import Record, check_field, json_lines
 
 TRUNCATIONS = ("words", "head", "middle")

@@ -12,7 +12,7 @@ from pathlib import Path
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UsageError, check_option
-from ..rope_config import LONGEST
+from ..rope_types import LONGEST
 from ..run_log import Record, check_field
 from .answers import Answers, summarize
 from .prompts import Limits, Prompt, read_lines

@@ -17,7 +17,7 @@ from ..checkpoint import Checkpoint
 from ..errors import check_option
 from ..generation.memory import require_memory
 from ..generation.prefill import PREFILL_BATCH, STEP
-from ..rope_config import LONGEST
+from ..rope_types import LONGEST
 from ..run_log import Record
 from .losses import token_losses
 

@@ -8,7 +8,8 @@ from types import MappingProxyType
 from typing import Any
 
 from ..errors import UsageError, check_option
-from ..rope_config import PREFIX, RopeConfig
+from ..rope_config import RopeConfig
+from ..rope_types import PREFIX
 from ..scaling import SCALINGS, factor_for, named_rope, new_rope
 
 # Source: arXiv 2403.00071, section 5.2 (length, steps), with sheryc/resonance_rope `llama_finetuning/train.sh`

@@ -60,15 +60,14 @@ def wavelengths(frequencies: RotaryFrequencies, train_length: int, test_length: 
 
 
 @matplotlib.rc_context(STYLE)
-def gaps(frequencies: Mapping[str, RotaryFrequencies], train_length: int, test_length: int) -> Picture:
+def gaps(gaps: Mapping[str, Float64Array]) -> Picture:
     """The feature gap of every pair.
 
     Args:
-        frequencies: by name, two to four.
-        train_length, test_length: in tokens.
+        gaps: from `feature_gap`, by name, two to four.
     """
     figure, (axis,) = figure_of()
-    gap_panel(axis, _gaps(frequencies, train_length, test_length))
+    gap_panel(axis, gaps)
     return figure
 
 
@@ -116,6 +115,8 @@ def arcs(plain: RotaryFrequencies, scaled: RotaryFrequencies, train_length: int,
 def playground(base: float, head_dim: int, factor: float, trained: int, times: int) -> Picture:
     """Wavelengths and feature gap of chosen settings: the figure under the sliders.
 
+    The gap is that of a model trained with plain RoPE, and of one trained with the rounded wavelengths.
+
     Args:
         base: `rope_theta`.
         head_dim: features of a head.
@@ -126,8 +127,12 @@ def playground(base: float, head_dim: int, factor: float, trained: int, times: i
     plain, length = default_frequencies(head_dim, base), times * trained
     scaled = plain if factor == 1 else yarn_frequencies(head_dim, base, factor, trained)
     rounded = scaled.resonate()
-    both = _gaps({"as computed": scaled, "rounded": rounded}, trained, length)
-    figure = _wavelengths_and_gaps(scaled, both, trained, length)
+    measured = {
+        "as computed": feature_gap(scaled, trained, length, plain),
+        "rounded after training": feature_gap(rounded, trained, length, plain),
+        "rounded before training": feature_gap(rounded, trained, length, rounded),
+    }
+    figure = _wavelengths_and_gaps(scaled, measured, trained, length)
     if factor != 1:
         pairs = np.arange(head_dim // 2)
         figure.axes[0].plot(pairs, plain.wavelengths, "--", color=GREY, linewidth=0.8, zorder=1)
@@ -150,7 +155,9 @@ def inspected(inspection: Inspection) -> Picture:
     """
     lengths = inspection.train_length, inspection.test_length
     figure = _wavelengths_and_gaps(inspection.unrounded, inspection.gaps(), *lengths)
-    figure.suptitle(f"{inspection.rope.rope_type}, base {inspection.rope.base:g}", fontsize=9)
+    figure.suptitle(
+        f"{inspection.rope.rope_type}, base {inspection.rope.base:g}; trained angles: {inspection.training}", fontsize=9
+    )
     return figure
 
 
@@ -171,10 +178,6 @@ def errors(positions: Sequence[int], measured: Mapping[str, Sequence[float]], bo
     axis.set(xscale="log", yscale="log", xlabel="position", ylabel=ylabel, ylim=(2e-8, 8))
     axis.legend(loc="center left")
     return figure
-
-
-def _gaps(frequencies: Mapping[str, RotaryFrequencies], train_length: int, test_length: int) -> dict[str, Float64Array]:
-    return {name: feature_gap(each, train_length, test_length) for name, each in frequencies.items()}
 
 
 def _wavelengths_and_gaps(
