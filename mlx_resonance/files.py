@@ -15,6 +15,7 @@ from .errors import MissingFileError, UsageError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"
+CONVERTIBLE = {".bin"}  # what a folder may have instead
 # Bytes per number, by safetensors' name for the type.
 ITEM_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1,
@@ -43,9 +44,9 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None, patterns: list[st
         MissingFileError: it is neither a folder nor a model that can be downloaded.
         OSError: the connection broke; the next call resumes the download.
     """
-    folder = user_path(path_or_hf_repo)
     if not str(path_or_hf_repo).strip():
         raise MissingFileError("the model's name is empty", option="model")
+    folder = user_path(path_or_hf_repo)
     if folder.is_dir():
         return folder
     name = str(path_or_hf_repo)
@@ -78,7 +79,9 @@ def hub_errors(name: str) -> Iterator[None]:
 
 
 def user_path(path: str | Path) -> Path:
-    """A path with ~ expanded. Raises UsageError if there is no such user, or the path is not UTF-8."""
+    """A path with ~ expanded. Raises UsageError if it is empty, if there is no such user, or if it is not UTF-8."""
+    if not str(path).strip():  # Path("") is the current folder
+        raise UsageError("the path is empty")
     try:
         str(path).encode("utf-8")
         return Path(path).expanduser()
@@ -135,7 +138,9 @@ def weight_files(folder: Path, pattern: str = WEIGHTS, index: str = INDEX) -> li
     names = indexed_files(folder, index)
     if names is None:
         if not found:
-            raise MissingFileError(f"{folder} has no {pattern}")
+            others = {path.suffix for path in folder.glob("*") if path.suffix in CONVERTIBLE}
+            hint = f" but {' and '.join(sorted(others))} files: convert reads them" if others else ""
+            raise MissingFileError(f"{folder} has no {pattern}{hint}")
         names = sorted(found)
     for name in names:
         if not file_of(folder, name).is_file():

@@ -15,8 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from .errors import UsageError
+from .files import user_path
 from .frequencies import Float64Array
 from .inspection import Inspection
+from .storage import check_output
 
 # Okabe and Ito's colors, which the color-blind can tell apart.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
@@ -210,11 +212,12 @@ def legend_below(figure: Figure, columns: int) -> None:
 
 
 def image_path(path: str | Path) -> Path:
-    """A path that a figure can be written to. Raises UsageError if matplotlib cannot write its format."""
-    path = Path(path)
+    """A path that a figure can be written to. Raises as `check_output`, or if matplotlib cannot write its format."""
+    path = user_path(path)
     formats = sorted(Figure().canvas.get_supported_filetypes())
     if path.suffix.lstrip(".").lower() not in formats:
         raise UsageError(f"{path}: the suffix must be one of {', '.join(formats)}", option="plot")
+    check_output(path, "plot")
     return path
 
 

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ANOTHER, MissingFileError, UsageError
-from .storage import check_output
+from .files import user_path
+from .storage import check_output, kind_of
 
 Record = dict[str, Any]
 TYPES = {str: "a string", list: "a list of strings", int: "an integer", float: "a number", bool: "true or false"}
@@ -40,7 +41,7 @@ class RunLog:
 
     def __init__(
         self,
-        path: Path,
+        path: str | Path,
         kind: str,
         settings: Mapping[str, Any],
         *,
@@ -49,6 +50,7 @@ class RunLog:
         fields: Mapping[str, type] | None = None,
         option: str = "output",
     ) -> None:
+        path = user_path(path)
         check_output(path, option)
         self.path, self.kind, self.key, self.option = path, kind, tuple(key), option
         self._size = 0  # bytes of the file that have been read, or written by us
@@ -155,6 +157,8 @@ def read_run_log(path: Path, kind: str, option: str = "output") -> tuple[Record,
         MissingFileError: there is no such file.
         UsageError: it is not a run log of this kind.
     """
+    if what := kind_of(path):  # reading a pipe may never end
+        raise not_a_run_log(path, kind, f"it is {what}", option)
     try:
         content = path.read_bytes()
     except FileNotFoundError:

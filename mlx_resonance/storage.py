@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import glob
 import hashlib
@@ -18,6 +19,7 @@ SPECIAL_FILES = {
     stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device",
     stat.S_ISSOCK: "a socket",
 }  # fmt: skip
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)  # such an error does not say which file could not grow
 
 
 @contextlib.contextmanager
@@ -25,7 +27,8 @@ def atomic_file(path: Path) -> Iterator[Path]:
     """Provide a temporary name beside `path` to write to: renamed to `path` at the end, deleted after an error."""
     partial = partial_name(path)
     try:
-        yield partial
+        with full_disk(path):
+            yield partial
         partial.replace(path)
     except BaseException:
         partial.unlink(missing_ok=True)
@@ -35,6 +38,17 @@ def atomic_file(path: Path) -> Iterator[Path]:
 def partial_name(path: Path) -> Path:
     """The temporary name that `atomic_file` uses, which a killed run may have left behind."""
     return path.with_suffix(f".partial{path.suffix}")
+
+
+@contextlib.contextmanager
+def full_disk(path: Path) -> Iterator[None]:
+    """Name the file or folder that is written in the error of a full disk, a quota or a limit of file sizes."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise OSError(f"{path} cannot be written ({error.strerror})") from None
 
 
 @contextlib.contextmanager
@@ -55,11 +69,15 @@ def check_new_folder(target: Path) -> None:
     Raises:
         UsageError: mlx-lm would find no files in it.
         FileInTheWayError: it exists.
+        NotADirectoryError, PermissionError: its parent folder cannot be written to.
     """
     if glob.escape(str(target)) != str(target):
         raise UsageError(f"{target}: mlx-lm finds no files in a folder with any of *?[ in its name", option="mlx_path")
     if os.path.lexists(target):
-        raise FileInTheWayError(f"{target} exists", remedies=[{"mlx_path": ANOTHER}])
+        kind = kind_of(target)
+        what = "exists" if kind in ("", "a folder") else f"is {kind}"
+        raise FileInTheWayError(f"{target} {what}", remedies=[{"mlx_path": ANOTHER}])
+    _check_writable(target)
 
 
 @contextlib.contextmanager
@@ -91,7 +109,8 @@ def atomic_folder(target: Path, result: str = "") -> Iterator[Path]:
             with contextlib.suppress(OSError):
                 partial.rmdir()
             raise
-        yield partial
+        with full_disk(target):
+            yield partial
         (partial / result).rename(target)
         if result:
             shutil.rmtree(partial)
@@ -129,15 +148,38 @@ def check_output(path: Path, option: str = "output") -> None:
         FileInTheWayError: it is a folder, a device, a pipe or a socket.
         NotADirectoryError, PermissionError: its parent folder cannot be written to.
     """
-    if path.exists():
-        mode = path.stat().st_mode
-        for is_kind, name in SPECIAL_FILES.items():
-            if is_kind(mode):
-                raise FileInTheWayError(f"{path} is {name}: a file is needed", remedies=[{option: ANOTHER}])
-        above = path
-    else:
-        above = next(folder for folder in path.absolute().parents if folder.exists())
-        if not above.is_dir():
-            raise NotADirectoryError(f"{path} cannot be written: {above} is not a folder")
+    if kind := kind_of(path):
+        raise FileInTheWayError(f"{path} is {kind}: a file is needed", remedies=[{option: ANOTHER}])
+    _check_writable(path)
+
+
+def check_output_folder(path: Path, option: str) -> None:
+    """Refuse, before any work, a path that cannot be a folder with results. Raises like `check_output`."""
+    if path.exists() and not path.is_dir():
+        kind = kind_of(path) or "a file"
+        raise FileInTheWayError(f"{path} is {kind}: expected a folder", remedies=[{option: ANOTHER}])
+    _check_writable(path)
+
+
+def check_input(path: Path, option: str) -> None:
+    """Raise UsageError for a folder, and for a pipe, a device or a socket: reading it might never end."""
+    if kind := kind_of(path):
+        raise UsageError(f"{path} is {kind}: a file is needed", option=option)
+
+
+def kind_of(path: Path) -> str:
+    """What is at a path besides a file: "a folder", "a named pipe", …; empty for a file, or if there is nothing."""
+    if not path.exists():
+        return ""
+    mode = path.stat().st_mode
+    return next((name for is_kind, name in SPECIAL_FILES.items() if is_kind(mode)), "")
+
+
+def _check_writable(path: Path) -> None:
+    """Refuse what cannot be written: the path itself if it exists, or else the nearest folder above it."""
+    whole = path.absolute()
+    above = next(place for place in (whole, *whole.parents) if place.exists())
+    if above != whole and not above.is_dir():
+        raise NotADirectoryError(f"{path} cannot be written: {above} is not a folder")
     if not os.access(above, os.W_OK):
         raise PermissionError(f"{path} cannot be written: no permission to write to {above}")

@@ -9,7 +9,7 @@ from typing import Annotated
 from typer import Option
 
 from .options import LARGEST, Context, Factor, Force, Json, KvBits, Memory, Model, names, path
-from .output import print_json, stderr, stdout
+from .output import check_outputs, print_json, stderr, stdout
 
 
 def command(
@@ -47,6 +47,7 @@ def command(
     from ..evaluation.context import choose_context
     from ..evaluation.harness import run_harness, tables
 
+    check_outputs(output)
     checkpoint = Checkpoint.open(model, factor=factor)
     context = choose_context(checkpoint, context, kv_bits=kv_bits, memory=memory, force=force)
     result = run_harness(

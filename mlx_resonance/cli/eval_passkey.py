@@ -9,17 +9,21 @@ from typing import Annotated
 from rich.table import Table
 from typer import Option
 
+from ..errors import check_option
+from ..rope_types import LONGEST
 from .options import Factor, Force, Json, KvBits, Memory, Model, integers, path
-from .output import count_bar, print_json, stderr, stdout
+from .output import check_outputs, count_bar, draw, print_json, stdout
+
+MOST_TRIALS = 10**6
 
 
 def command(
     model: Model,
-    lengths: Annotated[Sequence[int], Option(**integers, help="Tokens of prompt and answer.")],
+    lengths: Annotated[Sequence[int], Option(**integers(1, LONGEST), help="Tokens of prompt and answer.")],
     output: Annotated[
         Path, Option(**path, metavar="FILE.jsonl", help="Run log of the trials, from which a killed run resumes.")
     ],
-    depths: Annotated[Sequence[int], Option(**integers, help="Where the key is, in % of the filler.")] = (
+    depths: Annotated[Sequence[int], Option(**integers(0, 100), help="Where the key is, in % of the filler.")] = (
         0, 25, 50, 75, 100,
     ),
     repetitions: Annotated[int, Option(min=1, max=10_000, help="Keys at each length and depth.")] = 5,
@@ -39,11 +43,11 @@ def command(
     from ..evaluation.context import choose_context
     from ..evaluation.passkey import PasskeyGrid, accuracy, run_passkey
 
+    check_outputs(output, plot)
+    most = MOST_TRIALS // (len(lengths) * len(depths))
+    wanted = f"at most {most}, which are a million trials at all lengths and depths"
+    check_option("repetitions", repetitions <= most, wanted, repetitions)
     grid = PasskeyGrid(lengths, depths, repetitions, seed)
-    if plot is not None:
-        from ..plots import image_path, plot_passkey
-
-        image_path(plot)  # refused now, not after hours
     checkpoint = Checkpoint.open(model, factor=factor)
     choose_context(checkpoint, max(lengths), kv_bits=kv_bits, memory=memory, force=force)
     with count_bar() as bar:
@@ -56,8 +60,9 @@ def command(
         )  # fmt: skip
     found = accuracy(grid, trials)
     if plot is not None:
-        plot_passkey(sorted(lengths), depths, found, plot)
-        stderr.print(f"wrote {plot}")
+        from ..plots import plot_passkey
+
+        draw(plot_passkey, sorted(lengths), depths, found, path=plot)
     if json:
         cells = {"lengths": sorted(lengths), "depths": list(depths), "accuracy": found.tolist()}
         print_json({"output": str(output), "trials": len(trials), "found": float(found.mean()), **cells})

@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 from rich.table import Table
 from typer import Option
 
-from .options import LARGEST, Factor, Force, Json, KvBits, Memory, PrefillStep, integers, names, path
-from .output import print_json, progress_bar, stderr, stdout
+from ..rope_types import LONGEST
+from .options import LARGEST, Factor, Force, Json, KvBits, Memory, PrefillStep, file, integers, names, path
+from .options import model as model_parser
+from .output import check_outputs, draw, print_json, progress_bar, stderr, stdout
 
 if TYPE_CHECKING:
     from ..evaluation.perplexity import Subject
@@ -18,11 +20,14 @@ if TYPE_CHECKING:
 
 
 def command(
-    model: Annotated[list[str], Option("-m", "--model", help="Folder or Hugging Face hub id; several are compared.")],
-    data: Annotated[
-        list[Path], Option(**path, metavar="FILE", help="Text, JSON lines or parquet; may be given several times.")
+    model: Annotated[
+        list[str],
+        Option("-m", "--model", **model_parser, help="Folder or Hugging Face hub id; several are compared."),
     ],
-    contexts: Annotated[Sequence[int], Option(**integers, help="Tokens of a window.")],
+    data: Annotated[
+        list[Path], Option(**file, metavar="FILE", help="Text, JSON lines or parquet; may be given several times.")
+    ],
+    contexts: Annotated[Sequence[int], Option(**integers(2, LONGEST), help="Tokens of a window.")],
     output: Annotated[
         Path, Option(**path, metavar="FILE.jsonl", help="Run log of the results, from which a killed run resumes.")
     ],
@@ -66,10 +71,7 @@ def command(
     from ..evaluation.texts import check_files, data_digest
     from ..evaluation.windows import Options, Protocol
 
-    if plot is not None:
-        from ..plots import image_path, plot_perplexity
-
-        image_path(plot)  # refused now, not after hours
+    check_outputs(output, plot)
     protocol = Protocol(contexts, truncate, stride, last)
     options = Options(batch_size, prefill_step_size, kv_bits)
     check_files(data)
@@ -85,8 +87,9 @@ def command(
             lambda label, done, total: bar.update(task, completed=done, total=total, description=label),
         )  # fmt: skip
     if plot is not None:
-        plot_perplexity(sorted(contexts), {"": _curves(rows, len(subjects))}, plot)
-        stderr.print(f"wrote {plot}")
+        from ..plots import plot_perplexity
+
+        draw(plot_perplexity, sorted(contexts), {"": _curves(rows, len(subjects))}, path=plot)
     if json:
         print_json({"output": str(output)} | protocol.settings() | {"results": rows})
     else:

@@ -12,17 +12,21 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from rich.table import Table
 from typer import Option
 
-from .options import LARGEST, Context, Factor, Force, Json, KvBits, Memory, Model, integers, names, path
-from .output import count_bar, print_json, stdout
+from ..errors import UsageError, check_option
+from ..rope_types import LONGEST
+from .options import LARGEST, Context, Factor, Force, Json, KvBits, Memory, Model, file, integers, names, path
+from .output import check_outputs, count_bar, print_json, stdout
 
 if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..evaluation.answers import Answers
     from ..run_log import Record
 
-FILE: dict[str, Any] = path | {"metavar": "FILE.jsonl"}
+MOST_EXAMPLES = 10**6
+FILE: dict[str, Any] = file | {"metavar": "FILE.jsonl"}
+OUTPUT: dict[str, Any] = path | {"metavar": "FILE.jsonl"}
 Data = Annotated[list[Path], Option(**FILE, help="File of a task; may be given several times.")]
-Output = Annotated[Path, Option(**FILE, help="Run log of the answers, from which a killed run resumes.")]
+Output = Annotated[Path, Option(**OUTPUT, help="Run log of the answers, from which a killed run resumes.")]
 MaxTokens = Annotated[
     int | None, Option(min=1, max=LARGEST, help="Maximum number of tokens of an answer. Default: the benchmark's.")
 ]
@@ -42,6 +46,7 @@ def _of_files(name: str, cut: Literal["words", "middle"], summary: str) -> Calla
         from ..checkpoint import Checkpoint
         from ..evaluation.context import choose_context
 
+        check_outputs(output)
         checkpoint = Checkpoint.open(model, factor=factor)
         tokens = choose_context(checkpoint, context, kv_bits=kv_bits, memory=memory, force=force)
         benchmark = importlib.import_module(f"mlx_resonance.evaluation.{name}")
@@ -61,12 +66,12 @@ longbench = _of_files("longbench", "middle", "Tasks of LongBench, except three i
 def ruler(
     model: Model,
     output: Output,
-    lengths: Annotated[Sequence[int], Option(**integers, help="Tokens of prompt and answer.")] = (4096,),
+    lengths: Annotated[Sequence[int], Option(**integers(1, LONGEST), help="Tokens of prompt and answer.")] = (4096,),
     tasks: Annotated[Sequence[str] | None, Option(**names, help="Default: all but qa_1 and qa_2.")] = None,
     samples: Annotated[int, Option(min=1, max=10_000, help="Examples of each task at each length.")] = 20,
     seed: Annotated[int, Option(min=0, max=LARGEST, help="Seed of the examples.")] = 42,
     haystack: Annotated[
-        Path | None, Option(**path, metavar="FILE.txt", help="Text to hide needles in. Default: random words.")
+        Path | None, Option(**file, metavar="FILE.txt", help="Text to hide needles in. Default: random words.")
     ] = None,
     data: Annotated[
         list[Path] | None, Option(**FILE, help="Ask what RULER has made instead, e.g. qa_1/validation.jsonl.")
@@ -81,11 +86,11 @@ def ruler(
 ) -> None:
     """Tasks of RULER, made here at any length, or its files."""
     from ..checkpoint import Checkpoint
-    from ..errors import UsageError
     from ..evaluation import ruler_runs as benchmark
     from ..evaluation.answers import Answers
     from ..evaluation.context import choose_context
 
+    check_outputs(output)
     for option, value in (("tasks", tasks), ("haystack", haystack)):
         if data and value is not None:
             raise UsageError(f"{option} is for examples that are made here, not for RULER's files", option=option)
@@ -93,6 +98,9 @@ def ruler(
     chosen |= {} if haystack is None else {"essay": benchmark.read_essay(haystack)}
     options: dict[str, Any] = {"chat": not ignore_chat_template, "max_tokens": max_tokens}
     grid = benchmark.RulerGrid(lengths=lengths, samples=samples, seed=seed, **options, **chosen)
+    most = MOST_EXAMPLES // (len(lengths) * len(grid.tasks))
+    wanted = f"at most {most}, which are a million examples of all tasks and lengths"
+    check_option("samples", samples <= most, wanted, samples)
     checkpoint = Checkpoint.open(model, factor=factor)
     context = choose_context(checkpoint, max(lengths), kv_bits=kv_bits, memory=memory, force=force)
     if data:

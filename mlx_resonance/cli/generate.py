@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
 from ..errors import MissingFileError, UsageError
-from .options import LARGEST, Factor, Force, KvBits, MaxTokens, Memory, Model, PrefillStep, path, size
-from .output import count_bar, print_json, progress_bar, stderr
+from ..storage import check_output_folder
+from .options import LARGEST, Factor, Force, KvBits, MaxTokens, Memory, Model, PrefillStep, file, path, size
+from .output import check_outputs, count_bar, print_json, progress_bar, stderr
 from .processes import Processes, processes, together
 
 if TYPE_CHECKING:
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..generation.batch import Request
 
+LARGEST_PROMPT = 2**28  # bytes
+
 
 @together
 def command(
@@ -27,7 +31,7 @@ def command(
     prompt: Annotated[str | None, Option(help="The prompt. Default: --prompt-file, or standard input.")] = None,
     prompt_file: Annotated[Path | None, Option(**path, metavar="FILE", help="Read the prompt from a file.")] = None,
     max_tokens: MaxTokens = 256,
-    temp: Annotated[float, Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
+    temp: Annotated[float, Option(min=0, max=100, help="Sampling temperature; 0 is greedy.")] = 0.0,
     top_p: Annotated[float, Option(min=0, max=1, help="Sample from the top tokens of this total probability.")] = 1.0,
     seed: Annotated[int | None, Option(min=0, max=2**64 - 1, help="Sampling seed.")] = None,
     factor: Factor = None,
@@ -38,7 +42,7 @@ def command(
     memory: Memory = None,
     force: Force = False,
     prompts_file: Annotated[
-        Path | None, Option(**path, metavar="JSONL", help="Many prompts: one id and prompt per line.")
+        Path | None, Option(**file, metavar="JSONL", help="Many prompts: one id and prompt per line.")
     ] = None,
     output: Annotated[
         Path | None,
@@ -52,6 +56,9 @@ def command(
     group = processes()
     given = {"prompt": prompt, "prompt_file": prompt_file, "prompts_file": prompts_file}
     check_combination(given, output, kv_bits, prompt_cache, group.size)
+    check_outputs(output if group.rank == 0 else None)
+    if prompt_cache is not None:
+        check_output_folder(prompt_cache, "prompt_cache")
     text = "" if prompts_file is not None else read_prompt(prompt, prompt_file)
 
     from ..checkpoint import Checkpoint
@@ -84,7 +91,7 @@ def command(
         kept = group.prompt_cache(prompt_cache, cache_key(checkpoint, kv_bits), prompt_cache_size)
     loaded = group.load(checkpoint)
     _, options["seed"] = group.start(tokens, [], (), seed)
-    result = run(loaded, tokenizer, tokens, show=not json, kv_bits=kv_bits, prompt_cache=kept, **options)
+    result = run(loaded, tokenizer, tokens, show=not json, kv_bits=kv_bits, disk_cache=kept, **options)
     if json:
         print_json(result)
 
@@ -147,7 +154,7 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     """The prompt from whichever source was given.
 
     Raises:
-        UsageError: both sources or neither were given, or the prompt is empty or not UTF-8.
+        UsageError: both sources or neither were given, or the prompt is empty, too large or not UTF-8.
         MissingFileError: there is no such file.
     """
     if prompt is not None and prompt_file is not None:
@@ -157,15 +164,21 @@ def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
     if prompt_file is not None and (prompt_file.is_dir() or not prompt_file.exists()):
         raise MissingFileError(f"{prompt_file}: no such file", option="prompt_file")
     try:
-        if prompt is not None:
-            text = prompt
-        else:  # bytes: the locale may have another encoding
-            text = (prompt_file.read_bytes() if prompt_file else sys.stdin.buffer.read()).decode("utf-8")
+        text = _read(prompt_file) if prompt is None else prompt
     except UnicodeDecodeError as error:
         raise UsageError(f"the prompt is not UTF-8 text: {error}", option="prompt_file") from None
     if not text.strip():
         raise UsageError("the prompt is empty", option="prompt")
     return text
+
+
+def _read(prompt_file: Path | None) -> str:
+    """A file, or standard input: a device or a pipe may never end."""
+    with prompt_file.open("rb") if prompt_file else nullcontext(sys.stdin.buffer) as source:
+        content = source.read(LARGEST_PROMPT + 1)
+    if len(content) > LARGEST_PROMPT:
+        raise UsageError(f"the prompt has more than {LARGEST_PROMPT} bytes", option="prompt_file")
+    return content.decode("utf-8")  # the locale may have another encoding
 
 
 def run(model: nn.Module, tokenizer: TokenizerWrapper, tokens: list[int], show: bool, **options: Any) -> dict[str, Any]:
@@ -179,7 +192,7 @@ def run(model: nn.Module, tokenizer: TokenizerWrapper, tokens: list[int], show: 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        responses = stream_generate(model, tokenizer, tokens, progress=progress, **options)
+        responses = stream_generate(model, tokenizer, tokens, prompt_progress_callback=progress, **options)
         for response in responses:
             bar.stop()  # the prompt is done: the text follows
             pieces.append(response.text)
@@ -191,7 +204,7 @@ def run(model: nn.Module, tokenizer: TokenizerWrapper, tokens: list[int], show: 
     stderr.print(
         f"prompt {result['prompt_tokens']} tokens, {result['prompt_tps']:,.0f} tokens/s; "
         f"generated {result['generation_tokens']} tokens, {result['generation_tps']:,.0f} tokens/s; "
-        f"peak memory {result['peak_memory'] / 1e6:,.0f} MB",
+        f"peak memory {result['peak_memory']:.3f} GB",
         soft_wrap=True,
     )
     return result

@@ -9,14 +9,15 @@ from rich.table import Table
 from typer import Argument, Option
 
 from .options import Json, path
-from .output import check_outputs, print_json, stderr, stdout
+from .options import model as model_parser
+from .output import check_outputs, draw, print_json, stdout
 
 if TYPE_CHECKING:
     from ..inspection import Inspection
 
 
 def command(
-    model: Annotated[str, Argument(metavar="MODEL", help="Folder or Hugging Face hub id.")],
+    model: Annotated[str, Argument(**model_parser, help="Folder or Hugging Face hub id.")],
     train_length: Annotated[
         int | None, Option(min=1, max=2**24, help="Default: on record, or the context before scaling.")
     ] = None,
@@ -36,8 +37,7 @@ def command(
     if plot is not None:
         from ..plots import plot_inspection
 
-        plot_inspection(inspection, plot)
-        stderr.print(f"wrote {plot}")
+        draw(plot_inspection, inspection, path=plot)
     if json:
         print_json(inspection.to_dict())
     else:

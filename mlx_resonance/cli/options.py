@@ -11,8 +11,11 @@ from typer import BadParameter, Option
 from ..errors import UsageError
 from ..files import user_path
 from ..sizes import parse_size
+from ..storage import check_input
 
 LARGEST = 2**31 - 1
+LARGEST_SIZE = "1000TB"
+MOST_NUMBERS = 1000  # of a list
 
 
 def _parser(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
@@ -29,11 +32,19 @@ def _parser(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
     return parsed
 
 
-def _integers(text: str) -> list[int]:
-    try:
-        return list(dict.fromkeys(int(part) for part in text.split(",")))
-    except ValueError:
-        raise BadParameter(f"expected integers separated by commas, such as 1024,2048, got {text!r}") from None
+def integers(low: int, high: int) -> dict[str, Any]:
+    """For Typer: integers separated by commas, of which the library refuses those that are not in [low, high]."""
+
+    def parse(text: str) -> list[int]:
+        try:
+            numbers = list(dict.fromkeys(int(part) for part in text.split(",")))
+        except ValueError:
+            raise BadParameter(f"expected integers separated by commas, such as 1024,2048, got {text!r}") from None
+        if len(numbers) > MOST_NUMBERS:
+            raise BadParameter(f"expected at most {MOST_NUMBERS} integers, got {len(numbers)}")
+        return numbers
+
+    return {"parser": _parser(parse), "metavar": f"{low}..{high},…"}
 
 
 def _names(text: str) -> list[str]:
@@ -49,18 +60,31 @@ def _kv_bits(text: str) -> int:
     return int(text)
 
 
-def _path(text: str) -> Path:
-    if not text.strip():
-        raise BadParameter("the path is empty")
-    return user_path(text)
+def _size(text: str) -> int:
+    size = parse_size(text, "it")
+    if not 1000 <= size <= parse_size(LARGEST_SIZE, "it"):
+        raise BadParameter(f"{text} is not in the range 1KB to {LARGEST_SIZE}")
+    return size
 
 
-path: dict[str, Any] = {"parser": _parser(_path)}
-size: dict[str, Any] = {"parser": _parser(lambda text: parse_size(text, "it")), "metavar": "SIZE"}
-integers: dict[str, Any] = {"parser": _parser(_integers), "metavar": "N,N,…"}
+def _file(text: str) -> Path:
+    path = user_path(text)
+    check_input(path, "it")
+    return path
+
+
+def _model(text: str) -> str:
+    user_path(text)  # not empty
+    return text
+
+
+path: dict[str, Any] = {"parser": _parser(user_path)}
+file: dict[str, Any] = {"parser": _parser(_file)}  # to read
+model: dict[str, Any] = {"parser": _parser(_model), "metavar": "MODEL"}
+size: dict[str, Any] = {"parser": _parser(_size), "metavar": f"1KB..{LARGEST_SIZE}"}
 names: dict[str, Any] = {"parser": _parser(_names), "metavar": "NAME,NAME,…"}
 
-Model = Annotated[str, Option("-m", "--model", help="Folder or Hugging Face hub id.")]
+Model = Annotated[str, Option("-m", "--model", **model, help="Folder or Hugging Face hub id.")]
 MlxPath = Annotated[Path, Option("--mlx-path", **path, metavar="OUT", help="Folder to write; must not exist.")]
 ScaledBy = Annotated[float | None, Option(min=1, max=2**31, help="Factor by which the context grows.")]
 Original = Annotated[

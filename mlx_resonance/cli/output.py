@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -19,6 +21,8 @@ from rich.progress import (
 from rich.progress import Task as ProgressTask
 from rich.text import Text
 
+from ..storage import check_output, full_disk
+
 # A path with brackets is not markup.
 stdout = Console(highlight=False, markup=False)
 stderr = Console(stderr=True, highlight=False, markup=False)
@@ -27,6 +31,23 @@ stderr = Console(stderr=True, highlight=False, markup=False)
 def print_json(value: dict[str, Any]) -> None:
     """Print one object on one line."""
     print(json.dumps(value, allow_nan=False), flush=True)
+
+
+def check_outputs(output: Path | None = None, plot: Path | None = None) -> None:
+    """Refuse now, not after hours, a result or a figure that cannot be written."""
+    if output is not None:
+        check_output(output)
+    if plot is not None:
+        from ..plots import image_path
+
+        image_path(plot)
+
+
+def draw(plot: Callable[..., None], *data: Any, path: Path) -> None:
+    """Write a figure."""
+    with full_disk(path):
+        plot(*data, path=path)
+    stderr.print(f"wrote {path}", soft_wrap=True)
 
 
 class TokensPerSecond(ProgressColumn):

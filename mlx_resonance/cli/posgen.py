@@ -17,10 +17,10 @@ from ..posgen.data import LARGEST, SPLITS, make_table
 from ..posgen.report import PAPER, accuracy_curves, summarize
 from ..posgen.settings import ENCODINGS, LONGEST, MOST_SEEDS, MOST_STEPS, PRESETS, Settings, settings_from, sweep_seeds
 from ..posgen.tasks import ARITHMETICS, LARGEST_SUM, SUBTASKS, Task
-from ..storage import atomic_file, check_output
+from ..storage import atomic_file, check_output_folder
 from .errors import Command
-from .options import Json, path
-from .output import count_bar, print_json, stderr, stdout
+from .options import Json, file, path
+from .output import check_outputs, count_bar, draw, print_json, stderr, stdout
 
 app = typer.Typer(help="PosGen: train on short sequences, test on long ones.", no_args_is_help=True)
 
@@ -66,13 +66,16 @@ def data(
     json: Json = False,
 ) -> None:  # fmt: skip
     """Write a table of sequences."""
-    check_output(output)
+    check_outputs(output)
     if not output.parent.is_dir():
         raise MissingFileError(f"{output}: there is no folder {output.parent}", option="output")
     check_option("output", output.suffix == ".npy", "a name that ends in .npy", output)
     table = make_table(Task(subtask, arithmetic, modulus, near, far), split, rows, length)
     with atomic_file(output) as partial:
-        np.save(partial, table)
+        try:
+            np.save(partial, table)
+        except OSError as error:  # NumPy says how many numbers were written, not where
+            raise OSError(f"{output} cannot be written ({error.strerror or error})") from None
     if json:
         print_json({"output": str(output), "split": split, "rows": rows, "length": length})
     else:
@@ -97,6 +100,7 @@ def train(
     settings = _settings(preset, split, train_scaled, epochs)
     task = Task(subtask, arithmetic, modulus, near, far)
     folder = output or Path(f"posgen-{task.subtask}-{encoding}-{preset}-{seed}")
+    check_output_folder(folder, "output")
     with count_bar() as bar:
         result = train_into(folder, preset, settings, task, encoding, seed, _progress(bar, encoding, settings))
     if json:
@@ -144,6 +148,7 @@ def sweep(
     """Train and test what the run log does not have yet."""
     from ..posgen.sweep import run_sweep
 
+    check_outputs(output)
     settings = _settings(preset, split, train_scaled, epochs)
     subtasks = subtask or SUBTASKS
     task = Task(subtasks[0], arithmetic, modulus, near, far)
@@ -169,13 +174,14 @@ def sweep(
 
 @app.command(cls=Command)
 def report(
-    results: Annotated[Path, Argument(**path, metavar="FILE.jsonl", help="Run log that `posgen sweep` wrote.")],
+    results: Annotated[Path, Argument(**file, metavar="FILE.jsonl", help="Run log that `posgen sweep` wrote.")],
     plot: Annotated[Path | None, Option(**path, metavar="FILE.png", help="Draw accuracy over the position.")] = None,
     json: Json = False,
 ) -> None:
     """Show a sweep's table beside the paper's."""
     from ..posgen.sweep import read_results
 
+    check_outputs(plot=plot)
     header, lines = read_results(results)
     if not lines:
         raise UsageError(f"{results} has no results yet", option="results")
@@ -184,8 +190,7 @@ def report(
         from ..plots import plot_posgen
 
         seed_length = header["task"]["near"] + header["task"]["far"]
-        plot_posgen(accuracy_curves(lines), seed_length, header["settings"]["train_length"], plot)
-        stderr.print(f"wrote {plot}")
+        draw(plot_posgen, accuracy_curves(lines), seed_length, header["settings"]["train_length"], path=plot)
     if json:
         common = {name: header[name] for name in ("preset", "task", "settings")}
         print_json(common | {"split": header["settings"]["split"]} | summary)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from typer import Argument, Option
 
-from .convert import describe_checks
+from .convert import SRC, describe_checks
 from .options import Json
 from .options import path as path_parser
 from .output import bytes_bar, print_json, stderr
@@ -16,7 +16,7 @@ from .output import bytes_bar, print_json, stderr
 
 def command(
     path: Annotated[Path, Argument(**path_parser, metavar="OUT", help="Folder that convert has written.")],
-    source: Annotated[str | None, Option(metavar="SRC", help="What it was made from, to compare with.")] = None,
+    source: Annotated[str | None, Option(**SRC, help="What it was made from, to compare with.")] = None,
     revision: Annotated[str | None, Option(help="Of SRC on the hub. Default: the commit on record.")] = None,
     json: Json = False,
 ) -> None:

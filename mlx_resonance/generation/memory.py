@@ -11,7 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from ..attention import BUDGET
-from ..checkpoint import Checkpoint, Dimensions
+from ..checkpoint import Checkpoint
+from ..dimensions import Dimensions
 from ..errors import UsageError, check_option
 from ..rope_types import LONGEST
 from ..sizes import format_size

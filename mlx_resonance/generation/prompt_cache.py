@@ -19,7 +19,7 @@ from mlx_lm.models.cache import KVCache, QuantizedKVCache
 
 from ..checkpoint import Checkpoint
 from ..errors import UsageError
-from ..files import read_header
+from ..files import read_header, user_path
 from ..rope_config import RopeConfig
 from ..storage import sha256
 
@@ -48,7 +48,7 @@ class PromptCache:
     """
 
     def __init__(self, folder: str | Path, key: str, max_bytes: int = 10 * 10**9) -> None:
-        self.folder, self.key, self.max_bytes = Path(folder).expanduser(), key, max_bytes
+        self.folder, self.key, self.max_bytes = user_path(folder), key, max_bytes
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"prompt cache {self.folder} is a file: expected a folder")
         self.folder.mkdir(parents=True, exist_ok=True)

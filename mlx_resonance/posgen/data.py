@@ -12,7 +12,7 @@ from ..errors import UsageError, check_option
 from .tasks import Int32Array, Task
 
 SPLITS = ("official", "disjoint")
-LARGEST = 2**31  # tokens of a table: 8 GB
+LARGEST = 2**28  # tokens of a table: 1 GB, and up to three times that while it is made
 
 
 @dataclass(frozen=True)
@@ -86,12 +86,12 @@ def make_table(task: Task, split: str, rows: int, length: int) -> Int32Array:
         int32, shape (rows, length).
 
     Raises:
-        UsageError: an unknown split, too few seeds, a length shorter than the seed, or a table of more than 2³¹ tokens.
+        UsageError: an unknown split, too few seeds, a length shorter than the seed, or a table of more than 2²⁸ tokens.
     """
     check_option("split", split in SPLITS, f"one of {', '.join(SPLITS)}", repr(split))
     check_option("rows", rows >= 1, "at least 1", rows)
     if rows * length > LARGEST:
-        raise UsageError(f"rows times length must be at most 2**31, got {rows} times {length}", option="rows")
+        raise UsageError(f"rows times length must be at most 2**28, got {rows} times {length}", option="rows")
     if split == "disjoint":
         return task.extend(random_seeds(task, rows), length)
     # The rows repeat: extend each distinct seed once.
