@@ -161,7 +161,8 @@ def convert(
             raise UsageError(f"{reader} {why}", option="consume_source")
 
     partial = target.with_name(target.name + ".partial")
-    source = open_source(src, revision, partial / DOWNLOADS if consume_source or dry_run else None)
+    downloads = partial / DOWNLOADS if consume_source or dry_run else None
+    source = open_source(src, revision, downloads, rescaled=rope is not None)
     checkpoint = source.checkpoint
     if consume_source and source.commit is None:
         raise UsageError(f"{src} is a folder: only what was downloaded is deleted", option="consume_source")

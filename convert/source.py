@@ -24,6 +24,7 @@ from mlx_resonance.files import (
     weight_files,
 )
 from mlx_resonance.inspection import RECORDS
+from mlx_resonance.rope_types import ORIGINAL
 from mlx_resonance.tokenizer import TOKENIZER_PATTERNS
 from mlx_resonance.validation import without_leftover
 
@@ -39,6 +40,7 @@ from .weight_files import HubFile, SafetensorsFile, TorchFile, WeightFile
 SMALL_FILES = [*TOKENIZER_PATTERNS, *RECORDS, "README.md"]
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 TYPES = {"F32", "F16", "BF16", "U32", "U8", "F8_E4M3"}  # U32 and U8: weights and scales that mlx-lm has quantized
+DYNAMIC_YARN = ("dynamic-yarn", "dynamic_yarn", "yarn-dynamic", "yarn_dynamic")
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -50,6 +52,7 @@ class Source:
         commit: of the hub; None for a folder.
         folder: config.json, tokenizer, card.
         files: of weights.
+        rescaled: whether its scaling will be replaced, so that it may be one that is only applied to longer texts.
 
     Attributes:
         stored: all tensors, as the files' headers have them.
@@ -64,7 +67,9 @@ class Source:
             is not read, or config.json does not fit the tensors.
     """
 
-    def __init__(self, name: str, commit: str | None, folder: Path, files: Sequence[WeightFile]) -> None:
+    def __init__(
+        self, name: str, commit: str | None, folder: Path, files: Sequence[WeightFile], rescaled: bool = False
+    ) -> None:
         self.commit, self.files = commit, files
         self.stored = merge_headers({file.name: file.tensors for file in files})
         for tensor, info in self.stored.items():
@@ -73,6 +78,7 @@ class Source:
         config = read_config(folder)
         self.config_digest = digest(config)
         config = without_leftover(config)
+        config = _as_trained(config) if rescaled else config
         self._scales: fp8.Scales = {}
         self.left_out: dict[str, str] = {}
         foreign = config.get("quantization_config") or None
@@ -154,12 +160,26 @@ class Source:
         return parts + ([HEAD] if name == EMBEDDING and HEAD in self.left_out else [])
 
 
+def _as_trained(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json without a dynamic YaRN, with which nothing was trained: it scales only texts past the context."""
+    found = [value for key in ("rope_scaling", "rope_parameters") if isinstance(value := config.get(key), dict)]
+    for scaling in found:
+        if (scaling.get("rope_type") or scaling.get("type")) in DYNAMIC_YARN and not scaling.get("finetuned"):
+            length = scaling.get(ORIGINAL) or config.get("max_position_embeddings")
+            base = scaling.get("rope_theta") or config.get("rope_theta")
+            plain = {"rope_scaling": None, "rope_parameters": None, "rope_theta": base}
+            return config | plain | {"max_position_embeddings": length}
+    return config
+
+
 def digest(value: Any) -> str:
     """The SHA-256, shortened, of what JSON can hold, whatever the order of its keys."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def open_source(src: str | Path, revision: str | None = None, downloads: Path | None = None) -> Source:
+def open_source(
+    src: str | Path, revision: str | None = None, downloads: Path | None = None, rescaled: bool = False
+) -> Source:
     """A folder, or a model of the Hugging Face hub.
 
     Args:
@@ -168,6 +188,7 @@ def open_source(src: str | Path, revision: str | None = None, downloads: Path | 
         downloads: for a model of the hub, a folder for its weight files, which are downloaded when they are read and
             deleted when they are released; those in the hub's cache are read there. None for all of them in the cache,
             now.
+        rescaled: as of `Source`.
 
     Raises:
         MissingFileError: neither, or a file is missing.
@@ -190,7 +211,7 @@ def open_source(src: str | Path, revision: str | None = None, downloads: Path | 
         if not any(folder.glob(TORCH_WEIGHTS)) and indexed_files(folder, TORCH_INDEX) is None:
             raise MissingFileError(f"{src} has no {WEIGHTS}, and no {TORCH_WEIGHTS}")
         files = [TorchFile(path) for path in weight_files(folder, TORCH_WEIGHTS, TORCH_INDEX)]
-    return Source(name, commit, folder, files)
+    return Source(name, commit, folder, files, rescaled)
 
 
 def mlx_folder(folder: Path, name: str | None = None, commit: str | None = None) -> Source:

@@ -6,6 +6,7 @@ import glob
 import hashlib
 import json
 import logging
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -18,9 +19,9 @@ import mlx_lm.utils
 
 from .attention import set_rope
 from .content_hash import content_hash
+from .dimensions import Dimensions
 from .errors import UsageError
 from .files import (
-    ITEM_SIZES,
     MAX_INDEX,
     WEIGHTS,
     TensorInfo,
@@ -195,7 +196,8 @@ class Checkpoint:
     @property
     def plain_config(self) -> dict[str, Any]:
         """The config that mlx-lm builds its model from: without a scaling, since `set_rope` replaces the module."""
-        return dict.fromkeys(ROPE_KEYS) | self.mlx_config | {"rope_scaling": None}
+        config = dict.fromkeys(ROPE_KEYS) | self.mlx_config | {"rope_scaling": None}
+        return config | {"text_config": config.get("text_config") or {}}  # mlx-lm looks into it, null or not
 
     def load(self, *, lazy: bool = False, adapter_path: str | None = None) -> nn.Module:
         """Load the model with its weights; it rotates by the rope settings in use.
@@ -214,8 +216,8 @@ class Checkpoint:
             model, _ = load_model(
                 self.folder, lazy=lazy, model_config=self.plain_config, get_model_classes=self.model_classes
             )
-        except LOADING_ERRORS as error:
-            raise UsageError(f"{self.folder} cannot be loaded: {type(error).__name__}: {error}") from None
+        except (ValueError, *LOADING_ERRORS) as error:
+            raise UsageError(f"{self.folder} cannot be loaded: {in_a_line(error)}") from None
         set_rope(model, self.rope)
         if adapter_path is not None:
             model = mlx_lm.utils.load_adapters(model, adapter_path)
@@ -241,50 +243,29 @@ class Checkpoint:
         try:
             model: nn.Module = model_class(args_class.from_dict(self.plain_config))  # type: ignore[call-arg]
         except LOADING_ERRORS as error:
-            raise UsageError(
-                f"mlx-lm cannot build a {self.config['model_type']} model from this config.json: {error!r}"
-            ) from None
+            kind = self.config["model_type"]
+            raise UsageError(f"mlx-lm cannot build a {kind} model from this config.json: {in_a_line(error)}") from None
         set_rope(model, self.rope)
         return model
 
 
-@dataclass(frozen=True)
-class Dimensions:
-    """The sizes that determine a model's memory.
+# What mlx-lm says of tensors that do not fit, in many lines, and what that means.
+MISFITS = {
+    r"Missing (\d+) parameters: (\S+?)[,.]?(?:\s|$)": "the weights lack {1}, which config.json asks for ({0} in all)",
+    r"Received (\d+) parameters not in model: (\S+?)[,.]?(?:\s|$)": "{1} is in the weights, but config.json does not "
+    "ask for it ({0} in all)",
+    r"Expected shape (\(.*?\)) but received shape (\(.*?\)) for parameter (.*)\.": "{2} has shape {1}, config.json "
+    "asks for {0}",
+}
 
-    Args:
-        weights: their bytes.
-        layers, heads, head_dim, hidden, feed_forward, vocabulary: the model's.
-        keys: number of key features per token and layer.
-        item_size: bytes per number in the type that the model computes in.
-    """
 
-    weights: int
-    layers: int
-    heads: int
-    head_dim: int
-    hidden: int
-    feed_forward: int
-    vocabulary: int
-    keys: int
-    item_size: int
-
-    @classmethod
-    def of(cls, config: Mapping[str, Any], tensors: Mapping[str, TensorInfo]) -> Dimensions:
-        """From config.json and the headers of the weight files."""
-        heads = config["num_attention_heads"]
-        head_dim = config.get("head_dim") or config["hidden_size"] // heads
-        return cls(
-            weights=sum(info.nbytes for info in tensors.values()),
-            layers=config["num_hidden_layers"],
-            heads=heads,
-            head_dim=head_dim,
-            hidden=config["hidden_size"],
-            feed_forward=config["intermediate_size"],
-            vocabulary=config["vocab_size"],
-            keys=head_dim * (config.get("num_key_value_heads") or heads),
-            item_size=ITEM_SIZES[tensors["model.norm.weight"].dtype],
-        )
+def in_a_line(error: Exception) -> str:
+    """An error of mlx-lm's in a line, which names the tensor where one is wrong."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for pattern, meaning in MISFITS.items():
+        if found := re.match(pattern, text):
+            return meaning.format(*found.groups())
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def _with_tokenizer_length(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:

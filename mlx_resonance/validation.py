@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
+from .config_values import check_values
 from .errors import UsageError
 
 if TYPE_CHECKING:
@@ -27,10 +28,6 @@ QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 FOUND_ELSEWHERE = {"rope_theta", "max_position_embeddings", "tie_word_embeddings"}  # transformers has defaults
 FALSE_IS_NONE = ("quantization_config", "sliding_window")
-COUNTS = {
-    "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "vocab_size",
-    "head_dim", "sliding_window",
-}  # fmt: skip
 
 
 def check_config(config: dict[str, Any], tensors: Collection[str] | None) -> dict[str, Any]:
@@ -54,15 +51,12 @@ def check_config(config: dict[str, Any], tensors: Collection[str] | None) -> dic
         required = entry.default is MISSING and entry.default_factory is MISSING
         if required and entry.name not in FOUND_ELSEWHERE and config.get(entry.name) is None:
             raise UsageError(f"config.json has no {entry.name}, which a {kind} model needs")
-    if config.get("hidden_act") not in (None, "silu"):
-        raise UsageError(f"hidden_act = {config['hidden_act']!r}: only silu is supported")
     # A false, 0 or empty value counts as absent here; mlx-lm and transformers each take it to mean something else.
     config = config | {key: config[key] or None for key in ("quantization", *FALSE_IS_NONE) if key in config}
     config = without_leftover(config)
-    _check_counts(config)
-    tied, method = config.get("tie_word_embeddings"), config.get("quantization_config")
-    if tied is not None and not isinstance(tied, bool):
-        raise UsageError(f"tie_word_embeddings must be true or false, got {tied!r:.80}")
+    check_values(config)
+    _check_rotating_layers(config)
+    method = config.get("quantization_config")
     if method and not config.get("quantization"):
         if not isinstance(method, Mapping) or not isinstance(method.get("quant_method"), str):
             raise UsageError(f"quantization_config must be an object with a quant_method, got {method!r:.80}")
@@ -82,7 +76,7 @@ def without_leftover(config: dict[str, Any]) -> dict[str, Any]:
     if isinstance(found, Mapping) and found.get("quant_method", "bitsandbytes") == "bitsandbytes":
         switches = [value for key, value in found.items() if key.endswith(("load_in_4bit", "load_in_8bit"))]
         if switches and not any(switches):
-            return {key: value for key, value in config.items() if key != "quantization_config"}
+            return config | {"quantization_config": None}
     return config
 
 
@@ -116,32 +110,11 @@ def _check_quantization(settings: Any, tensors: Collection[str]) -> None:
             )
 
 
-def _check_counts(config: Mapping[str, Any]) -> None:
-    """Refuse sizes that no model can have, before one is built."""
-    for key in COUNTS & set(config):
-        value = config[key]
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**31):
-            raise UsageError(f"{key} must be a positive integer, got {value!r}")
-    width, heads = config["hidden_size"], config["num_attention_heads"]
-    kv_heads = config.get("num_key_value_heads") or heads
-    if heads % kv_heads:
-        raise UsageError(f"num_attention_heads = {heads} is not a multiple of num_key_value_heads = {kv_heads}")
-    if config.get("head_dim") is None and width % heads:
-        raise UsageError(f"hidden_size = {width} is not a multiple of num_attention_heads = {heads}")
-    _check_rotating_layers(config)
-    kinds = config.get("layer_types")
-    if kinds is not None and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
-        raise UsageError(f"layer_types must be a list of names, got {kinds!r:.80}")
-
-
 def _check_rotating_layers(config: Mapping[str, Any]) -> None:
     """Refuse what cannot say which layers of a SmolLM 3 rotate."""
     if config["model_type"] != "smollm3":
         return
-    rotates, interval = config.get("no_rope_layers"), config.get("no_rope_layer_interval")
-    if interval is not None and (type(interval) is not int or interval < 1):
-        raise UsageError(f"no_rope_layer_interval must be a positive integer, got {interval!r:.80}")
-    count = config["num_hidden_layers"]
+    rotates, count = config.get("no_rope_layers"), config["num_hidden_layers"]
     right = isinstance(rotates, list) and len(rotates) == count and all(value in (0, 1) for value in rotates)
     if rotates is not None and not right:
         raise UsageError(f"no_rope_layers must be a list of {count} numbers, each 1 or 0, got {rotates!r:.80}")

@@ -194,7 +194,7 @@ CASES: dict[str, tuple[Callable[[Path], object], str]] = {
     "config: wide heads": (config(head_dim=10**9), "head_dim"),
     "config: other shapes": (config(intermediate_size=96), "config.json asks for"),
     "config: vocabulary of another": (config(vocab_size=2047), "asks for (2047, 64)"),
-    "config: activation": (config(hidden_act="gelu"), "hidden_act = 'gelu'"),
+    "config: activation": (config(hidden_act="gelu"), "hidden_act must be silu, got 'gelu'"),
     "config: window": (config(sliding_window="x"), "sliding_window must be a positive integer"),
     "config: a pipe": (fifo("config.json"), "no config.json"),
     "link: folder of templates": (linked_folder, "link out of its folder"),

@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from itertools import product
 from typing import Any
 
-from ..checkpoint import Checkpoint, Dimensions
+from ..checkpoint import Checkpoint
+from ..dimensions import Dimensions
 from ..errors import UsageError, check_option
 from ..files import TensorInfo
 from ..generation.memory import RESERVE, RESERVE_PART, device_memory
