@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
@@ -235,13 +236,17 @@ class Checkpoint:
             model.sanitize = lambda weights: of_mlx_lm(self.head.apply(weights))
             return model
 
-        return build, args_class
+        return build, SimpleNamespace(from_dict=lambda _: self._arguments(args_class))
+
+    def _arguments(self, args_class: Any) -> Any:
+        """mlx-lm's arguments of the model. A key that is null counts as absent, as in transformers."""
+        return args_class.from_dict({key: value for key, value in self.plain_config.items() if value is not None})
 
     def build(self) -> nn.Module:
         """Build the model without loading weights. Raises UsageError if mlx-lm cannot build it."""
         model_class, args_class = model_classes(self.config)
         try:
-            model: nn.Module = model_class(args_class.from_dict(self.plain_config))  # type: ignore[call-arg]
+            model: nn.Module = model_class(self._arguments(args_class))  # type: ignore[call-arg]
         except LOADING_ERRORS as error:
             kind = self.config["model_type"]
             raise UsageError(f"mlx-lm cannot build a {kind} model from this config.json: {in_a_line(error)}") from None
