@@ -160,7 +160,7 @@ def indexed_files(folder: Path, index: str = INDEX) -> list[str] | None:
         raise UsageError(f"{path} has no weight_map of tensor and file names")
     names = sorted(set(weight_map.values()))
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or "\0" in name:
             raise UsageError(f"{path} names {name!r}: expected a file in the same folder")
     return names
 
@@ -176,7 +176,8 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
             slices = [(name, file.get_slice(name)) for name in file.offset_keys()]
             tensors = {name: TensorInfo(part.get_dtype(), tuple(part.get_shape())) for name, part in slices}
     except (SafetensorError, OSError) as error:  # an empty file cannot be mapped
-        raise UsageError(f"{path} is not a complete safetensors file: {_first_line(error)}") from None
+        reason = _first_line(error).removeprefix("Error while deserializing header: ")
+        raise UsageError(f"{path} is not a complete safetensors file, copy it again: {reason}") from None
     check_types(tensors, str(path))
     return tensors
 

@@ -130,9 +130,13 @@ def _for_all_layers(key: str, value: Mapping[str, Any], kinds: Any, notes: list[
     first, *others = (value[name] for name in sorted(nested))
     if without or kinds - nested or any(other != first for other in others):
         raise UsageError(f"[RopeConfig] {key} differs by layer type ({', '.join(value)}); one for all is supported")
+    for name in sorted(set(value) - nested):
+        if value[name] is not None and first.get(name) != value[name]:
+            raise UsageError(
+                f"[RopeConfig] {key} has settings by layer type, and {name} = {value[name]!r:.60} beside them"
+            )
     notes.append(f"{key} has settings for {' and '.join(sorted(nested))}: they are used in all layers")
-    beside = {name: entry for name, entry in value.items() if name not in nested}
-    return {name: _agreed(name, first.get(name), beside.get(name)) for name in {**beside, **first}}
+    return dict(first)
 
 
 def _rounded_by_flag(config: Mapping[str, Any], rope_type: str) -> str:

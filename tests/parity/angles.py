@@ -29,7 +29,7 @@ def of_transformers(config: dict[str, Any]) -> list[np.ndarray]:
     head_dim = getattr(settings, "head_dim", None) or settings.hidden_size // settings.num_attention_heads
     found = []
     for length in (16, LENGTH):
-        cos, sin = rotary(torch.zeros(1), torch.arange(length)[None])
+        cos, sin = rotary(torch.zeros(1), torch.tensor([[0, length - 1]]))
         if cos.shape[-1] != head_dim:
             raise ValueError("a part of the head")
         if not (torch.isfinite(cos).all() and torch.isfinite(sin).all()):

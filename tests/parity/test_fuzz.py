@@ -61,7 +61,12 @@ RETYPED = {
     float: [str, int, lambda v: [v], lambda v: -v],
     str: [lambda v: v.upper(), lambda v: v + "x", lambda v: [v], lambda v: "default"],
     bool: [int, str, lambda v: not v],
-    list: [lambda v: v[:-1], lambda v: [*v, 1.0], lambda v: dict(enumerate(v)), lambda v: [str(x) for x in v]],
+    list: [
+        lambda v: v[:-1],
+        lambda v: [*v, 1.0],
+        lambda v: {str(i): x for i, x in enumerate(v)},
+        lambda v: [str(x) for x in v],
+    ],
     dict: [lambda v: list(v), lambda v: {"full_attention": v}, lambda v: {"full_attention": v, "sliding_attention": v}],
 }
 
@@ -110,10 +115,11 @@ def without_layer_types(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def without_nulls(value: Any) -> Any:
-    """Without keys that are null, which transformers stumbles over: here they count as absent."""
+    """Without keys that are null, which count as absent here, while transformers stumbles over most of them."""
     if not isinstance(value, dict):
         return value
-    return {key: without_nulls(entry) for key, entry in value.items() if entry is not None}
+    meant = ("truncate", "factor")  # transformers reads a null there
+    return {key: without_nulls(entry) for key, entry in value.items() if entry is not None or key in meant}
 
 
 def ours(config: dict[str, Any]) -> list[np.ndarray]:
@@ -150,7 +156,7 @@ def outcome(config: dict[str, Any], log: list[str]) -> str:
 
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
-    ("count", "seed"), [(1500, 0), pytest.param(30000, 1, marks=pytest.mark.long)], ids=["quick", "night"]
+    ("count", "seed"), [(3000, 0), pytest.param(100000, 1, marks=pytest.mark.long)], ids=["quick", "night"]
 )
 def test_a_damaged_config_gives_the_same_angles_or_a_refusal(
     count: int, seed: int, monkeypatch: pytest.MonkeyPatch, record_property: Any
@@ -159,4 +165,6 @@ def test_a_damaged_config_gives_the_same_angles_or_a_refusal(
     monkeypatch.setattr(logging.getLogger("mlx_resonance"), "warning", lambda line, **_: log.append(line))
     found = Counter(outcome(config, log) for config in damaged(count, seed))
     print(dict(found))
+    # transformers refuses a LLaMA whose hidden_size is not a multiple of its heads; here the weights' shapes decide.
+    assert found["read here only"] < 0.005 * count
     assert found["same angles"] > 0.2 * count and found["both refuse"] > 0.1 * count
