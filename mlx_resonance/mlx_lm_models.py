@@ -6,17 +6,26 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.nn as nn
 import mlx_lm.utils
 from mlx_lm.models import rope_utils
+from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from . import tokenizer
 from .attention import ADAPTED_FILES, set_rope
+from .checkpoint import Checkpoint
 from .errors import UsageError
+from .files import WEIGHTS
 from .rope import ResonanceRoPE
-from .rope_config import MAKERS, NO_EFFECT, PREFIX, RopeConfig
+from .rope_config import RopeConfig
+from .rope_reading import NO_EFFECT
+from .rope_types import MAKERS, PREFIX
+from .tokenizer import TOKENIZER_PATTERNS
+from .validation import SUPPORTED
 
 PACKAGE = "mlx_lm.models."
 SHARED_FILES = {"base", "cache", "rope_utils", "activations", "switch_layers", "pipeline"}  # not models
@@ -36,12 +45,18 @@ def install() -> None:
     `ResonanceRoPE` for every scaling that their file requests from mlx-lm's `initialize_rope`. A config.json that asks
     for angles that the file would not compute is refused; one that asks for nothing special is left alone.
 
-    This replaces two functions of mlx-lm, wherever they have been imported: `load_model` and `initialize_rope`.
-    Calling it again changes nothing.
+    The tokenizers of these six are loaded as by `load` too.
+
+    This replaces three functions of mlx-lm, wherever they have been imported: `load_model`, `load_tokenizer` and
+    `initialize_rope`. Calling it again changes nothing.
     """
     if hasattr(mlx_lm.utils.load_model, "of_mlx_lm"):
         return
-    for original, make in ((mlx_lm.utils.load_model, _load_model), (rope_utils.initialize_rope, _initialize_rope)):
+    for original, make in (
+        (mlx_lm.utils.load_model, _load_model),
+        (mlx_lm.utils.load_tokenizer, _load_tokenizer),
+        (rope_utils.initialize_rope, _initialize_rope),
+    ):
         ours: Any = make(original)
         ours.of_mlx_lm = original
         _replace(original, ours)
@@ -52,6 +67,22 @@ def _replace(original: Callable[..., Any], ours: Callable[..., Any]) -> None:
         for name, value in list(getattr(module, "__dict__", {}).items()):
             if value is original:
                 setattr(module, name, ours)
+
+
+def _load_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_tokenizer(
+        model_path: str | Path, tokenizer_config_extra: dict[str, Any] | None = None, eos_token_ids: Any = None
+    ) -> TokenizerWrapper:
+        """mlx-lm's; for the supported types, that of `load`. Raises UsageError if the tokenizer cannot be used."""
+        folder = Path(mlx_lm.utils._download(model_path, allow_patterns=TOKENIZER_PATTERNS))
+        config = mlx_lm.utils.load_config(folder) if (folder / "config.json").is_file() else {}
+        if config.get("model_type") not in SUPPORTED or type(config.get("vocab_size")) is not int:
+            return original(model_path, tokenizer_config_extra, eos_token_ids=eos_token_ids)
+        if eos_token_ids == config.get("eos_token_id"):  # from the files, of which mlx-lm ignores a 0
+            eos_token_ids = None
+        return tokenizer.load_tokenizer(folder, config, tokenizer_config_extra or {}, eos_token_ids)
+
+    return load_tokenizer
 
 
 def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -68,7 +99,16 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
             nonlocal rope
             model_class, args_class = get_model_classes(config=config)
             file = model_class.__module__.removeprefix(PACKAGE)
-            if file in ADAPTED_FILES and model_class.__module__.startswith(PACKAGE):
+            adapted = file in ADAPTED_FILES and model_class.__module__.startswith(PACKAGE)
+            if adapted and config.get("model_type") in SUPPORTED:
+                folder = Path(bound.arguments["model_path"])
+                weights = any(folder.glob(WEIGHTS))  # mlx-lm may be asked for a model without any
+                checkpoint = Checkpoint.of_folder(str(folder), folder, dict(config), weights)
+                if checkpoint.config.get("quantization_config") is None:
+                    config.pop("quantization_config", None)
+                rope = checkpoint.rope
+                return checkpoint.model_classes(config)
+            if adapted:  # another name for the same model
                 rope = RopeConfig.from_hf(config)
                 plain = {"rope_theta": rope.base, "rope_scaling": None, "rope_parameters": None}
                 return model_class, SimpleNamespace(from_dict=lambda config: args_class.from_dict(config | plain))

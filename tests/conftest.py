@@ -117,7 +117,7 @@ def installed() -> Iterator[None]:
 
     install()
     yield
-    for ours in (mlx_lm.utils.load_model, rope_utils.initialize_rope):
+    for ours in (mlx_lm.utils.load_model, mlx_lm.utils.load_tokenizer, rope_utils.initialize_rope):
         mlx_lm_models._replace(ours, ours.of_mlx_lm)
 
 

@@ -11,20 +11,28 @@ from typing import Any
 from ..errors import UsageError
 
 
+class BadRequest(ValueError):
+    """A request with a text that cannot be tokenized."""
+
+
+class Refusal(BaseException):
+    """Around a BadRequest, to pass mlx-lm's `except Exception`, which would answer 404."""
+
+
 def harden_server() -> None:
     """Make mlx-lm's server refuse with 4xx what would end its generation thread, itself or the connection."""
     from huggingface_hub import CacheNotFound, scan_cache_dir
     from mlx_lm import server
 
     handler, generator, provider = server.APIHandler, server.ResponseGenerator, server.ModelProvider
-    post, complete, tokenize, load = (
-        handler.do_POST, handler.handle_completion, generator._tokenize, provider.load_default,
+    post, complete, tokenize, generate, load = (
+        handler.do_POST, handler.handle_completion, generator._tokenize, generator.generate, provider.load_default,
     )  # fmt: skip
 
     def do_POST(self: Any) -> None:
         try:
             post(self)
-        except Exception as error:
+        except (Exception, Refusal) as error:
             if hasattr(self, "_headers_buffer"):  # the response has begun
                 raise
             self._set_completion_headers(400)
@@ -47,10 +55,24 @@ def harden_server() -> None:
 
     def _tokenize(self: Any, tokenizer: Any, request: Any, args: Any) -> Any:
         if args.sampling.top_k >= tokenizer.vocab_size:
-            raise ValueError(f"top_k must be less than the vocabulary size, {tokenizer.vocab_size}")
-        if args.logits.logit_bias and not set(args.logits.logit_bias) <= set(tokenizer.get_vocab().values()):
-            raise ValueError("logit_bias has tokens that are not in the vocabulary")
-        return tokenize(self, tokenizer, request, args)
+            raise BadRequest(f"top_k must be less than the vocabulary size, {tokenizer.vocab_size}")
+        if args.logits.logit_bias:
+            known = set(tokenizer.get_vocab().values()) - set(getattr(tokenizer, "without_row", ()))
+            if not set(args.logits.logit_bias) <= known:
+                raise BadRequest("logit_bias has tokens that are not in the vocabulary")
+        try:
+            tokens, *rest = tokenize(self, tokenizer, request, args)
+        except Exception as error:
+            raise BadRequest(getattr(error, "message", error)) from None
+        if not tokens:
+            raise BadRequest("the prompt is empty")
+        return tokens, *rest
+
+    def respond(self: Any, *args: Any, **options: Any) -> Any:
+        try:
+            return generate(self, *args, **options)
+        except BadRequest as error:
+            raise Refusal(error) from None
 
     def scan() -> Any:
         try:
@@ -76,5 +98,5 @@ def harden_server() -> None:
 
     load_any, provider.load = provider.load, load_model
     handler.do_POST, handler.handle_completion = do_POST, handle_completion
-    generator._tokenize, provider.load_default = _tokenize, load_default
+    generator._tokenize, generator.generate, provider.load_default = _tokenize, respond, load_default
     server.scan_cache_dir = scan

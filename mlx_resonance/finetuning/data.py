@@ -11,6 +11,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import ANOTHER, MissingFileError, UsageError
 from ..evaluation.texts import read_documents
 from ..files import user_path
+from ..storage import check_input
 
 TRAIN, VALID = "train.jsonl", "valid.jsonl"
 
@@ -24,11 +25,13 @@ def data_files(path: str | Path) -> tuple[list[Path], list[Path]]:
 
     Raises:
         MissingFileError: there is no such path, or no such file in the folder.
+        UsageError: it is empty, or a pipe, a device or a socket.
     """
     path = user_path(path)
     if path.is_file():
         return [path], []
     if not path.is_dir():
+        check_input(path, "data")
         raise MissingFileError(f"{path}: no such folder or file", option="data")
     files = [path / TRAIN] if (path / TRAIN).is_file() else sorted(path.glob("*.txt"))
     if not files:
