@@ -232,8 +232,12 @@ class Checkpoint:
 
         def build(args: Any) -> nn.Module:
             model: nn.Module = model_class(args)
-            of_mlx_lm = model.sanitize
-            model.sanitize = lambda weights: of_mlx_lm(self.head.apply(weights))
+
+            def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
+                del model.sanitize  # mlx-lm calls it once; kept, it would keep the model alive
+                return model.sanitize(self.head.apply(weights))
+
+            model.sanitize = sanitize
             return model
 
         return build, SimpleNamespace(from_dict=lambda _: self._arguments(args_class))

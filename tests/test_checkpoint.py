@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import copy
+import gc
 import json
 import os
 import random
 import shutil
 import struct
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -253,3 +255,16 @@ def test_rope_and_kv_format_are_settings_beside_the_digest(random_llama: Path) -
     digests = {opened.results_digest(bits) for opened in (checkpoint, stretched) for bits in (None, 8, 4)}
     assert len(digests) == 6
     assert stretched.settings(8) == {"digest": checkpoint.digest, "rope": stretched.rope.to_hf(), "kv_bits": 8}
+
+
+def test_a_model_is_freed_with_its_last_reference(stdlib_llama: Path) -> None:
+    """Without Python's collector of cycles, which may come long after the memory is needed."""
+    gc.collect()
+    gc.disable()
+    try:
+        model = Checkpoint.open(stdlib_llama).load()
+        alive = weakref.ref(model)
+        del model
+        assert alive() is None
+    finally:
+        gc.enable()

@@ -326,7 +326,7 @@ def test_the_commands_choices_are_the_librarys() -> None:
         ({"vocab_size": "many"}, "vocab_size"),
         ({"hidden_size": 64.0}, "hidden_size"),
         ({"num_hidden_layers": -1}, "num_hidden_layers"),
-        ({"rms_norm_eps": "1e-5"}, "cannot build a llama model"),
+        ({"rms_norm_eps": "1e-5"}, "rms_norm_eps must be a positive number"),
         ({"quantization": "4bit"}, "quantization must be an object"),
         ({"quantization_config": [1]}, "quantized"),
         ({"model_type": "mixtral"}, "llama, mistral, qwen2, qwen3"),

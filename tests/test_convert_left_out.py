@@ -188,8 +188,8 @@ def test_verification_reads_the_names_from_the_sources_headers(
     assert verify(tmp_path / "out", folder).problems == [f"{bias} is in the source only"]
     assert verify(tmp_path / "out", plain).problems == []
 
-    def forgetful(*arguments: Any) -> Any:
-        opened = open_source(*arguments)
+    def forgetful(*arguments: Any, **options: Any) -> Any:
+        opened = open_source(*arguments, **options)
         del opened.checkpoint.tensors[bias], opened.checkpoint.headers["model.safetensors"][bias]
         return opened
 

@@ -140,6 +140,7 @@ def test_harness_refuses_such_a_token(starting: Path) -> None:
     from mlx_resonance.evaluation.harness import ResonanceLM
 
     harness = ResonanceLM(Checkpoint.open(starting), 512)
+    assert harness.tokenizer.eos_token_ids == {1}  # that of generation_config.json alone
     for read in (lambda: harness.prefix_token_id, lambda: harness.eot_token_id, lambda: harness.tok_encode("import")):
         with pytest.raises(UsageError, match=PAD):
             read()

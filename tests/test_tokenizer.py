@@ -83,6 +83,7 @@ def test_ids_are_those_of_tokenizer_json(
         assert ids == expected.encode(text).ids
         assert tokenizer.decode(ids) == streamed(tokenizer, ids) == expected.decode(ids, skip_special_tokens=False)
     assert len(tokenizer.get_vocab()) == ROWS and tokenizer.without_row == {}  # classes add tokens of their own
+    assert tokenizer.pad_token_id is None and tokenizer.unk_token_id is None
     assert not [record for record in caplog.records if record.name == "mlx_resonance"]
 
 

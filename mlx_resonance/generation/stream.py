@@ -154,6 +154,8 @@ def _stream(
 ) -> Iterator[GenerationResponse]:
     start = time.perf_counter()
     cache, stream = options["prompt_cache"], options["stream"]
+    if stream is generation_stream:
+        del options["stream"]  # mlx-lm 0.31 has no such argument
     before = cache[0].offset
     known = 0 if disk_cache is None else disk_cache.fetch(tokens, cache)
     written = tokens[:-1]  # those whose keys every layer has
