@@ -27,7 +27,7 @@ def test_options_reach_mlx_lm(stdlib_llama: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(stream.mlx_lm, "stream_generate", lambda *_, **options: calls.update(options) or iter(()))
     monkeypatch.setattr(stream, "make_sampler", lambda **options: options)
     list(stream_generate(model, tokenizer, TEXT, temp=0.5, top_p=0.25, max_tokens=9, kv_bits=4, prefill_step_size=7))
-    assert calls.keys() == {"max_tokens", "stream", "sampler", "logits_processors", "prompt_cache"}
+    assert calls.keys() == {"max_tokens", "sampler", "logits_processors", "prompt_cache"}
     assert calls["max_tokens"] == 9 and calls["logits_processors"] == []
     assert calls["sampler"] == {"temp": 0.5, "top_p": 0.25}
     length = len(prompt_tokens(tokenizer, TEXT))
