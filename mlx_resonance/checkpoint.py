@@ -6,7 +6,6 @@ import glob
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -40,7 +39,7 @@ from .rope_types import LONGEST, ORIGINAL, PREFIX
 from .scaling import rescale
 from .tied_head import Reader, TiedHead, resolve_head
 from .tokenizer import TOKENIZER_PATTERNS, decisive_files, load_tokenizer
-from .validation import attention_window, check_config, model_classes
+from .validation import attention_window, check_config, in_a_line, model_classes
 
 if TYPE_CHECKING:
     from mlx_lm.tokenizer_utils import TokenizerWrapper
@@ -256,25 +255,6 @@ class Checkpoint:
             raise UsageError(f"mlx-lm cannot build a {kind} model from this config.json: {in_a_line(error)}") from None
         set_rope(model, self.rope)
         return model
-
-
-# What mlx-lm says of tensors that do not fit, in many lines, and what that means.
-MISFITS = {
-    r"Missing (\d+) parameters: (\S+?)[,.]?(?:\s|$)": "the weights lack {1}, which config.json asks for ({0} in all)",
-    r"Received (\d+) parameters not in model: (\S+?)[,.]?(?:\s|$)": "{1} is in the weights, but config.json does not "
-    "ask for it ({0} in all)",
-    r"Expected shape (\(.*?\)) but received shape (\(.*?\)) for parameter (.*)\.": "{2} has shape {1}, config.json "
-    "asks for {0}",
-}
-
-
-def in_a_line(error: Exception) -> str:
-    """An error of mlx-lm's in a line, which names the tensor where one is wrong."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    for pattern, meaning in MISFITS.items():
-        if found := re.match(pattern, text):
-            return meaning.format(*found.groups())
-    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
 
 
 def _with_tokenizer_length(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:

@@ -157,3 +157,22 @@ def model_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
     """mlx-lm's model class and arguments class for a supported `model_type`."""
     module = importlib.import_module(f"mlx_lm.models.{SUPPORTED[config['model_type']]}")
     return module.Model, module.ModelArgs
+
+
+# What mlx-lm says of tensors that do not fit, in many lines, and what that means.
+MISFITS: Mapping[str, str] = {
+    r"Missing (\d+) parameters: (\S+?)[,.]?(?:\s|$)": "the weights lack {1}, which config.json asks for ({0} in all)",
+    r"Received (\d+) parameters not in model: (\S+?)[,.]?(?:\s|$)": "{1} is in the weights, but config.json does not "
+    "ask for it ({0} in all)",
+    r"Expected shape (\(.*?\)) but received shape (\(.*?\)) for parameter (.*)\.": "{2} has shape {1}, config.json "
+    "asks for {0}",
+}
+
+
+def in_a_line(error: Exception) -> str:
+    """An error of mlx-lm's in a line, which names the tensor where one is wrong."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    for pattern, meaning in MISFITS.items():
+        if found := re.match(pattern, text):
+            return meaning.format(*found.groups())
+    return text if isinstance(error, ValueError) else f"{type(error).__name__}: {text}"
