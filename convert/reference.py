@@ -8,12 +8,13 @@ from importlib.util import find_spec
 from typing import Any
 
 from mlx_resonance.checkpoint import ROPE_KEYS, Checkpoint
+from mlx_resonance.tied_head import EMBEDDING, HEAD
 
 import mlx.core as mx
 import numpy as np
 
 from .quantization import arguments_of
-from .source import EMBEDDING, HEAD, Source
+from .source import Source
 
 TOKENS = 64
 # Bytes of float32 weights, one model at a time: a quarter of the machine's. Of a larger model, the first layers.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
@@ -41,7 +42,6 @@ SMALL_FILES = [*TOKENIZER_PATTERNS, *RECORDS, "README.md"]
 TORCH_WEIGHTS, TORCH_INDEX = "pytorch_model*.bin", "pytorch_model.bin.index.json"
 TYPES = {"F32", "F16", "BF16", "U32", "U8", "F8_E4M3"}  # U32 and U8: weights and scales that mlx-lm has quantized
 DYNAMIC_YARN = ("dynamic-yarn", "dynamic_yarn", "yarn-dynamic", "yarn_dynamic")
-EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 class Source:
@@ -97,11 +97,12 @@ class Source:
         taken = set(self.stored) - set(self.scale_of.values()) - set(self.left_out)
         headers = {file.name: {name: self._as_read(name) for name in file.tensors if name in taken} for file in files}
         # A file on the hub is downloaded when it is read, which is not now: `read` compares the two then.
-        at_hand = not any(self._file[tensor].download for tensor in (EMBEDDING, HEAD) if tensor in taken)
-        self.checkpoint = Checkpoint.of(name, folder, config, headers, self.read_stored if at_hand else None)
+        here = not any(self._file[name].download for name in taken if name.startswith(("lm_head.", "model.embed_")))
+        self.checkpoint = Checkpoint.of(name, folder, config, headers, self._same if here else None)
         head = self.checkpoint.head
-        self._compared = at_hand
-        self.left_out = dict(sorted({**self.left_out, **head.left_out}.items()))
+        self._heads = {embedding: stored for stored, embedding in head.left_out.items()}
+        self._unseen = set() if head.compared else set(self._heads)
+        self.left_out = dict(sorted({**self.left_out, **head.reasons()}.items()))
         self.renamed = {name: stored for stored, name in head.renamed.items()}
         read = {part for tensor in self.checkpoint.tensors for part in self._parts(tensor)}
         self._left = {file.name: read & set(file.tensors) for file in files}
@@ -113,19 +114,24 @@ class Source:
             UsageError: the embedding is tied to a head that differs from it.
         """
         value = self.read_stored(self.renamed.get(name, name))
-        if name == EMBEDDING and HEAD in self.left_out and not self._compared:
-            if not mx.array_equal(value, self.read_stored(HEAD), equal_nan=True).item():
+        if name in self._unseen:
+            if not self._same(self._heads[name], name):
                 raise UsageError(
-                    f"{HEAD} differs from {EMBEDDING}, to which config.json ties it: a source that is consumed while "
-                    "it is read cannot be untied",
+                    f"{self._heads[name]} differs from {name}, to which config.json ties it: a source that is "
+                    "consumed while it is read cannot be untied",
                     remedies=[{"consume_source": False}],
                 )
+            self._unseen.remove(name)
+            self.left_out |= replace(self.checkpoint.head, compared=True).reasons()
         return value
 
     def read_stored(self, stored: str) -> mx.array:
         """A tensor by its name in the files."""
         value, scale = self._file[stored].read(stored), self._scales.get(stored)
         return value if scale is None else scale.dequantize(value, self._file[scale.name].read(scale.name))
+
+    def _same(self, one: str, other: str) -> bool:
+        return bool(mx.array_equal(self.read_stored(one), self.read_stored(other), equal_nan=True).item())
 
     @cached_property
     def groups(self) -> dict[str, list[str]]:
@@ -157,14 +163,19 @@ class Source:
         """The tensors of the files that are read for one of the model."""
         name = self.renamed.get(name, name)
         parts = [name, *([self._scales[name].name] if name in self._scales else [])]
-        return parts + ([HEAD] if name == EMBEDDING and HEAD in self.left_out else [])
+        return parts + ([self._heads[name]] if name in self._heads else [])
 
 
 def _as_trained(config: dict[str, Any]) -> dict[str, Any]:
     """config.json without a dynamic YaRN, with which nothing was trained: it scales only texts past the context."""
     found = [value for key in ("rope_scaling", "rope_parameters") if isinstance(value := config.get(key), dict)]
     for scaling in found:
-        if (scaling.get("rope_type") or scaling.get("type")) in DYNAMIC_YARN and not scaling.get("finetuned"):
+        if (scaling.get("rope_type") or scaling.get("type")) in DYNAMIC_YARN:
+            if scaling.get("finetuned"):
+                raise UsageError(
+                    "the checkpoint was trained with a dynamic YaRN, whose factor config.json does not state: write "
+                    "rope_type yarn and its factor there"
+                )
             length = scaling.get(ORIGINAL) or config.get("max_position_embeddings")
             base = scaling.get("rope_theta") or config.get("rope_theta")
             plain = {"rope_scaling": None, "rope_parameters": None, "rope_theta": base}

@@ -23,7 +23,7 @@ from .plan import check_tensors
 from .portable import scaled_by
 from .quantization import arguments_of, group_parts
 from .reference import compare_logits
-from .source import EMBEDDING, HEAD, Source, cached_source, mlx_folder, open_source
+from .source import Source, cached_source, mlx_folder, open_source
 from .weights import Progress
 
 DTYPES = ("float32", "float16", "bfloat16")
@@ -244,8 +244,8 @@ def _fates(source: Source, groups: Collection[str], found: Verification) -> dict
         elif (reason := source.left_out.get(stored)) is not None:
             found.source_tensors[stored] = f"left out: {reason}"
             found.left_out[stored] = reason
-            if stored == HEAD:  # equal to the embedding: it is compared again
-                made.setdefault(EMBEDDING, []).append(stored)
+            if (equal := source.checkpoint.head.left_out.get(stored, "")) in groups:  # it is compared again
+                made.setdefault(equal, []).append(stored)
         else:
             found.source_tensors[stored] = "missing"
             found.problems.append(f"{stored} is in the source only")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance.errors import UsageError
-from mlx_resonance.files import TensorInfo, check_types, hub_errors, read_header
+from mlx_resonance.files import TensorInfo, check_types, hub_errors, read_header, read_layout
 
 import mlx.core as mx
 from huggingface_hub import HfApi, hf_hub_download
@@ -58,9 +57,7 @@ class SafetensorsFile(WeightFile):
 
     def names(self) -> list[str]:
         """As the header has them."""
-        with self.path.open("rb") as file:
-            header = json.loads(file.read(int.from_bytes(file.read(8), "little")))
-        return [name for name in header if name != "__metadata__"]
+        return list(read_layout(self.path))
 
 
 class HubFile(WeightFile):

@@ -20,7 +20,7 @@ import mlx_lm.utils
 from .attention import set_rope
 from .content_hash import content_hash
 from .dimensions import Dimensions
-from .errors import UsageError
+from .errors import MissingFileError, UsageError
 from .files import (
     MAX_INDEX,
     WEIGHTS,
@@ -30,14 +30,16 @@ from .files import (
     read_header,
     read_json,
     resolve,
+    same_data,
+    user_path,
     weight_files,
 )
 from .inspection import RECORDS
 from .rope_config import RopeConfig
-from .rope_reading import OTHER_LENGTHS, TOLD_APART_BY_ORIGINAL, is_about_rotation
+from .rope_reading import LENGTH_IS_UNCLEAR, is_about_rotation
 from .rope_types import LONGEST, ORIGINAL, PREFIX
 from .scaling import rescale
-from .tied_head import Reader, TiedHead, resolve_head
+from .tied_head import EMBEDDING, HEAD, Same, TiedHead, resolve_head
 from .tokenizer import TOKENIZER_PATTERNS, decisive_files, load_tokenizer
 from .validation import attention_window, check_config, in_a_line, model_classes
 
@@ -46,6 +48,8 @@ if TYPE_CHECKING:
 
 ROPE_KEYS = ("rope_theta", "rope_scaling", "rope_parameters", ORIGINAL)
 logger = logging.getLogger("mlx_resonance")
+MAX_LENGTH = "model_max_length"  # of a tokenizer
+TIED_BY_DEFAULT = {"smollm3": True}  # in transformers, where config.json does not say; else the names of the tensors do
 LOADING_ERRORS = (ArithmeticError, AssertionError, AttributeError, LookupError, RuntimeError, TypeError)
 
 
@@ -97,10 +101,14 @@ class Checkpoint:
             MissingFileError: there is no such folder or model, or one of its files is missing.
             UsageError: config.json or a weight file cannot be right, or `factor` does not fit it.
         """
-        files = [*TOKENIZER_PATTERNS, WEIGHTS] if weights else ["config.json", *RECORDS]
+        files = [*TOKENIZER_PATTERNS, WEIGHTS] if weights else ["config.json", "tokenizer_config.json", *RECORDS]
         folder = resolve(path_or_hf_repo, revision, files)
-        here = weights or Path(path_or_hf_repo).expanduser().is_dir()
-        checkpoint = cls.of_folder(str(path_or_hf_repo), folder, read_config(folder), weights=here)
+        is_folder = user_path(path_or_hf_repo).is_dir()
+        if not is_folder and weights and not any(folder.glob(WEIGHTS)):
+            raise MissingFileError(
+                f"{path_or_hf_repo} has no {WEIGHTS}; convert reads other formats, such as .bin files"
+            )
+        checkpoint = cls.of_folder(str(path_or_hf_repo), folder, read_config(folder), weights=weights or is_folder)
         return checkpoint if factor is None else checkpoint.rescaled(factor)
 
     @classmethod
@@ -109,11 +117,10 @@ class Checkpoint:
         headers = {path.name: read_header(path) for path in weight_files(folder)} if weights else {}
         place = {tensor: folder / file for file, tensors in headers.items() for tensor in tensors}
 
-        def read(tensor: str) -> mx.array:
-            arrays: dict[str, mx.array] = mx.load(str(place[tensor]), format="safetensors")  # type: ignore[assignment]
-            return arrays[tensor]
+        def same(one: str, other: str) -> bool:
+            return same_data((place[one], one), (place[other], other))
 
-        return cls.of(name, folder, config, headers, read)
+        return cls.of(name, folder, config, headers, same)
 
     @classmethod
     def of(
@@ -122,19 +129,21 @@ class Checkpoint:
         folder: Path,
         config: dict[str, Any],
         headers: Mapping[str, Mapping[str, TensorInfo]],
-        read: Reader | None = None,
+        same: Same | None = None,
     ) -> Checkpoint:
         """Make a checkpoint from config.json and headers that were read elsewhere, e.g. from a converter's source.
 
         Args:
             name, folder, config, headers: as of the class, config.json as it was read.
-            read: a tensor of the files; it compares an embedding with the head that is tied to it.
+            same: compares an embedding in the files with the head that is tied to it.
         """
         tensors = merge_headers(headers)
         config = check_config(config, tensors if headers else None)
-        head = resolve_head(config.get("tie_word_embeddings"), tensors, read)
+        tied = config.get("tie_word_embeddings", TIED_BY_DEFAULT.get(config["model_type"]))
+        head = resolve_head(tied, tensors, same)
         if headers:
             config = config | {"tie_word_embeddings": head.tied}
+        config = _with_renamed_settings(config, head)
         rope = RopeConfig.from_hf(_with_tokenizer_length(config, folder))
         rope = _within_window(rope, attention_window(config), config["model_type"])
         return cls(name, folder, config, headers, rope, rope, head.apply(tensors), head)
@@ -257,14 +266,24 @@ class Checkpoint:
         return model
 
 
+def _with_renamed_settings(config: dict[str, Any], head: TiedHead) -> dict[str, Any]:
+    """config.json with the quantization of a head that is the embedding, too, under the embedding's name."""
+    name, new = (tensor.removesuffix(".weight") for tensor in (HEAD, EMBEDDING))
+    changes = {}
+    for key in ("quantization", "quantization_config") if head.renamed else ():  # mlx-lm writes both
+        if isinstance(settings := config.get(key), dict):
+            changes[key] = {new if layer == name else layer: value for layer, value in settings.items()}
+    return config | changes
+
+
 def _with_tokenizer_length(config: Mapping[str, Any], folder: Path) -> Mapping[str, Any]:
     """config.json with the tokenizer's `model_max_length`, where only that tells which length config.json states."""
     dictionaries = [value for key in ROPE_KEYS if isinstance(value := config.get(key), Mapping)]
     types = {str(value.get("rope_type") or value.get("type")).removeprefix(PREFIX) for value in dictionaries}
     path = folder / "tokenizer_config.json"
-    if not types & TOLD_APART_BY_ORIGINAL or any(key in config for key in OTHER_LENGTHS) or not path.is_file():
+    if not types & LENGTH_IS_UNCLEAR or config.get(MAX_LENGTH) is not None or not path.is_file():
         return config
-    return {**config, "model_max_length": read_json(path, MAX_INDEX).get("model_max_length")}
+    return {**config, MAX_LENGTH: read_json(path, MAX_INDEX).get(MAX_LENGTH)}
 
 
 def _within_window(rope: RopeConfig, window: int | None, kind: str) -> RopeConfig:

@@ -6,14 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .errors import UsageError
+from .rope_types import is_number
 
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and 0 < value < 2**31
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e15
 
 
 def _is_token(value: Any) -> bool:
@@ -34,10 +31,10 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
         ("a positive integer", _is_count),
     ),
     **dict.fromkeys(
-        ("rms_norm_eps", "logits_scaling"), ("a positive number", lambda value: _is_number(value) and value > 0)
+        ("rms_norm_eps", "logits_scaling"), ("a positive number", lambda value: is_number(value) and value > 0)
     ),
     **dict.fromkeys(
-        ("attention_multiplier", "embedding_multiplier", "residual_multiplier"), ("a number", _is_number)
+        ("attention_multiplier", "embedding_multiplier", "residual_multiplier"), ("a number", is_number)
     ),
     **dict.fromkeys(
         (
@@ -49,7 +46,7 @@ KINDS: Mapping[str, tuple[str, Callable[[Any], bool]]] = {
     **dict.fromkeys(("bos_token_id", "pad_token_id"), ("a token id", _is_token)),
     "eos_token_id": ("a token id or a list of them", lambda value: _is_token(value) or _is_list(value, _is_token)),
     "max_window_layers": ("an integer", lambda value: isinstance(value, int) and not isinstance(value, bool)),
-    "hidden_act": ("silu", lambda value: value == "silu"),
+    "hidden_act": ("silu", lambda value: value in ("silu", "swish")),  # two names for one function
     "layer_types": ("a list of names", lambda value: _is_list(value, lambda name: isinstance(name, str))),
     "architectures": ("a list of names", lambda value: _is_list(value, lambda name: isinstance(name, str))),
     **dict.fromkeys(("auto_map", "text_config"), ("an object", lambda value: isinstance(value, Mapping))),

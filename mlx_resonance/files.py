@@ -182,6 +182,36 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
+def read_layout(path: Path) -> dict[str, dict[str, Any]]:
+    """The header of a safetensors file as it is written, without its metadata: type, shape and offsets by name."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, dict[str, Any]] = json.loads(file.read(size))
+    start = 8 + size
+    return {
+        name: entry | {"data_offsets": [start + offset for offset in entry["data_offsets"]]}
+        for name, entry in header.items()
+        if name != "__metadata__"
+    }
+
+
+def same_data(one: tuple[Path, str], other: tuple[Path, str]) -> bool:
+    """Whether two tensors, each in a safetensors file, have the same type, shape and bytes. Reads a block at a time."""
+    entries = [read_layout(path)[name] for path, name in (one, other)]
+    if any(entries[0][key] != entries[1][key] for key in ("dtype", "shape")):
+        return False
+    with one[0].open("rb") as first, other[0].open("rb") as second:
+        for file, entry in ((first, entries[0]), (second, entries[1])):
+            file.seek(entry["data_offsets"][0])
+        left = entries[0]["data_offsets"][1] - entries[0]["data_offsets"][0]
+        while left > 0:
+            size = min(left, 2**22)
+            if first.read(size) != second.read(size):
+                return False
+            left -= size
+    return True
+
+
 def check_types(tensors: Mapping[str, TensorInfo], path: str) -> None:
     """Raise UsageError if a tensor has a type that MLX lacks, or an axis longer than MLX can index."""
     for name, info in tensors.items():

@@ -18,12 +18,12 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from . import tokenizer
 from .attention import ADAPTED_FILES, set_rope
 from .checkpoint import Checkpoint
-from .errors import UsageError
-from .files import WEIGHTS
+from .errors import MissingFileError, UsageError
+from .files import WEIGHTS, weight_files
 from .rope import ResonanceRoPE
 from .rope_config import RopeConfig
 from .rope_reading import NO_EFFECT
-from .rope_types import MAKERS, PREFIX
+from .rope_types import MAKERS, ORIGINAL, PREFIX
 from .tokenizer import TOKENIZER_PATTERNS
 from .validation import SUPPORTED
 
@@ -32,7 +32,6 @@ SHARED_FILES = {"base", "cache", "rope_utils", "activations", "switch_layers", "
 PLAIN_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # in a rope dictionary without a scaling
 STYLE_4 = ("rope_theta", "rope_scaling", "partial_rotary_factor")
 PLAIN = {"rope_theta": 10000, "partial_rotary_factor": 1}
-ORIGINAL = "original_max_position_embeddings"
 UNSCALED_TYPES = {"default", "mrope"}
 OF_MLX_LM = {"default", "dynamic", "longrope"}  # mlx-lm's modules do not need to know a text's length beforehand
 OF_MLX_LM_ALONE = {"deepseek_yarn", "telechat3-yarn"}  # mlx-lm's names for yarn with other softmax scales
@@ -101,9 +100,11 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
             file = model_class.__module__.removeprefix(PACKAGE)
             adapted = file in ADAPTED_FILES and model_class.__module__.startswith(PACKAGE)
             if adapted and config.get("model_type") in SUPPORTED:
-                folder = Path(bound.arguments["model_path"])
-                weights = any(folder.glob(WEIGHTS))  # mlx-lm may be asked for a model without any
-                checkpoint = Checkpoint.of_folder(str(folder), folder, dict(config), weights)
+                # Not strict: a model without weights, or a process's part of a model with only some of the files.
+                all_there = bound.arguments["strict"] or _has_all_weights(folder)
+                checkpoint = Checkpoint.of_folder(str(folder), folder, dict(config), all_there)
+                if all_there and "tie_word_embeddings" in config:
+                    config["tie_word_embeddings"] = checkpoint.config["tie_word_embeddings"]
                 if checkpoint.config.get("quantization_config") is None:
                     config.pop("quantization_config", None)
                 rope = checkpoint.rope
@@ -115,6 +116,9 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
             honoured = honoured_config(config, model_class, args_class)
             return model_class, SimpleNamespace(from_dict=lambda config: _arguments(args_class, config | honoured))
 
+        folder = Path(bound.arguments["model_path"])
+        if bound.arguments["strict"] and folder.is_dir() and not any(folder.glob(WEIGHTS)):
+            weight_files(folder)  # says what the folder has instead
         bound.arguments["get_model_classes"] = classes
         model, config = original(*bound.args, **bound.kwargs)
         if rope is not None:
@@ -124,6 +128,13 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         return model, config
 
     return load_model
+
+
+def _has_all_weights(folder: Path) -> bool:
+    try:
+        return bool(weight_files(folder))
+    except MissingFileError:
+        return False
 
 
 def _arguments(args_class: Any, config: dict[str, Any]) -> Any:
@@ -248,6 +259,8 @@ def _in_style_4(kind: str, asked: Mapping[str, Any], known: set[str]) -> dict[st
 
 
 def _initialize_rope(original: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    read: dict[str, RopeConfig] = {}  # every layer asks for the same
+
     def initialize_rope(
         dims: int,
         base: float,
@@ -263,14 +276,12 @@ def _initialize_rope(original: Callable[..., nn.Module]) -> Callable[..., nn.Mod
             return original(dims, base, traditional, scaling_config, max_position_embeddings)
         takes = inspect.signature(MAKERS[base_type]).parameters  # a file may read other keys itself
         scaling = {key: value for key, value in asked.items() if key in takes} | {"rope_type": rope_type}
-        rope = RopeConfig.from_hf(
-            {
-                "head_dim": dims,
-                "rope_theta": base,
-                "rope_scaling": scaling,
-                "max_position_embeddings": max_position_embeddings,
-            }
-        )
+        config = {
+            "head_dim": dims, "rope_theta": base, "rope_scaling": scaling,
+            "max_position_embeddings": max_position_embeddings,
+        }  # fmt: skip
+        key = repr(config)
+        rope = read[key] = read.get(key) or RopeConfig.from_hf(config)
         return ResonanceRoPE(rope.frequencies if rope.depends_on_length else rope.frequencies(), traditional)
 
     return initialize_rope

@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import UsageError
 from .frequencies import RotaryFrequencies
-from .rope_reading import TOLD_APART_BY_ORIGINAL, read_rope
+from .rope_reading import LENGTH_IS_UNCLEAR, read_rope
 from .rope_types import DEFAULT_BASE, LONGEST, MAKERS, PREFIX, WIDEST, check_kind, check_type, type_keys
 
 logger = logging.getLogger("mlx_resonance")
@@ -103,7 +103,7 @@ class RopeConfig:
     @property
     def trained_length(self) -> int | None:
         """Tokens of context before scaling; None if config.json does not state it."""
-        unsaid = None if self.base_type in TOLD_APART_BY_ORIGINAL else self.max_position_embeddings
+        unsaid = None if self.base_type in LENGTH_IS_UNCLEAR else self.max_position_embeddings
         return self.parameters.get("original_max_position_embeddings", unsaid)
 
     @property
@@ -111,7 +111,7 @@ class RopeConfig:
         """Tokens of context the checkpoint is meant for, scaling included; None if config.json does not state it."""
         lengths = [self.max_position_embeddings]
         # Most files state the scaled length; Qwen's yarn files and all dynamic ones state the length before scaling.
-        if self.base_type in ("yarn", "dynamic") and self.trained_length is not None:
+        if self.base_type in ("yarn", "dynamic", *LENGTH_IS_UNCLEAR) and self.trained_length is not None:
             lengths.append(int(self.trained_length * self.parameters["factor"]))
         longest = max((length for length in lengths if length is not None), default=None)
         return longest if longest is None or self.window is None else min(longest, self.window)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, NamedTuple
 
 from .errors import UsageError
-from .rope_types import DEFAULT_BASE, ORIGINAL, PREFIX, check_kind, check_type, type_keys
+from .rope_types import DEFAULT_BASE, ORIGINAL, PREFIX, check_kind, check_type, is_number, type_keys
 
 
 class Defaults(NamedTuple):
@@ -30,14 +30,13 @@ NO_EFFECT = {"finetuned"}  # written by the YaRN authors' code; changes no angle
 # Rope types that the paper's fine-tuning code, a LLaMA's, rounds where `resonance_rope` is true. It has a class for
 # rounded NTK scaling, but looks for the flag in the wrong place; it has none for linear scaling.
 ROUNDED_BY_FLAG = {"default", "yarn", "dynamic"}
-# Their files may state the context before or after scaling; only one of these other lengths tells which.
-TOLD_APART_BY_ORIGINAL = {"linear", "ntk"}
-OTHER_LENGTHS = (
-    "max_sequence_length",
-    "model_max_length",
-)  # Vicuna's config.json has one, LongLoRA's tokenizer has one
+# Their files may state the context before or after scaling; another length, where there is one, tells which: Vicuna's
+# config.json has max_sequence_length, LongLoRA's tokenizer has model_max_length.
+LENGTH_IS_UNCLEAR = {"linear", "ntk"}
+OTHER_LENGTHS = ("max_sequence_length", "model_max_length")
 PART = "partial_rotary_factor"
 READ_HERE = {"rope_theta", "rope_scaling", "rope_parameters", PART, "resonance_rope"}
+LAYER_TYPE = "_attention"  # how the names of layer types end
 # Keys that the model files honour. mlx-lm's `rope_traditional` has no counterpart in transformers.
 READ_BY_MODEL: Mapping[str, set[str]] = {
     "llama": {"rope_traditional"},
@@ -45,7 +44,10 @@ READ_BY_MODEL: Mapping[str, set[str]] = {
     "qwen2": {"rope_traditional"},
     "smollm3": {"rope_traditional", "no_rope_layers", "no_rope_layer_interval"},
 }
-ABOUT_ROTATION = re.compile(r"(^|_)(m?rope|rotary|alibi|ntk|yarn|xpos)(_|$)|^position_embedding_type$")
+ABOUT_ROTATION = re.compile(
+    r"(?i:(^|[_-])(m?rope|nope|rotary|alibi|ntk|yarn|xpos)([_-]|$)|^pos(ition)?_emb|^(compress_pos_emb|alpha_value)$)"
+    r"|[rR]ope[A-Z]"
+)
 SWITCHES = {"use_rope", "use_rotary", "use_rotary_embedding", "rope", "rotary"}  # true means an ordinary rotation
 
 
@@ -65,12 +67,12 @@ def read_rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     kind = config.get("model_type")
     defaults = DEFAULTS.get(kind) if isinstance(kind, str) else None
     scaling = _rope_dict(config, notes)
-    rope_type = _agreed("rope_type", scaling.pop("rope_type", None), scaling.pop("type", None))
+    rope_type = scaling.pop("rope_type", None)
     rope_type = "default" if rope_type is None else rope_type
     check_type(rope_type)
     rope_type = _rounded_by_flag(config, rope_type)
     base_type = rope_type.removeprefix(PREFIX)
-    is_null = "rope_theta" in config or "rope_theta" in scaling
+    is_given = "rope_theta" in config or "rope_theta" in scaling
     base = _agreed("rope_theta", config.get("rope_theta"), scaling.pop("rope_theta", None))
     part = _partial_rotary_factor(config, scaling, base_type, defaults, notes)
     length = config.get("max_position_embeddings")
@@ -90,7 +92,7 @@ def read_rope(config: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
     }
     if base is None:
         base = DEFAULT_BASE if defaults is None else defaults.base
-        if is_null:
+        if is_given:
             notes.append(f"rope_theta is null: {base:g} is assumed")
     dims = int(_head_dim(config, defaults) * part)
     if defaults is not None:
@@ -107,30 +109,46 @@ def is_about_rotation(key: str, kind: str) -> bool:
 
 
 def _rope_dict(config: Mapping[str, Any], notes: list[str]) -> dict[str, Any]:
-    """A copy of `rope_scaling` and `rope_parameters`, merged."""
-    merged: dict[str, Any] = {}
+    """A copy of `rope_scaling` or `rope_parameters`; if config.json has both, they must not differ.
+
+    transformers would take `rope_scaling` alone.
+    """
+    found: dict[str, dict[str, Any]] = {}
     for key in ("rope_scaling", "rope_parameters"):
         value = config.get(key)
         if value is None:
             continue
         if not isinstance(value, Mapping):
             raise UsageError(f"[RopeConfig] {key} must be an object, got {value!r:.80}")
-        for name, entry in _for_all_layers(key, value, config.get("layer_types"), notes).items():
-            merged[name] = _agreed(name, merged.get(name), entry)
-    return merged
+        if value:
+            found[key] = _for_all_layers(key, value, config.get("layer_types"), notes)
+            kinds = (found[key].pop("rope_type", None), found[key].pop("type", None))
+            found[key]["rope_type"] = _agreed("rope_type", *kinds)
+    if not found:
+        return {}
+    taken, *others = found.values()
+    for name, entry in others[0].items() if others else ():
+        known = taken.get(name) if taken.get(name) is not None else config.get(name)
+        if entry is not None and _agreed(name, known, entry) != known:
+            raise UsageError(
+                f"[RopeConfig] rope_parameters has {name} = {entry!r:.60}, and rope_scaling, which transformers takes "
+                "instead, does not: write all settings into one of them"
+            )
+    return taken
 
 
 def _for_all_layers(key: str, value: Mapping[str, Any], kinds: Any, notes: list[str]) -> dict[str, Any]:
     """The settings of a dictionary that may hold them by layer type, where they are the same for all layers."""
     kinds = {kind for kind in kinds if isinstance(kind, str)} if isinstance(kinds, list) else set()
-    nested = {name for name, entry in value.items() if isinstance(entry, Mapping)}
-    without = {name for name in value if name not in nested and (name in kinds or name.endswith("_attention"))}
+    named = {name for name in value if name in kinds or name.endswith(LAYER_TYPE)}
+    nested = {name for name in named if isinstance(value[name], Mapping)}
     if not nested:
         return dict(value)
     first, *others = (value[name] for name in sorted(nested))
+    without = {name for name in named - nested if name in (kinds or {"full_attention"})}
     if without or kinds - nested or any(other != first for other in others):
         raise UsageError(f"[RopeConfig] {key} differs by layer type ({', '.join(value)}); one for all is supported")
-    for name in sorted(set(value) - nested):
+    for name in sorted(set(value) - named):
         if value[name] is not None and first.get(name) != value[name]:
             raise UsageError(
                 f"[RopeConfig] {key} has settings by layer type, and {name} = {value[name]!r:.60} beside them"
@@ -187,16 +205,19 @@ def _lengths(
     original = scaling.get(ORIGINAL)
     if isinstance(original, float) and original.is_integer():
         original = scaling[ORIGINAL] = int(original)
+    if base_type == "dynamic" and original is not None and original != length:
+        raise UsageError(
+            f"[RopeConfig] {ORIGINAL} = {original!r:.60} does not apply to rope_type 'dynamic', which counts from "
+            f"max_position_embeddings = {length}"
+        )
     if original is None and ORIGINAL in type_keys(base_type)[1] and length is not None:
         scaling[ORIGINAL] = length
         notes.append(f"the {base_type} settings have no {ORIGINAL}: {length} is assumed, max_position_embeddings")
     factor = scaling.get("factor")
-    if base_type in TOLD_APART_BY_ORIGINAL and original is None and length and _is_number(factor) and factor > 1:
-        others = {config[key] for key in OTHER_LENGTHS if _is_number(config.get(key))}
-        if others == {length * factor}:
+    if base_type in LENGTH_IS_UNCLEAR and original is None and length and is_number(factor) and factor > 1:
+        others = [config[key] for key in OTHER_LENGTHS if is_number(config.get(key))]
+        if any(abs(other - length * factor) < 1 for other in others):
             scaling[ORIGINAL], length = length, int(length * factor)
-        elif others == {length}:
-            scaling[ORIGINAL] = int(length / factor)
     return length
 
 
@@ -208,7 +229,7 @@ def _nulls(scaling: dict[str, Any], base_type: str, length: int | None, notes: l
         scaling["truncate"] = False
         notes.append("truncate is null: false is assumed, as in transformers")
     original = scaling.get(ORIGINAL)
-    if "factor" in scaling and scaling["factor"] is None and length and _is_number(original) and original > 0:
+    if "factor" in scaling and scaling["factor"] is None and length and is_number(original) and original > 0:
         scaling["factor"] = length / original
         notes.append(f"the factor of yarn is null: {length} / {original} is assumed, as in transformers")
 
@@ -229,12 +250,13 @@ def _changes_nothing(key: str, value: Any, in_use: Mapping[str, Any]) -> bool:
     if isinstance(value, list):
         return all(_same(entry, 1) for entry in value)
     named = next((in_use[name] for name in in_use if name in key), 1)
-    return not value or value in ("rope", "rotary") or _same(value, 1) or _same(value, named)
+    return not value or value in ("rope", "rotary", "default") or _same(value, 1) or _same(value, named)
 
 
 def _check_own_code(config: Mapping[str, Any], key: str, value: Any) -> None:
     """Refuse a key about rotation that code which comes with the checkpoint may read."""
-    if config.get("auto_map"):
+    own = config.get("auto_map")
+    if isinstance(own, Mapping) and any(name.startswith("AutoModel") for name in own):
         raise UsageError(
             f"[RopeConfig] {key} = {value!r:.60} may change the angles in the checkpoint's own code (auto_map), which "
             "is not run here: convert it to a model that transformers has"
@@ -265,9 +287,5 @@ def _agreed(key: str, one: Any, other: Any) -> Any:
     return other if one is None else one
 
 
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
 def _same(value: Any, other: Any) -> bool:
-    return _is_number(value) and _is_number(other) and value == other
+    return is_number(value) and is_number(other) and value == other

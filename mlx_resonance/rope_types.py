@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeGuard
 
 from .errors import UsageError
 from .frequencies import (
@@ -69,17 +69,18 @@ def check_type(rope_type: Any) -> None:
     raise UsageError(f"[RopeConfig] unknown rope_type {rope_type!r:.80}; {hint or known}")
 
 
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether it is a number of a size that config.json may have; true and false are not."""
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and -LARGEST < value < LARGEST
+
+
 def check_kind(key: str, value: Any, kind: type | tuple[type, ...] | None = None) -> None:
     """Raise UsageError if the value is of the wrong kind for its key."""
     if kind is None:
         kind = list if key in LISTS else bool if key in BOOLEANS else int if key in INTEGERS else (int, float)
     wanted = {list: "a list of numbers", bool: "true or false", int: "an integer"}.get(kind, "a number")  # type: ignore[arg-type]
-    right = isinstance(value, kind) and (kind is bool or not isinstance(value, bool))
-    numbers = value if kind is list else [value]
+    right = isinstance(value, kind)
     if right and kind is not bool:
-        right = all(
-            isinstance(number, (int, float)) and not isinstance(number, bool) and -LARGEST < number < LARGEST
-            for number in numbers
-        )
+        right = all(is_number(number) for number in (value if kind is list else [value]))
     if not right:
         raise UsageError(f"[RopeConfig] {key} must be {wanted}, got {value!r:.80}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
@@ -13,6 +14,8 @@ from .errors import UsageError
 
 if TYPE_CHECKING:
     import mlx.nn as nn
+
+logger = logging.getLogger("mlx_resonance")
 
 # Each model_type in config.json, and mlx-lm's model file that runs it.
 SUPPORTED: Mapping[str, str] = {
@@ -26,6 +29,12 @@ QUANTIZATIONS: Mapping[str, tuple[tuple[int, ...], tuple[int, ...]]] = {
     "nvfp4": ((4,), (16,)),
     "mxfp8": ((8,), (32,)),
 }
+# transformers' defaults of keys that mlx-lm needs and that are not sizes.
+DEFAULTS: Mapping[str, Any] = {
+    "rms_norm_eps": 1e-6, "head_dim": 128, "attention_bias": False, "mlp_bias": False, "logits_scaling": 1.0,
+    "attention_multiplier": 1.0, "embedding_multiplier": 1.0, "residual_multiplier": 1.0,
+}  # fmt: skip
+WINDOWS: Mapping[str, int] = {"mistral": 4096, "qwen2": 4096, "qwen3": 4096}  # where there is no sliding_window
 FOUND_ELSEWHERE = {"rope_theta", "max_position_embeddings", "tie_word_embeddings"}  # transformers has defaults
 FALSE_IS_NONE = ("quantization_config", "sliding_window")
 
@@ -47,27 +56,53 @@ def check_config(config: dict[str, Any], tensors: Collection[str] | None) -> dic
     if kind not in SUPPORTED:
         raise UsageError(f"model_type {kind!r} is not supported; supported are {', '.join(SUPPORTED)}")
     _, args_class = model_classes(config)
-    for entry in fields(args_class):
-        required = entry.default is MISSING and entry.default_factory is MISSING
-        if required and entry.name not in FOUND_ELSEWHERE and config.get(entry.name) is None:
-            raise UsageError(f"config.json has no {entry.name}, which a {kind} model needs")
     # A false, 0 or empty value counts as absent here; mlx-lm and transformers each take it to mean something else.
     config = config | {key: config[key] or None for key in ("quantization", *FALSE_IS_NONE) if key in config}
     config = without_leftover(config)
+    config = _with_defaults(config, args_class)
     check_values(config)
     _check_rotating_layers(config)
+    if tensors is not None:
+        _check_prefix(tensors)
+        _check_layers(config, tensors)
+    config = _without_layer_types(config)
     method = config.get("quantization_config")
     if method and not config.get("quantization"):
         if not isinstance(method, Mapping) or not isinstance(method.get("quant_method"), str):
             raise UsageError(f"quantization_config must be an object with a quant_method, got {method!r:.80}")
     if tensors is None:
         return config
-    _check_prefix(tensors)
-    _check_layers(config, tensors)
     _check_quantization(config.get("quantization"), tensors)
     if "model.norm.weight" not in tensors:
         raise UsageError("the weights have no model.norm.weight, which every supported model has")
     return config
+
+
+def _with_defaults(config: dict[str, Any], args_class: Any) -> dict[str, Any]:
+    """config.json with transformers' default for a key that mlx-lm needs, where it is no size."""
+    kind, needed = config["model_type"], {}
+    for entry in fields(args_class):
+        required = entry.default is MISSING and entry.default_factory is MISSING
+        if required and entry.name not in FOUND_ELSEWHERE and config.get(entry.name) is None:
+            if entry.name not in DEFAULTS or entry.name in config:
+                raise UsageError(f"config.json has no {entry.name}, which a {kind} model needs")
+            needed[entry.name] = DEFAULTS[entry.name]
+            logger.warning(
+                f"config.json has no {entry.name}: {needed[entry.name]} is assumed, as in transformers' {kind}"
+            )
+    return config | needed
+
+
+def _without_layer_types(config: dict[str, Any]) -> dict[str, Any]:
+    """config.json without what says that layers of a LLaMA or a Mistral differ: in transformers they do not.
+
+    mlx-lm would give each its own attention.
+    """
+    kind, kinds = config["model_type"], config.get("layer_types")
+    if kind not in ("llama", "mistral") or kinds is None or set(kinds) == {"full_attention"}:
+        return config
+    logger.warning(f"layer_types = {', '.join(dict.fromkeys(kinds))} is ignored, as in transformers' {kind}")
+    return config | {"layer_types": None} | ({"sliding_window": None} if kind == "llama" else {})
 
 
 def without_leftover(config: dict[str, Any]) -> dict[str, Any]:
@@ -136,17 +171,17 @@ def attention_window(config: Mapping[str, Any]) -> int | None:
     Raises:
         UsageError: `layer_types` has kinds of attention that no model here has.
     """
-    kind, window, kinds = config["model_type"], config.get("sliding_window"), set(config.get("layer_types") or ())
-    if kind == "llama" and not kinds:  # transformers' LLaMA has no window
+    kind, kinds = config["model_type"], set(config.get("layer_types") or ())
+    window = config.get("sliding_window", WINDOWS.get(kind))
+    if kind in ("llama", "granite"):  # these have no windows in transformers
         return None
     if kind in ("qwen2", "qwen3", "smollm3") and not config.get("use_sliding_window"):
         window, kinds = None, set()
     if not kinds <= {"full_attention", "sliding_attention"}:
         raise UsageError(f"layer_types {', '.join(sorted(map(str, kinds)))}: expected full or sliding attention")
-    has_windows = SUPPORTED[kind] in ("llama", "smollm3")
-    if has_windows and kinds == {"sliding_attention"}:
+    if kind == "smollm3" and kinds == {"sliding_attention"}:
         raise UsageError("layer_types has no full_attention: at least one such layer is needed")
-    kept = has_windows and kinds == {"full_attention", "sliding_attention"}
+    kept = kind == "smollm3" and kinds == {"full_attention", "sliding_attention"}
     # Qwen's windows begin in this layer, unless layer_types says which layers have one.
     first = config.get("max_window_layers") if kind in ("qwen2", "qwen3") and not kinds else None
     unused = kinds == {"full_attention"} or (isinstance(first, int) and first >= config["num_hidden_layers"])
@@ -164,7 +199,7 @@ MISFITS: Mapping[str, str] = {
     r"Missing (\d+) parameters: (\S+?)[,.]?(?:\s|$)": "the weights lack {1}, which config.json asks for ({0} in all)",
     r"Received (\d+) parameters not in model: (\S+?)[,.]?(?:\s|$)": "{1} is in the weights, but config.json does not "
     "ask for it ({0} in all)",
-    r"Expected shape (\(.*?\)) but received shape (\(.*?\)) for parameter (.*)\.": "{2} has shape {1}, config.json "
+    r"Expected shape (\(.*?\)) but received shape (\(.*?\)) for parameter (\S+?)\.?$": "{2} has shape {1}, config.json "
     "asks for {0}",
 }
 

@@ -330,7 +330,6 @@ def test_the_commands_choices_are_the_librarys() -> None:
         ({"quantization": "4bit"}, "quantization must be an object"),
         ({"quantization_config": [1]}, "quantized"),
         ({"model_type": "mixtral"}, "llama, mistral, qwen2, qwen3"),
-        ({"layer_types": ["chunked_attention"] * 2}, "chunked_attention"),
     ],
 )
 def test_wrong_configs_are_named(

@@ -79,6 +79,21 @@ ROWS = {
         PLAIN | {"rope_ratio": 1, "rotary_pct": 1.0, "rotary_dim": 16, "rope_interleaved": False, "use_rope": True,
                  "rotary_emb_base": 500000, "no_rope_layers": [1, 1, 1, 1], "use_mrope": False, "rope_foo": None}
     ),
+    "a tokenizer's own code": Row(
+        PLAIN | {"rotary_pct": 0.25, "auto_map": {"AutoTokenizer": ["t.T", None]}},
+        line="rotary_pct = 0.25 is ignored, as in transformers' {}",
+    ),
+    "two dictionaries that agree": Row(
+        {"rope_theta": 1e6, "rope_scaling": YARN, "rope_parameters": {"rope_type": "yarn", "rope_theta": 1e6, **YARN}}
+    ),
+    "a layer type without settings": Row(
+        {"rope_parameters": NESTED | {"sliding_attention": None}}, {"rope_parameters": NESTED["full_attention"]},
+        "rope_parameters has settings for full_attention: they are used in all layers",
+    ),
+    "ropeRatio, nope, alibi": Row(
+        PLAIN | {"position_embedding_type": "alibi"},
+        line="position_embedding_type = 'alibi' is ignored, as in transformers' {}",
+    ),
     "partial_rotary_factor": Row(PLAIN | {"partial_rotary_factor": 0.5}, line=WHOLE, kinds=tuple(MODELS)),
     "partial_rotary_factor, transformers 5": Row(
         {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0, "partial_rotary_factor": 0.5}}, line=WHOLE,
@@ -267,10 +282,14 @@ REFUSED = {
     ),
     "dynamic and another original": (
         PLAIN | {"rope_scaling": {"type": "dynamic", "factor": 2.0, "original_max_position_embeddings": 64}},
-        "original_max_position_embeddings = 64",
+        "which counts from max_position_embeddings = 512",
     ),
     "su": (PLAIN | {"rope_scaling": LONGROPE | {"rope_type": "su"}}, "it is called longrope now"),
     "dynamic-yarn": (PLAIN | {"rope_scaling": YARN | {"type": "dynamic-yarn"}}, "with the scaling yarn"),
+    "two dictionaries": (
+        {"rope_scaling": YARN, "rope_parameters": {"rope_theta": 1e6}}, "rope_parameters has rope_theta = 1000000.0",
+    ),
+    "an object as a number": (PLAIN | {"rope_scaling": YARN | {"factor": {"a": 1}}}, "factor must be a number"),
     "a default with a factor": (PLAIN | {"rope_scaling": {"rope_type": "default", "factor": 2.0}}, "factor = 2.0"),
 }  # fmt: skip
 

@@ -14,8 +14,13 @@ from mlx_resonance.inspection import inspect_rope
 from mlx_resonance.scaling import SCALINGS, check_context, factor_for, named_rope, new_rope, rescale
 from mlx_resonance.validation import attention_window
 
+import mlx.core as mx
 import numpy as np
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from .random_models import make
 
 PLAIN = RopeConfig(64, max_position_embeddings=512)
 UNSAID = RopeConfig(64, "linear", max_position_embeddings=4096, parameters={"factor": 8.0})
@@ -83,7 +88,9 @@ def test_past_the_length_on_file_a_warning_names_the_factor_that_settles_it(
     ("lengths", "in_tokenizer", "trained", "context"),
     [
         ({"max_position_embeddings": 4096, "max_sequence_length": 16384}, {}, 4096, 16384),  # Vicuna 1.5 16k
-        ({"max_position_embeddings": 16384, "max_sequence_length": 16384}, {}, 4096, 16384),
+        ({"max_position_embeddings": 4096, "max_sequence_length": 4096}, {"model_max_length": 16384}, 4096, 16384),
+        ({"max_position_embeddings": 4096, "max_sequence_length": 4096}, {}, None, 4096),  # a leftover of the base
+        ({"max_position_embeddings": 4096, "max_sequence_length": None}, {"model_max_length": 16384}, 4096, 16384),
         ({"max_position_embeddings": 4096}, {"model_max_length": 16384}, 4096, 16384),  # LongLoRA
         ({"max_position_embeddings": 4096}, {"model_max_length": 10**30}, None, 4096),
         ({"max_position_embeddings": 4096}, {}, None, 4096),
@@ -171,7 +178,39 @@ def test_without_a_longer_context_it_is_capped_at_the_window(
 def test_a_window_that_no_layer_has_caps_nothing(kind: str, changes: dict[str, Any]) -> None:
     config = {"model_type": kind, "num_hidden_layers": 2, **changes}
     assert attention_window(config) is None
+    assert attention_window({"model_type": "mistral", "num_hidden_layers": 2}) == 4096  # transformers' default
+    assert attention_window({"model_type": "qwen2", "num_hidden_layers": 2, "use_sliding_window": True}) == 4096
     assert attention_window(config | {"model_type": "mistral", "layer_types": None, "sliding_window": 64}) == 64
+
+
+def test_a_length_before_scaling_that_is_stated_gives_the_scaled_one() -> None:
+    """As for yarn: the file says 128 tokens, times 4."""
+    sizes = {"head_dim": 16, "max_position_embeddings": 128, "rope_theta": 1e4}
+    scaling = {"type": "linear", "factor": 4.0, "original_max_position_embeddings": 128}
+    for config in (sizes | {"rope_scaling": scaling}, sizes | {"rope_scaling": scaling, "max_sequence_length": 512}):
+        rope = RopeConfig.from_hf(config)
+        assert (rope.trained_length, rope.context_length) == (128, 512)
+
+
+@pytest.mark.parametrize("kind", ["llama", "mistral"])
+def test_layers_that_differ_by_layer_types_are_those_of_transformers(
+    kind: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Its LLaMA has no windows, its Mistral one in every layer; mlx-lm would give some layers a window."""
+    folder = make(tmp_path / "model", kind, RopeConfig(16, max_position_embeddings=512), "4")
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"layer_types": ["full_attention", "sliding_attention"] * 2, "sliding_window": 40}
+    (folder / "config.json").write_text(json.dumps(config))
+    opened = Checkpoint.open(folder)
+    line = f"layer_types = full_attention, sliding_attention is ignored, as in transformers' {kind}"
+    assert line in [record.message for record in caplog.records]
+    assert opened.rope.context_length == (512 if kind == "llama" else 40)
+    count = opened.rope.context_length or 0
+    theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    with torch.no_grad():
+        expected = theirs(torch.arange(count)[None]).logits.numpy()
+    ours = np.array(opened.load()(mx.arange(count)[None]))
+    assert np.abs(ours - expected).max() < 1e-4 * np.abs(expected).max()
 
 
 def test_a_window_that_the_longer_context_exceeds_is_refused(stdlib_llama: Path, tmp_path: Path, run: Any) -> None:

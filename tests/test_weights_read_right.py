@@ -143,7 +143,7 @@ def test_a_dynamic_yarn_is_converted_with_another_scaling(model: Path, run: Any)
     assert verify(model.parent / "new", model).problems == []
     config_of(model, rope_scaling=scaling | {"finetuned": True})  # trained with YaRN: which factor is not said
     code, _, err = run("convert", model, "--mlx-path", model.parent / "other", *options[:-1])
-    assert code == 2 and "unknown rope_type 'dynamic-yarn'" in err
+    assert code == 2 and "trained with a dynamic YaRN, whose factor config.json does not state" in err
 
 
 def without(tensors: dict[str, Any]) -> dict[str, Any]:
@@ -258,6 +258,107 @@ def test_a_left_out_head_is_compared_again(model: Path) -> None:
     opened = source.open_source(model)
     assert opened.left_out == {}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("mlx_resonance.tied_head._equal", lambda one, other: True)
+        patch.setattr(source.Source, "_same", lambda self, one, other: True)
         with pytest.raises(VerificationError, match=r"model\.embed_tokens\.weight: \d+ elements"):
             checkpoint.convert(model, model.parent / "out", verify=True)
+
+
+def quantized(model: Path, edit: Callable[[dict[str, mx.array]], dict[str, mx.array]]) -> Path:
+    """A 4-bit checkpoint, tied, with a head that was made from the embedding's parts."""
+    made = convert(model, model.parent / "quantized", resonance=False, quantize=True).path
+    config_of(made, tie_word_embeddings=True)
+
+    def with_head(tensors: dict[str, mx.array]) -> dict[str, mx.array]:
+        parts = {part: tensors[f"model.embed_tokens.{part}"] for part in ("weight", "scales", "biases")}
+        return tensors | {f"lm_head.{part}": value for part, value in edit(parts).items()}
+
+    change(made, with_head)
+    return made
+
+
+def test_a_quantized_head_is_compared_part_by_part(model: Path, installed: None) -> None:
+    same = quantized(model, lambda parts: parts)
+    opened = Checkpoint.open(same)
+    assert opened.config["tie_word_embeddings"] is True and len(opened.head.left_out) == 3
+    expected = np.array(opened.load()(mx.arange(30)[None]))
+    assert np.array_equal(expected, np.array(mlx_lm.utils.load_model(same)[0](mx.arange(30)[None])))
+    assert convert(same, model.parent / "again", resonance=False, verify=True).checks is not None
+    shutil.rmtree(same)
+    other = quantized(model, lambda parts: parts | {"scales": 2 * parts["scales"], "biases": 2 * parts["biases"]})
+    opened = Checkpoint.open(other)
+    assert opened.config["tie_word_embeddings"] is False
+    twice = np.array(opened.load()(mx.arange(30)[None]))
+    np.testing.assert_allclose(twice, 2 * expected, rtol=1e-3, atol=1e-3)
+    loaded, config = mlx_lm.utils.load_model(other)
+    assert config["tie_word_embeddings"] is False  # which mlx-lm's own converter writes
+    assert np.array_equal(twice, np.array(loaded(mx.arange(30)[None])))
+    done = convert(other, model.parent / "untied", resonance=False, verify=True)
+    assert np.array_equal(twice, np.array(Checkpoint.open(done.path).load()(mx.arange(30)[None])))
+    with pytest.MonkeyPatch.context() as patch:  # the scales alone differ
+        patch.setattr(source.Source, "_same", lambda self, one, name: True)
+        with pytest.raises(VerificationError, match=r"embed_tokens\.(scales|biases)"):
+            convert(other, model.parent / "dropped", resonance=False, verify=True)
+
+
+def test_a_head_alone_keeps_its_quantization(model: Path) -> None:
+    made = convert(model, model.parent / "quantized", resonance=False, quantize=True).path
+    expected = np.array(Checkpoint.open(made).load()(mx.arange(30)[None]))
+    settings = {"group_size": 64, "bits": 4, "mode": "affine", "lm_head": {"group_size": 64, "bits": 4}}
+    names = {f"model.embed_tokens.{part}": f"lm_head.{part}" for part in ("weight", "scales", "biases")}
+    change(made, lambda tensors: {names.get(name, name): value for name, value in tensors.items()})
+    config_of(made, tie_word_embeddings=True, quantization=settings, quantization_config=settings)
+    assert np.array_equal(expected, np.array(Checkpoint.open(made).load()(mx.arange(30)[None])))
+    done = convert(made, model.parent / "again", resonance=False, verify=True)
+    assert "model.embed_tokens" in json.loads((done.path / "config.json").read_text())["quantization"]
+
+
+def test_smollm3_is_tied_by_default(tmp_path: Path) -> None:
+    folder = make(tmp_path / "model", "smollm3", ROPE, "4")
+    expected = np.array(Checkpoint.open(folder).load()(mx.arange(30)[None]))
+    change(folder, lambda tensors: {n.replace("model.embed_tokens", "lm_head"): v for n, v in tensors.items()})
+    config = config_of(folder)
+    del config["tie_word_embeddings"]
+    (folder / "config.json").write_text(json.dumps(config))
+    assert np.array_equal(expected, np.array(Checkpoint.open(folder).load()(mx.arange(30)[None])))
+
+
+def test_a_type_that_mlx_lacks_does_not_stop_the_comparison(model: Path, run: Any) -> None:
+    """inspect and plan read no weights otherwise."""
+    from safetensors.torch import load_file, save_file
+
+    tensors = load_file(str(model / "model.safetensors"))
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(8, dtype=torch.float64)
+    save_file(tensors, str(model / "model.safetensors"))
+    for command in ("plan", "inspect"):
+        code, _, err = run(*filled(COMMANDS[command], model))
+        assert code == 0, err
+
+
+@pytest.mark.parametrize("key", ["rms_norm_eps", "num_key_value_heads"])
+def test_absent_keys_are_transformers_defaults_or_refused(
+    model: Path, key: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = config_of(model)
+    del config[key]
+    (model / "config.json").write_text(json.dumps(config))
+    if key == "num_key_value_heads":  # in transformers all heads, which are more than the weights have
+        with pytest.raises(UsageError, match=r"k_proj\.weight has shape \(32, 64\), config\.json asks for \(64, 64\)"):
+            Checkpoint.open(model).load()
+        return
+    assert Checkpoint.open(model).load().args.rms_norm_eps == 1e-6
+    assert "config.json has no rms_norm_eps: 1e-06 is assumed, as in transformers' llama" in caplog.text
+
+
+def test_part_of_a_model_can_be_loaded_without_the_other_files(model: Path, installed: None) -> None:
+    """mlx-lm does that where several processes share the layers."""
+    tensors = mx.load(str(model / "model.safetensors"))
+    mx.save_safetensors(str(model / "model-00001-of-00002.safetensors"), dict(tensors))
+    (model / "model.safetensors").unlink()
+    names = dict.fromkeys(tensors, "model-00001-of-00002.safetensors")
+    names |= {NORM: "model-00002-of-00002.safetensors"}
+    (model / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+    loaded, _ = mlx_lm.utils.load_model(model, lazy=True, strict=False)
+    assert loaded.args.rope.dims == 16
+    with pytest.raises(MissingFileError, match="model-00002"):
+        mlx_lm.utils.load_model(model)

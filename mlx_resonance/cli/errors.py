@@ -67,7 +67,8 @@ def _flags(way: Remedy, parameters: dict[str, Any]) -> str:
         if value is ANOTHER:
             parts.append(f"another {_name(parameter)}")
         elif isinstance(value, bool):
-            parts.append(_name(parameter) if value else parameter.secondary_opts[0])
+            off = parameter.secondary_opts[0] if parameter.secondary_opts else f"no {_name(parameter)}"
+            parts.append(_name(parameter) if value else off)
         else:
             parts.append(_name(parameter) + ("" if value is None else f" {value}"))
     return " ".join(parts)

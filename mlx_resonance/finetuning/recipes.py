@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import UsageError, check_option
 from ..rope_config import RopeConfig
 from ..rope_types import PREFIX
-from ..scaling import SCALINGS, factor_for, named_rope, new_rope
+from ..scaling import SCALINGS, check_context, factor_for, named_rope, new_rope
 
 # Source: arXiv 2403.00071, section 5.2 (length, steps), with sheryc/resonance_rope `llama_finetuning/train.sh`
 # (warm-up, factor); 64 sequences a step are YaRN's global batch (arXiv 2309.00071, section 4.1). `paper-4k` is for
@@ -134,13 +134,14 @@ def choose(
     if "length" not in values and context is None:
         raise UsageError("config.json has no context length", remedies=[{"length": None}])
     recipe = Recipe(**({"length": context} | values))
-    if context is not None and recipe.length > context:
-        longer = factor_for(after, recipe.length)
+    if context is not None and recipe.length > max(context, after.length_if_unscaled or 0):
+        longer = None if after.window == context else factor_for(after, recipe.length)
         scaling = after.rope_type if after.base_type in SCALINGS else PREFIX + "yarn"
         raise UsageError(
             f"length {recipe.length} exceeds the context of {context} tokens with rope type {after.rope_type}",
             remedies=[*([{"rope": scaling, "factor": longer}] if longer else []), {"length": context}],
         )
+    check_context(after, recipe.length)  # warns where config.json does not say which context it states
     return after, recipe
 
 

@@ -91,6 +91,10 @@ def damage(draw: random.Random, config: dict[str, Any]) -> None:
     inner = config.get("rope_parameters") or config.get("rope_scaling")
     inside = isinstance(inner, dict) and draw.random() < 0.6
     where: dict[str, Any] = inner if inside else config  # type: ignore[assignment]
+    if draw.random() < 0.03:  # a second dictionary
+        other = draw.choice(["rope_parameters", "rope_scaling"])
+        config[other] = copy.deepcopy(draw.choice([*SCALINGS, {"rope_theta": 1e6}]))
+        return
     key = draw.choice(NAMES if inside else TOP_LEVEL)
     how = draw.choice(["add", "add", "remove", "null", "retype"])
     if how in ("remove", "null", "retype") and draw.random() < 0.8:
@@ -167,4 +171,5 @@ def test_a_damaged_config_gives_the_same_angles_or_a_refusal(
     print(dict(found))
     # transformers refuses a LLaMA whose hidden_size is not a multiple of its heads; here the weights' shapes decide.
     assert found["read here only"] < 0.005 * count
+    assert found["refused here only"] < 0.35 * count  # mostly sizes that are null, and keys of other rope types
     assert found["same angles"] > 0.2 * count and found["both refuse"] > 0.1 * count
