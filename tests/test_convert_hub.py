@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from mlx_resonance.convert import convert
 
+import mlx.core as mx
 import pytest
 
 from .checkpoints import contents
@@ -203,6 +204,34 @@ from mlx_resonance.cli import main; main()
     whole = hub.command(tmp_path / "cache", "convert", REPO, "--mlx-path", tmp_path / "whole" / "out", *SMALL)
     assert whole.returncode == 0, whole.stderr
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
+
+
+@pytest.mark.parametrize("differs", [False, True])
+def test_a_tied_head_that_is_consumed_is_compared_part_by_part(
+    random_llama: Path, tmp_path: Path, differs: bool
+) -> None:
+    """Its codes may be the embedding's while its scales differ."""
+    folder = convert(random_llama, tmp_path / "model", resonance=False, quantize=True).path
+    tensors = dict(mx.load(str(folder / "model.safetensors")))
+    for part in ("weight", "scales", "biases"):
+        factor = 2 if differs and part != "weight" else 1
+        tensors[f"lm_head.{part}"] = tensors[f"model.embed_tokens.{part}"] * factor
+    mx.eval(tensors)
+    mx.save_safetensors(str(folder / "model.safetensors"), tensors, {"format": "mlx"})
+    config = json.loads((folder / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    for name in ("conversion.json", "model.safetensors.index.json"):
+        (folder / name).unlink()
+    options = ("--mlx-path", tmp_path / "out", "--no-resonance", "--consume-source")
+    with serve(REPO, folder) as hub:
+        done = hub.command(tmp_path / "cache", "convert", REPO, *options)
+    if differs:
+        assert done.returncode == 2 and "Traceback" not in done.stderr and not (tmp_path / "out").exists()
+        assert " differs from model.embed_tokens." in done.stderr
+        assert done.stderr.rstrip().endswith("give no --consume-source")
+    else:
+        assert done.returncode == 0, done.stderr
+        assert "lm_head.weight (equal to model.embed_tokens.weight, to which it is tied)" in done.stderr
 
 
 def test_a_folder_of_the_user_is_not_consumed(run: Any, random_llama: Path, tmp_path: Path) -> None:
