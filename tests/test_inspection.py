@@ -176,7 +176,7 @@ def test_of_a_model_on_the_hub_the_record_is_read(hub_model: Any, tmp_path: Path
     done = hub_model.command(tmp_path / "cache", "inspect", "someone/model", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["trained_on_record"] is True
-    assert sorted(hub_model.downloaded) == ["config.json", "conversion.json"]
+    assert sorted(hub_model.downloaded) == ["config.json", "conversion.json", "tokenizer_config.json"]
 
 
 def test_conversion_of_a_fine_tuned_model_on_the_hub_keeps_its_record(tuned: Path, tmp_path: Path) -> None:
