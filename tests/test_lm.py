@@ -121,7 +121,11 @@ def test_no_or_an_unknown_subcommand_is_one_line_and_exit_2(run_lm: Any, argumen
 
 @pytest.mark.parametrize(
     ("kind", "message"),
-    [("missing", "damaged"), ("no weights", "model.safetensors is missing"), ("config is not JSON", "Expecting property name")],
+    [
+        ("missing", "damaged"),
+        ("no weights", "model.safetensors is missing"),
+        ("config is not JSON", "Expecting property name"),
+    ],
 )
 def test_a_folder_that_cannot_be_loaded_is_one_line_and_exit_2(
     run_lm: Any, extended: Path, tmp_path: Path, kind: str, message: str
