@@ -154,7 +154,8 @@ def outcome(config: dict[str, Any], log: list[str]) -> str:
         return "read here only, with a warning" if said else "read here only"
     for mine, theirs in zip(found, expected, strict=True):
         assert mine.shape == theirs.shape, config
-        np.testing.assert_allclose(mine, theirs, rtol=2e-5, atol=1e-12, err_msg=str(config))
+        # transformers computes in float32; on YaRN's ramp, with a factor of 2048, its error reaches 3e-5.
+        np.testing.assert_allclose(mine, theirs, rtol=1e-4, atol=1e-12, err_msg=str(config))
     return "same angles"
 
 
