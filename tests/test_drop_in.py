@@ -259,5 +259,6 @@ def test_angles_that_change_with_the_length_do_not_continue_a_cache(random_llama
 def test_every_public_name_is_shown_and_imported() -> None:
     names, space = set(mlx_resonance.__all__), dict[str, Any]()
     assert {"Checkpoint", "generate", "install"} < names <= set(dir(mlx_resonance))
+    assert names == {name for name in dir(mlx_resonance) if not name.startswith("__")}
     exec("from mlx_resonance import *", space)
     assert space.keys() - {"__builtins__"} == names
