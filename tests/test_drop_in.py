@@ -51,7 +51,7 @@ REFUSED: list[tuple[Options, str]] = [
     (lambda model: {"kv_bits": 8, "kv_group_size": 32}, "kv_group_size must be 64 for this head size, got 32"),
     (lambda model: {"kv_bits": 8, "quantized_kv_start": 5000}, "quantized_kv_start must be 0: all tokens"),
     (lambda model: {"prompt_cache": make_prompt_cache(model)[:3]}, "a list of 5 caches, one per layer, got 3 of them"),
-    (lambda model: {"prompt_cache": KVCache()}, "a list of 5 caches, one per layer, got a KVCache"),
+    (lambda model: {"prompt_cache": KVCache()}, "a list of 5 caches, one per layer, got KVCache"),
     (lambda model: {"prompt_cache": [BatchKVCache([0])] * 5}, "the same number of tokens of one text in every layer"),
     (lambda model: {"prompt_cache": [RotatingKVCache(64)] * 5}, "rotating cache of 64 .* a text of 66"),
     (lambda model: {"prompt_cache": [QuantizedKVCache()] * 5, "kv_bits": 4}, "have 8 bits, kv_bits asks for 4"),

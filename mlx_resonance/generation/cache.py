@@ -68,7 +68,7 @@ def cached_tokens(model: nn.Module, caches: list[Any], new: int) -> int:
     """
     layers = len(model.layers)
     if not isinstance(caches, list) or len(caches) != layers:
-        got = f"{len(caches)} of them" if isinstance(caches, list) else f"{caches!r:.60}"
+        got = f"{len(caches)} of them" if isinstance(caches, list) else type(caches).__name__
         raise UsageError(f"prompt_cache must be a list of {layers} caches, one per layer, got {got}")
     held: Any = getattr(caches[0], "offset", None)
     for cache in caches:
