@@ -6,12 +6,14 @@ import inspect
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields, is_dataclass
+from functools import wraps
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import mlx.nn as nn
 import mlx_lm.utils
+from mlx_lm.generate import BatchGenerator
 from mlx_lm.models import rope_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
@@ -19,7 +21,7 @@ from . import tokenizer
 from .attention import ADAPTED_FILES, set_rope
 from .checkpoint import Checkpoint
 from .errors import MissingFileError, UsageError
-from .files import WEIGHTS, weight_files
+from .files import WEIGHTS, read_json, weight_files
 from .rope import ResonanceRoPE
 from .rope_config import RopeConfig
 from .rope_reading import NO_EFFECT
@@ -46,8 +48,11 @@ def install() -> None:
 
     The tokenizers of these six are loaded as by `load` too.
 
-    This replaces three functions of mlx-lm, wherever they have been imported: `load_model`, `load_tokenizer` and
-    `initialize_rope`. Calling it again changes nothing.
+    Token ids that a model has no row for are refused before its first pass.
+
+    This replaces functions of mlx-lm, wherever they have been imported: `load_model`, `load_tokenizer`,
+    `initialize_rope`, `generate_step`, and the method that takes the prompts of a batch. Calling it again changes
+    nothing.
     """
     if hasattr(mlx_lm.utils.load_model, "of_mlx_lm"):
         return
@@ -55,10 +60,13 @@ def install() -> None:
         (mlx_lm.utils.load_model, _load_model),
         (mlx_lm.utils.load_tokenizer, _load_tokenizer),
         (rope_utils.initialize_rope, _initialize_rope),
+        (sys.modules["mlx_lm.generate"].generate_step, _generate_step),
     ):
         ours: Any = make(original)
         ours.of_mlx_lm = original
         _replace(original, ours)
+    if not hasattr(BatchGenerator.insert_segments, "of_mlx_lm"):
+        BatchGenerator.insert_segments = _insert_segments(BatchGenerator.insert_segments)
 
 
 def _replace(original: Callable[..., Any], ours: Callable[..., Any]) -> None:
@@ -66,6 +74,36 @@ def _replace(original: Callable[..., Any], ours: Callable[..., Any]) -> None:
         for name, value in list(getattr(module, "__dict__", {}).items()):
             if value is original:
                 setattr(module, name, ours)
+
+
+def _check_ids(model: Any, ids: Iterable[Any]) -> None:
+    """Refuse ids without a row in one of our models: MLX would read whatever is in memory behind the embedding."""
+    args: Any = getattr(model, "args", None)
+    if isinstance(getattr(args, "rope", None), RopeConfig):
+        for number in ids:
+            if not 0 <= number < args.vocab_size:
+                raise tokenizer.no_row(number, None, args.vocab_size)
+
+
+def _generate_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def generate_step(prompt: Any, model: Any, *args: Any, **options: Any) -> Any:
+        _check_ids(model, prompt.tolist())
+        return original(prompt, model, *args, **options)
+
+    return generate_step
+
+
+def _insert_segments(original: Callable[..., Any]) -> Any:
+    @wraps(original)
+    def insert_segments(self: Any, segments: Any, *args: Any, **options: Any) -> Any:
+        for prompt in segments:
+            for segment in prompt:
+                _check_ids(self.model, segment)
+        return original(self, segments, *args, **options)
+
+    insert_segments.of_mlx_lm = original  # type: ignore[attr-defined]
+    return insert_segments
 
 
 def _load_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:
@@ -117,6 +155,8 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
             return model_class, SimpleNamespace(from_dict=lambda config: _arguments(args_class, config | honoured))
 
         folder = Path(bound.arguments["model_path"])
+        if (folder / "generation_config.json").is_file():
+            read_json(folder / "generation_config.json")  # mlx-lm takes for granted that it is an object
         if bound.arguments["strict"] and folder.is_dir() and not any(folder.glob(WEIGHTS)):
             weight_files(folder)  # says what the folder has instead
         bound.arguments["get_model_classes"] = classes

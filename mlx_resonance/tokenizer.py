@@ -12,7 +12,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx_lm.utils
-from mlx_lm.tokenizer_utils import BPEStreamingDetokenizer, NaiveStreamingDetokenizer, TokenizerWrapper
+from mlx_lm.tokenizer_utils import (
+    BPEStreamingDetokenizer,
+    NaiveStreamingDetokenizer,
+    SPMStreamingDetokenizer,
+    TokenizerWrapper,
+)
 from transformers import AutoConfig
 
 from .errors import MissingFileError, UsageError
@@ -162,6 +167,10 @@ def load_tokenizer(
         wrapper = _read(folder, settings, {"config": model, **options}, eos)
         if (folder / "tokenizer.json").is_file():
             _use_file(wrapper, folder / "tokenizer.json", settings)
+        elif (folder / "tokenizer.model").is_file() and b'"ByteFallback"' in _state(wrapper):
+            # mlx-lm looks for the kind of a decoder in tokenizer.json. The one it takes without repeats bytes, and
+            # drops a space at the beginning of each line.
+            _set_detokenizer(wrapper, SPMStreamingDetokenizer)
         _decode_bytes(wrapper)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UsageError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
@@ -279,6 +288,11 @@ def _decode_bytes(wrapper: TokenizerWrapper) -> None:
     if backend is not None and _encodes_bytes(backend) and not _is_byte_level(backend.decoder):
         backend.decoder = decoders.ByteLevel()
         _set_detokenizer(wrapper, BPEStreamingDetokenizer)
+
+
+def _state(wrapper: TokenizerWrapper) -> bytes:
+    backend = getattr(wrapper._tokenizer, "backend_tokenizer", None)
+    return b"" if backend is None or backend.decoder is None else bytes(backend.decoder.__getstate__())
 
 
 def _encodes_bytes(backend: Any) -> bool:

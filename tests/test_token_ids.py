@@ -249,3 +249,23 @@ def test_the_server_answers_400(port: int) -> None:
         assert chat("") == (400, "the prompt is empty")
         assert chat("import", logit_bias={str(ROWS): 5})[0] == 400
         assert chat("import") == (200, None)
+
+
+@pytest.mark.parametrize("ids", [[5, 2048], [99999, 5], [-1]])
+def test_mlx_lm_refuses_such_ids_after_install(stdlib_llama: Path, ids: list[int], installed: None) -> None:
+    """MLX would read what is in memory behind the embedding, or crash."""
+    model, tokenizer = mlx_lm.load(str(stdlib_llama))
+    bad = next(number for number in ids if not 0 <= number < 2048)
+    with pytest.raises(UsageError, match=f"there is no token id {bad}: the model's vocabulary has 2048 ids"):
+        mlx_lm.generate(model, tokenizer, ids, max_tokens=2)
+    with pytest.raises(UsageError, match=f"there is no token id {bad}"):
+        mlx_lm.batch_generate(model, tokenizer, [[5, 6], ids], max_tokens=2)
+    assert mlx_lm.generate(model, tokenizer, [5, 6], max_tokens=2)
+
+
+def test_a_generation_config_that_is_no_object_is_one_line(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(stdlib_llama, tmp_path / "model")
+    (folder / "generation_config.json").write_text("[]")
+    for command in (("generate",), ("lm", "generate")):
+        code, out, err = run(*command, "--model", folder, "--prompt", "x", "--max-tokens", 1)
+        assert (code, out, err.count("\n")) == (2, "", 1) and "generation_config.json is not a JSON object" in err

@@ -44,11 +44,13 @@ def opened(folder: Path) -> Any:
 
 
 def streamed(tokenizer: Any, ids: list[int]) -> str:
-    detokenizer = tokenizer.detokenizer
+    """As mlx-lm's generation reads it: piece by piece."""
+    detokenizer, pieces = tokenizer.detokenizer, []
     for number in ids:
         detokenizer.add_token(number)
+        pieces.append(detokenizer.last_segment)
     detokenizer.finalize()
-    return detokenizer.text
+    return "".join([*pieces, detokenizer.last_segment])
 
 
 REPLACE = {"type": "Replace", "pattern": {"String": "▁"}, "content": " "}
@@ -199,6 +201,8 @@ def test_tokenizer_model_alone_puts_bos_in_front(
     assert ids == [expected.bos_id()] * bos + expected.encode(text)
     assert tokenizer.decode(ids, skip_special_tokens=True).strip(" ") == text.strip(" ")
     assert prompt_tokens(tokenizer, "<s>" + text).count(1) == 1
+    indented = "def f(\n    x)\n日本語é"
+    assert streamed(tokenizer, expected.encode(indented)).strip(" ") == indented
     after = tokenizer.convert_ids_to_tokens(tokenizer.encode("<s>import", add_special_tokens=False))
     assert after == ["<s>", *expected.encode("import", out_type=str)]  # `legacy`, also the default of transformers 4
 

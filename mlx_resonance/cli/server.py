@@ -83,7 +83,7 @@ def harden_server() -> None:
     def load_default(self: Any) -> None:
         try:
             load(self)
-        except (OSError, ValueError, RuntimeError) as error:  # in a thread: mlx-lm would keep running without answering
+        except Exception as error:  # in a thread: mlx-lm would keep running without answering
             sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
             sys.stderr.flush()
             os._exit(2)
