@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ NAMES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16", "float8_e4m3fn"
 SAFE_VERSION = (2, 6)  # before it, weights_only could be made to run code (CVE-2025-32434)
 
 
-class WeightFile:
+class WeightFile(ABC):
     """A file of tensors, none read yet.
 
     Attributes:
@@ -29,15 +30,15 @@ class WeightFile:
     tensors: dict[str, TensorInfo]
     download = 0
 
+    @abstractmethod
     def read(self, tensor: str) -> mx.array:
         """One tensor, lazy or not."""
-        raise NotImplementedError
 
+    @abstractmethod
     def names(self) -> list[str]:
         """The names of its tensors, read from the file again: for verification, which trusts nothing read before."""
-        raise NotImplementedError
 
-    def release(self) -> None:
+    def release(self) -> None:  # noqa: B027
         """None of its tensors will be read again. A file of the user's, or in the hub's cache, is kept."""
 
 

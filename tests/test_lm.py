@@ -13,6 +13,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlx_resonance.cli.lm import refuse_empty
+
 import pytest
 
 SCRIPTS = Path(sys.executable).parent
@@ -139,3 +141,32 @@ def test_a_folder_that_cannot_be_loaded_is_one_line_and_exit_2(
             (folder / "config.json").write_text("{")
     code, out, err = run_lm("generate", "--model", folder)
     assert (code, out, err.count("\n")) == (2, "", 1) and err.startswith("error: ") and message in err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("generate", "--model", ""),
+        ("lora", "--model", "{model}", "--train", "--data", ""),
+        ("lora", "--model", "{model}", "--train", "--data="),
+        ("cache_prompt", "--model", "{model}", "--prompt", "x", "--prompt-cache-file", " "),
+        ("convert", "--hf-path", "", "--mlx-path", "{model}-out"),
+    ],
+)
+def test_an_empty_path_is_refused(arguments: tuple[str, ...], stdlib_llama: Path, tmp_path: Path, run: Any) -> None:
+    """mlx-lm would take the current folder."""
+    code, out, err = run("lm", *(part.format(model=stdlib_llama) for part in arguments))
+    assert (code, out, err.count("\n")) == (2, "", 1) and "is empty" in err
+
+
+def test_an_empty_text_is_for_mlx_lm_to_judge() -> None:
+    refuse_empty(["generate", "--prompt", "", "--system-prompt=", "--ignore-chat-template"])
+
+
+def test_a_result_that_cannot_be_written_is_one_line(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full() -> None:
+        raise RuntimeError("[write] Unable to write 8 bytes to file.")
+
+    monkeypatch.setattr("mlx_lm.cli.main", full)
+    code, out, err = run("lm", "convert", "--hf-path", "x")
+    assert (code, out, err.count("\n")) == (1, "", 1) and "is the disk full? [write] Unable to write" in err

@@ -117,7 +117,7 @@ def test_a_leftover_quantization_config_is_ignored(
     assert code == 0, err
 
 
-def test_one_that_says_quantized_is_refused(model: Path) -> None:
+def test_one_that_says_quantized_is_refused(model: Path, installed: None) -> None:
     config_of(model, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
     with pytest.raises(UsageError, match="quantized with bitsandbytes"):
         convert(model, model.parent / "out")
@@ -126,7 +126,7 @@ def test_one_that_says_quantized_is_refused(model: Path) -> None:
         with pytest.raises(UsageError, match="quantization_config must be an object with a quant_method"):
             Checkpoint.open(model)
         with pytest.raises(UsageError, match="quantization_config must be an object with a quant_method"):
-            mlx_lm.utils.load_model(model) if hasattr(mlx_lm.utils.load_model, "of_mlx_lm") else Checkpoint.open(model)
+            mlx_lm.utils.load_model(model)
 
 
 def test_a_dynamic_yarn_is_converted_with_another_scaling(model: Path, run: Any) -> None:

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Sequence
 
 import typer
 
+from ..errors import UsageError
+
+# Options of mlx-lm that may be empty; of all others, an empty value would be taken for the current folder.
+TEXTS = {"--prompt", "-p", "--system-prompt", "--prefill-response", "--chat-template", "--chat-template-config"}
 CONTEXT = {"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
 
 
 def command(context: typer.Context) -> None:
     """Run a command of mlx-lm: server, chat, lora, …"""
+    refuse_empty(context.args)
+
     from mlx_lm import cli
 
     from ..mlx_lm_models import install
@@ -24,4 +31,18 @@ def command(context: typer.Context) -> None:
 
         harden_server()
     sys.argv = [" ".join(["mlx-resonance lm", *context.args[:1]]), *context.args]
-    cli.main()
+    try:
+        cli.main()
+    except RuntimeError as error:  # from MLX, where a file cannot be written
+        if "[write]" in str(error) or "[save" in str(error):
+            raise OSError(f"the result cannot be written, is the disk full? {error}") from None
+        raise
+
+
+def refuse_empty(arguments: Sequence[str]) -> None:
+    """Raise UsageError if an option that is no text has an empty value."""
+    for before, value in zip(arguments, [*arguments[1:], "x"], strict=False):
+        name, is_joined, joined = before.partition("=")
+        empty = before.startswith("-") and not (joined if is_joined else value).strip()
+        if empty and name not in TEXTS:
+            raise UsageError(f"the value of {name} is empty")
