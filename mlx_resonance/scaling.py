@@ -161,7 +161,7 @@ def check_context(rope: RopeConfig, tokens: int, what: str = "") -> None:
     if rope.window == limit:
         factor, why = None, ", the window of its attention"
     raise UsageError(
-        f"{what or f'{tokens} tokens'} exceed the checkpoint's context of {limit} tokens{why}",
+        f"{what or f'{tokens:,} tokens'} exceed the checkpoint's context of {limit:,} tokens{why}",
         remedies=[] if factor is None else [{"factor": factor}],
     )
 

@@ -18,5 +18,6 @@ def parse_size(text: str, option: str) -> int:
 
 
 def format_size(size: float) -> str:
-    """Format bytes for people, e.g. 3.25 GB or 118 MB."""
-    return f"{size / 1e9:.3g} GB" if abs(size) >= 1e9 else f"{size / 1e6:.3g} MB"
+    """Format bytes for people, e.g. 1,203.25 GB or 118.4 MB."""
+    megabytes = round(size / 1e6, 1)
+    return f"{size / 1e9:,.2f} GB" if megabytes >= 1000 else f"{megabytes:.1f} MB"

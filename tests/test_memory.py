@@ -6,6 +6,7 @@ import gc
 import json
 import math
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,19 @@ from mlx_lm.models import qwen3
 
 from .checkpoints import random_checkpoint
 
-KEYS = {"context", "weights", "kv_per_token", "kv", "prefill", "total", "limit", "fits", "max_context"}
+WEIGHTS = "model.safetensors"
+KEYS = {
+    "context",
+    "context_length",
+    "weights",
+    "kv_per_token",
+    "kv",
+    "prefill",
+    "total",
+    "limit",
+    "fits",
+    "max_context",
+}
 SHAPES = {
     "stdlib-llama": (256, 576, 5, 4, 2, 2048, mx.float32),
     "wide": (512, 1536, 4, 8, 8, 4096, mx.float32),
@@ -113,7 +126,7 @@ def test_the_largest_context_is_exactly_the_largest(big: Path, there: int) -> No
 
 
 def refusal(folder: Path, context: int, **options: Any) -> UsageError:
-    with pytest.raises(UsageError, match=f"^{context} tokens need .* the limit is ") as error:
+    with pytest.raises(UsageError, match=f"^{context:,} tokens need .* the limit is ") as error:
         require_memory(Checkpoint.open(folder), context, **options)
     assert error.value.remedies[-1] == {"force": True}
     return error.value
@@ -138,9 +151,9 @@ def test_the_remedies_fit(big: Path, there: float, kv_bits: int | None, step: in
             assert format_size(size) in error.message
         for way in error.remedies[:-1]:
             assert way and plan_memory(big, context, **options | dict(way)).fits
-        if found := re.search(r"up to (\d+) tokens fit with keys and values in (\d+) bit", error.message):
+        if found := re.search(r"up to ([\d,]+) tokens fit with keys and values in (\d+) bit", error.message):
             bits = None if found[2] == "16" else int(found[2])
-            assert plan_memory(big, int(found[1]), **options | {"kv_bits": bits}).fits
+            assert plan_memory(big, int(found[1].replace(",", "")), **options | {"kv_bits": bits}).fits
         else:
             assert "only a smaller model" in error.message
             assert not plan_memory(big, 1, **options | {"kv_bits": 4}).fits
@@ -168,7 +181,8 @@ def test_plan_prints_what_the_design_says(random_llama: Path, run: Any) -> None:
     plan = json.loads(out)
     assert code == 0 and out.count("\n") == 1, err
     assert set(plan) == KEYS and plan["context"] == 100 and plan["fits"] is True
-    assert set(plan["max_context"]) == {"16 bit"}  # its heads of 16 have no quantized form
+    assert set(plan["max_context"]) == {"32 bit"}  # its type; its heads of 16 have no quantized form
+    assert plan["context_length"] == 128
     code, out, _ = run("plan", "--model", random_llama)
     assert code == 0 and "128 tokens" in out and "It fits." in out
     code, out, _ = run("plan", "--model", random_llama, "--memory", "3GB")
@@ -182,10 +196,60 @@ def test_plan_prints_what_the_design_says(random_llama: Path, run: Any) -> None:
 def test_plan_names_the_largest_context_of_every_format(big: Path, run: Any) -> None:
     most = plan_memory(big, 1, memory=12 * 10**9).max_context
     code, out, _ = run("plan", "--model", big, "--context", most["8 bit"], "--memory", "12GB")
-    assert code == 0 and all(f"in {name}: up to {count} tokens" in out for name, count in most.items())
+    assert code == 0 and all(f"in {name}: up to {count:,} tokens\n" in out for name, count in most.items())
     assert "It does not fit: " in out and " ".join(out.split()).endswith(
         "in 4 bit: give --kv-bits 8 or --prefill-step-size 512"
     )
+
+
+def test_plan_says_what_is_past_the_context(stdlib_llama: Path, copy_of: Any, run: Any) -> None:
+    """Memory is not all that a context needs."""
+    common = ["plan", "--model", stdlib_llama, "--memory", "3.3GB"]
+    code, out, _ = run(*common)
+    most = plan_memory(stdlib_llama, memory=33 * 10**8).max_context
+    assert code == 0 and min(most.values()) > 512
+    assert all(
+        f"in {name}: up to {count:,} tokens, past the checkpoint's context\n" in out for name, count in most.items()
+    )
+    least, factor = min(most.values()), math.ceil(min(most.values()) / 512)
+    assert f"{least:,} tokens exceed the checkpoint's context of 512 tokens: give --factor {factor}\n" in out
+    assert "past" in run(*common, "--factor", factor - 1)[1]
+    code, out, _ = run(*common, "--factor", 2**20)
+    assert code == 0 and "past" not in out and "exceed" not in out
+    code, out, _ = run(*common, "--context", 9 * least)
+    factor = math.ceil(9 * least / 512)
+    assert f"{9 * least:,} tokens exceed the checkpoint's context of 512 tokens: give --factor {factor}\n" in out
+    windowed = copy_of(stdlib_llama, model_type="mistral", sliding_window=256, architectures=["MistralForCausalLM"])
+    assert "the window of its attention" in run("plan", "--model", windowed, "--memory", "3.3GB")[1]
+    error = refusal(stdlib_llama, 10**9, memory=33 * 10**8).message
+    assert error.endswith(" bit, past the checkpoint's context of 512")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_a_format_is_named_after_what_it_is_computed_in(dtype: str, stdlib_llama: Path, tmp_path: Path) -> None:
+    weights = {name: value.astype(getattr(mx, dtype)) for name, value in mx.load(str(stdlib_llama / WEIGHTS)).items()}
+    shutil.copytree(stdlib_llama, tmp_path / "model")
+    mx.save_safetensors(str(tmp_path / "model" / WEIGHTS), weights)
+    assert list(plan_memory(tmp_path / "model", 8).max_context) == [
+        "32 bit" if dtype == "float32" else "16 bit", "8 bit", "4 bit"
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("there", [1, 10**6, 3 * 2**30 - 1, 3 * 2**30 + 1])
+def test_memory_is_never_negative(there: int, big: Path) -> None:
+    plan = plan_memory(big, 1000, memory=there).to_dict()
+    assert all(value >= 0 for value in plan.values() if isinstance(value, int)) and not plan["fits"]
+
+
+@pytest.mark.parametrize(
+    ("size", "text"),
+    [
+        (0, "0.0 MB"), (118_449_999, "118.4 MB"), (999_949_999, "999.9 MB"), (999_950_000, "1.00 GB"),
+        (16_345_678_901, "16.35 GB"), (1_203_254_000_000, "1,203.25 GB"),
+    ],
+)  # fmt: skip
+def test_sizes_as_people_read_them(size: int, text: str) -> None:
+    assert format_size(size) == text
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def test_scaling_again_equals_scaling_once(name: str, resonance: bool) -> None:
     assert rescale(read, 8) == once
     assert rescale(read, 16) == new_rope(PLAIN, name, 16, None, resonance)
     assert factor_for(read, 8192) == 16
-    with pytest.raises(UsageError, match="8192 tokens exceed the checkpoint's context of 4096 tokens") as error:
+    with pytest.raises(UsageError, match="8,192 tokens exceed the checkpoint's context of 4,096 tokens") as error:
         check_context(read, 8192)
     assert error.value.remedies == ({"factor": 16},)
     assert named_rope(read, "default", None) == PLAIN

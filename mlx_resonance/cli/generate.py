@@ -184,6 +184,7 @@ def _read(prompt_file: Path | None) -> str:
 def run(model: nn.Module, tokenizer: TokenizerWrapper, tokens: list[int], show: bool, **options: Any) -> dict[str, Any]:
     """Generate with a progress bar for the prompt; stream the text to stdout if `show`. Returns the figures."""
     from ..generation import figures, stream_generate
+    from ..sizes import format_size
 
     pieces = []
     with progress_bar() as bar:
@@ -202,9 +203,9 @@ def run(model: nn.Module, tokenizer: TokenizerWrapper, tokens: list[int], show: 
         print(flush=True)
     result = figures("".join(pieces), response)
     stderr.print(
-        f"prompt {result['prompt_tokens']} tokens, {result['prompt_tps']:,.0f} tokens/s; "
-        f"generated {result['generation_tokens']} tokens, {result['generation_tps']:,.0f} tokens/s; "
-        f"peak memory {result['peak_memory']:.3f} GB",
+        f"prompt {result['prompt_tokens']:,} tokens, {result['prompt_tps']:,.0f} tokens/s; "
+        f"generated {result['generation_tokens']:,} tokens, {result['generation_tps']:,.0f} tokens/s; "
+        f"peak memory {format_size(1e9 * result['peak_memory'])}",
         soft_wrap=True,
     )
     return result

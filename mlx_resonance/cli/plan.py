@@ -8,7 +8,7 @@ from rich.table import Table
 from typer import Context as Invocation
 from typer import Option
 
-from .options import Json, KvBits, Memory, Model, PrefillStep
+from .options import Factor, Json, KvBits, Memory, Model, PrefillStep
 from .output import print_json, stdout
 
 
@@ -18,6 +18,7 @@ def command(
     context: Annotated[
         int | None, Option(min=1, max=2**31, help="Tokens of prompt and answer. Default: the whole context.")
     ] = None,
+    factor: Factor = None,
     kv_bits: KvBits = None,
     memory: Memory = None,
     prefill_step_size: PrefillStep = 2048,
@@ -30,11 +31,13 @@ def command(
     from ..checkpoint import Checkpoint
     from ..errors import UsageError
     from ..generation.memory import plan_memory, require_memory
+    from ..rope_types import LONGEST
+    from ..scaling import check_context
     from ..sizes import format_size
     from .errors import in_words
 
     options: dict[str, Any] = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size}
-    checkpoint = Checkpoint.open(model)
+    checkpoint = Checkpoint.open(model, factor=factor)
     plan = plan_memory(checkpoint, context, **options)
     if json:
         print_json(plan.to_dict())
@@ -43,13 +46,20 @@ def command(
     table.add_column()
     table.add_column(justify="right")
     table.add_row("weights", format_size(plan.weights))
-    table.add_row(f"KV cache of {plan.context} tokens", format_size(plan.kv))
+    table.add_row(f"KV cache of {plan.context:,} tokens", format_size(plan.kv))
     table.add_row("reading the prompt", format_size(plan.prefill))
     table.add_row("total", format_size(plan.total))
     table.add_row("limit", format_size(plan.limit))
     stdout.print(table)
+    context_length = plan.context_length or LONGEST
     for name, most in plan.max_context.items():
-        stdout.print(f"with a KV cache in {name}: up to {most} tokens" if most else f"in {name}: nothing fits")
+        past = ", past the checkpoint's context" if most > context_length else ""
+        stdout.print(f"with a KV cache in {name}: up to {most:,} tokens{past}" if most else f"in {name}: nothing fits")
+    try:
+        beyond = [most for most in plan.max_context.values() if most > context_length]
+        check_context(checkpoint.rope, max(plan.context, min(beyond, default=0)))
+    except UsageError as error:  # memory is not all that a context needs
+        stdout.print(in_words(error, invocation.command), soft_wrap=True)
     try:
         require_memory(checkpoint, plan.context, **options)
         stdout.print("It fits.")

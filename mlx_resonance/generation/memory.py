@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from .cache import group_size
 from .prefill import PREFILL_BATCH, STEP, chunk_size
 
 RESERVE, RESERVE_PART = 3 * 2**30, 0.05  # bytes, and fraction of the limit, that are left to everything else
-KV_FORMATS: Mapping[str, int | None] = {"16 bit": None, "8 bit": 8, "4 bit": 4}
+QUANTIZED = (8, 4)  # bits of a KV cache
 FUSED_DIMS = (64, 80, 128)  # head sizes for which Metal's attention stores no scores
 # Numbers in flight per token of a chunk, as multiples of the sizes of the hidden state, the keys and the feed-forward
 # layer. MLX schedules about ten operations ahead; found by measuring (benchmarks/memory.py).
@@ -42,6 +41,7 @@ class MemoryPlan:
         limit: bytes of memory, less the reserve.
         fits: whether the total is within the limit.
         max_context: by KV format, the maximum number of tokens that fit.
+        context_length: tokens of context that the checkpoint has; None if config.json does not say.
     """
 
     context: int
@@ -53,6 +53,7 @@ class MemoryPlan:
     limit: int
     fits: bool
     max_context: dict[str, int]
+    context_length: int | None
 
     def to_dict(self) -> dict[str, Any]:
         """As a dictionary for JSON."""
@@ -151,7 +152,8 @@ def plan_memory(
             low, high = (middle, high) if needed(middle, bits) <= limit else (low, middle - 1)
         return low
 
-    formats = KV_FORMATS if dims.head_dim % 32 == 0 else {"16 bit": None}
+    formats: dict[str, int | None] = {f"{8 * dims.item_size} bit": None}
+    formats |= {f"{bits} bit": bits for bits in QUANTIZED if dims.head_dim % 32 == 0}
     per_token, total = kv_per_token(dims, kv_bits), needed(context, kv_bits)
     return MemoryPlan(
         context=context,
@@ -163,6 +165,7 @@ def plan_memory(
         limit=limit,
         fits=total <= limit,
         max_context={name: most(bits) for name, bits in formats.items()},
+        context_length=checkpoint.rope.context_length,
     )
 
 
@@ -187,7 +190,7 @@ def require_memory(checkpoint: Checkpoint, context: int, **options: Any) -> None
     if not plan.fits:
         ways = remedies(checkpoint, plan, **options)
         raise UsageError(
-            f"{context} tokens need {format_size(plan.total)} (weights {format_size(plan.weights)}, keys and values "
+            f"{context:,} tokens need {format_size(plan.total)} (weights {format_size(plan.weights)}, keys and values "
             f"{format_size(plan.kv)}, reading the prompt {format_size(plan.prefill)}), the limit is "
             f"{format_size(plan.limit)}: {fitting_context(plan)}",
             remedies=[*ways, {"force": True}],
@@ -197,9 +200,12 @@ def require_memory(checkpoint: Checkpoint, context: int, **options: Any) -> None
 def fitting_context(plan: MemoryPlan) -> str:
     """How many tokens fit, in words."""
     best = max(plan.max_context, key=plan.max_context.__getitem__)
-    if plan.max_context[best] == 0:
+    best_tokens = plan.max_context[best]
+    if best_tokens == 0:
         return "only a smaller model, or one with fewer bits, would fit"
-    return f"up to {plan.max_context[best]} tokens fit with keys and values in {best}"
+    past = best_tokens > (plan.context_length or best_tokens)
+    where = f", past the checkpoint's context of {plan.context_length:,}" if past else ""
+    return f"up to {best_tokens:,} tokens fit with keys and values in {best}{where}"
 
 
 def remedies(checkpoint: Checkpoint, plan: MemoryPlan, **options: Any) -> list[dict[str, int]]:
@@ -213,7 +219,7 @@ def remedies(checkpoint: Checkpoint, plan: MemoryPlan, **options: Any) -> list[d
     if (count := options.get("sequences", 1)) > 1:
         sizes = (size for size in (16, 8, 4, 2, 1) if size < count and fits(sequences=size))
         ways += [{"batch_size": size} for size in sizes][:1]
-    fewer = [bits for name in plan.max_context if (bits := KV_FORMATS[name]) and bits < (kv_bits or 16)]
+    fewer = [bits for bits in QUANTIZED if f"{bits} bit" in plan.max_context and bits < (kv_bits or 16)]
     smaller = [size for size in (512, 128) if size < step]
     alone = [{"kv_bits": bits} for bits in fewer if fits(kv_bits=bits)][:1]
     alone += [{"prefill_step_size": size} for size in smaller if fits(prefill_step_size=size)][:1]

@@ -235,8 +235,8 @@ def check_length(rope: RopeConfig, prompt: int, new: int, held: int = 0) -> None
         rope: the settings in use.
         prompt, new, held: tokens of the prompt, of the answer, and of the text before the prompt.
     """
-    cached = f"{held} cached tokens, " if held else ""
-    check_context(rope, held + prompt + new, f"{cached}{prompt} prompt tokens and {new} new ones")
+    cached = f"{held:,} cached tokens, " if held else ""
+    check_context(rope, held + prompt + new, f"{cached}{prompt:,} prompt tokens and {new:,} new ones")
 
 
 def generate(
