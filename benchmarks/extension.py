@@ -4,10 +4,9 @@
     python benchmarks/extension.py stdlib-llama --steps 0 --work-dir … --output …
 
 `mini` trains its own models from scratch, with plain RoPE and with resonance, three seeds of each; `stdlib-llama` is
-the checkpoint of the package, `copy` the same after 400 steps with passkeys in its rows. Each is then extended with
-every scaling: as it is (0 steps of fine-tuning) and after the other `--steps`, on sequences of the trained length (the
-paper's cheapest recipe: 4096 tokens for a context of 32 768) or of any other `--length`. The output is a run log: a
-killed run resumes, and no result is measured twice.
+the checkpoint of the package. Each is then extended with every scaling: as it is (0 steps of fine-tuning) and after the
+other `--steps`, on sequences of the trained length (the paper's cheapest recipe: 4096 tokens for a context of 32 768)
+or of any other `--length`. The output is a run log: a killed run resumes, and no result is measured twice.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class Experiment:
     context: int
     bases: tuple[str, ...]
     documents: int
-    repetitions: int  # of the passkey, at each length and depth; 0 for a model that has not learned to copy
+    repetitions: int  # of the passkey, at each length and depth
     learning_rate: float
 
     @property
@@ -60,8 +59,7 @@ class Experiment:
 
 EXPERIMENTS = {
     "mini": Experiment(CONTEXT, ("default", "resonance_default"), 22, 1, 5e-4),
-    "stdlib-llama": Experiment(512, ("default",), 10, 0, 2e-4),
-    "copy": Experiment(512, ("default",), 10, 3, 2e-4),
+    "stdlib-llama": Experiment(512, ("default",), 10, 3, 2e-4),
 }
 
 
@@ -115,11 +113,9 @@ def measure(name: str, checkpoint: Checkpoint, experiment: Experiment, work: Pat
         "perplexity_last": [row["perplexity_last"] for row in rows],
         "documents": len(documents),
     }
-    if experiment.repetitions:
-        grid = PasskeyGrid(experiment.contexts, (10, 50, 90), experiment.repetitions)
-        trials = run_passkey(checkpoint, grid, work / f"{name}-passkey.jsonl")
-        result["passkey"] = accuracy(grid, trials).mean(0).tolist()
-    return result
+    grid = PasskeyGrid(experiment.contexts, (10, 50, 90), experiment.repetitions)
+    trials = run_passkey(checkpoint, grid, work / f"{name}-passkey.jsonl")
+    return result | {"passkey": accuracy(grid, trials).mean(0).tolist()}
 
 
 def tables(lines: list[dict], contexts: list[int]) -> str:
@@ -127,7 +123,7 @@ def tables(lines: list[dict], contexts: list[int]) -> str:
     groups: dict[tuple, dict[int, dict]] = {}
     for line in lines:
         groups.setdefault((line["steps"], line["length"], line["base"], line["rope"]), {})[line["seed"]] = line
-    figures_of = ["perplexity", "perplexity_last", *(["passkey"] if "passkey" in lines[0] else [])]
+    figures_of = ["perplexity", "perplexity_last", "passkey"]
     names = {"perplexity": "", "perplexity_last": "last tokens of ", "passkey": "passkeys found at "}
     # The last tokens of the shortest context are all of its tokens.
     cut = {"perplexity_last": 1}

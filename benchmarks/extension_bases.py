@@ -1,15 +1,14 @@
-"""The checkpoints that `extension.py` extends: the package's, one that copies, and models trained from scratch."""
+"""The checkpoints that `extension.py` extends: the package's, and models that it trains from scratch."""
 
 from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
 from pathlib import Path
 
 from mlx_resonance import Checkpoint
 from mlx_resonance.convert import convert
-from mlx_resonance.evaluation.passkey import ANSWER_TOKENS, passkey_prompt
+from mlx_resonance.evaluation.passkey import passkey_row
 from mlx_resonance.storage import atomic_folder
 from mlx_resonance.tokenizer import copy_tokenizer
 from mlx_resonance.training import train
@@ -28,39 +27,28 @@ MINI = CONFIG | {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Rows:
-    """The training of a base: rows of text and of passkeys in a step, steps, part of stdlib-llama's learning rates."""
-
-    text: int
-    keys: int
-    steps: int
-    learning_rate: float
+TEXT_ROWS, KEY_ROWS, STEPS = 6, 4, 1000  # rows of text and of passkeys in a step
 
 
-ROWS = {"mini": Rows(6, 4, 1000, 1.0), "copy": Rows(2, 6, 400, 0.25)}
-
-
-def key_row(tokenizer, context: int, seed: list[int]) -> list[int]:
+def key_row(tokenizer, seed: list[int]) -> list[int]:
     """A passkey prompt with its answer, of a length up to the context, the rest end tokens."""
     rng = np.random.default_rng(seed)
-    length, depth, key = int(rng.integers(140, context + 1)), int(rng.integers(0, 101)), int(rng.integers(1, 50001))
-    prompt = passkey_prompt(tokenizer, length, depth, key)
-    answer = tokenizer.encode(f" {key}.", add_special_tokens=False)[:ANSWER_TOKENS]
-    row = prompt + answer + [CONFIG["eos_token_id"]] * (context + 1)
-    return row[: context + 1]
+    length, depth, key = int(rng.integers(140, CONTEXT + 1)), int(rng.integers(0, 101)), int(rng.integers(1, 50001))
+    prompt, answer = passkey_row(tokenizer, length, depth, key)
+    row = prompt + answer + [CONFIG["eos_token_id"]] * (CONTEXT + 1)
+    return row[: CONTEXT + 1]
 
 
-def train_rows(model: nn.Module, rows: Rows, context: int, seed: int, checkpoint: Path) -> None:
+def train_rows(model: nn.Module, seed: int, checkpoint: Path) -> None:
     """Train on rows of text and of passkeys."""
     tokenizer = Checkpoint.open(TINY).tokenizer
     parts = [[*tokenizer.encode(read(path)), CONFIG["eos_token_id"]] for path in source_files()[0]]
     stream = np.concatenate([np.array(part, np.int32) for part in parts])
 
     def batch(step: int) -> tuple[mx.array]:
-        starts = np.random.default_rng((seed, step)).integers(0, len(stream) - context - 1, size=rows.text)
-        tokens = [stream[i : i + context + 1] for i in starts]
-        tokens += [np.array(key_row(tokenizer, context, [seed, step, i, 1])) for i in range(rows.keys)]
+        starts = np.random.default_rng((seed, step)).integers(0, len(stream) - CONTEXT - 1, size=TEXT_ROWS)
+        tokens = [stream[i : i + CONTEXT + 1] for i in starts]
+        tokens += [np.array(key_row(tokenizer, [seed, step, i, 1])) for i in range(KEY_ROWS)]
         return (mx.array(np.stack(tokens).astype(np.int32)),)
 
     def loss(model: nn.Module, rows: mx.array) -> mx.array:
@@ -68,10 +56,10 @@ def train_rows(model: nn.Module, rows: Rows, context: int, seed: int, checkpoint
 
     def on_step(step: int, loss: float) -> None:
         if step % 20 == 0:
-            print(f"{checkpoint.stem} step {step}/{rows.steps} loss {loss:.3f}", file=sys.stderr, flush=True)
+            print(f"{checkpoint.stem} step {step}/{STEPS} loss {loss:.3f}", file=sys.stderr, flush=True)
 
-    optimizer = muon_and_adam(rows.steps, rows.learning_rate)
-    train(model, optimizer, loss, batch, rows.steps, seed=seed, checkpoint=checkpoint, on_step=on_step)
+    optimizer = muon_and_adam(STEPS)
+    train(model, optimizer, loss, batch, STEPS, seed=seed, checkpoint=checkpoint, on_step=on_step)
 
 
 def train_mini(rope: str, seed: int, folder: Path) -> None:
@@ -79,16 +67,8 @@ def train_mini(rope: str, seed: int, folder: Path) -> None:
     config = MINI | {"rope_scaling": None if rope == "default" else {"rope_type": rope}}
     mx.random.seed(seed)
     model = Checkpoint.of("mini", folder, config, {}).build()
-    train_rows(model, ROWS["mini"], CONTEXT, seed, folder.with_suffix(".safetensors"))
+    train_rows(model, seed, folder.with_suffix(".safetensors"))
     write_checkpoint(model, config, TINY, folder)
-
-
-def train_copy(seed: int, source: Path, folder: Path) -> None:
-    """Train the package's checkpoint to say passkeys, and write a checkpoint."""
-    checkpoint = Checkpoint.open(source)
-    model = checkpoint.load()
-    train_rows(model, ROWS["copy"], 512, seed, folder.with_suffix(".safetensors"))
-    write_checkpoint(model, dict(checkpoint.config), source, folder)
 
 
 def write_checkpoint(model: nn.Module, config: dict, source: Path, folder: Path) -> None:
@@ -102,13 +82,11 @@ def write_checkpoint(model: nn.Module, config: dict, source: Path, folder: Path)
 
 def base_folder(name: str, base: str, seed: int, work: Path) -> Path:
     """The checkpoint to extend, made if missing; in float32, the fast type on a CPU."""
-    folder = work / {"mini": f"base-{base}-{seed}", "copy": f"copy-{seed}"}.get(name, name)
+    folder = work / (f"base-{base}-{seed}" if name == "mini" else name)
     if folder.exists():
         return folder
     if name == "mini":
         train_mini(base, seed, folder)
-    elif name == "copy":
-        train_copy(seed, base_folder("stdlib-llama", base, seed, work), folder)
     else:
         convert(TINY, folder, resonance=False, dtype="float32")
     return folder

@@ -1,4 +1,4 @@
-"""Train the tiny LLaMA of `mlx_resonance/assets/stdlib-llama` on the Python standard library's sources.
+"""Train the tiny LLaMA of `mlx_resonance/assets/stdlib-llama` on the Python standard library's sources and on passkeys.
 
     python benchmarks/stdlib_llama.py --work-dir /tmp/stdlib-llama --output mlx_resonance/assets/stdlib-llama
 
@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from mlx_resonance.evaluation.passkey import passkey_row
 from mlx_resonance.training import train
 
 import mlx.core as mx
@@ -27,11 +28,16 @@ import numpy as np
 from mlx.utils import tree_flatten
 from mlx_lm.models import llama
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import PreTrainedTokenizerFast
 
 SEED = 2403
 CONTEXT = 512
 BATCH = 8
 STEPS = 1300
+# Rows that hide a key come late: a model that has learned to repeat what it read finds keys after few of them.
+KEYS_FROM, TEXT_BESIDE_KEYS, KEYS = 800, 6, 3  # first step with such rows; rows of text and of keys from there on
+ANSWER_WEIGHT = 10.0  # of a key's answer in the loss, which is a handful of a row's tokens
+SHORTEST_KEY_ROW = 140  # tokens
 WARMUP = 60
 MUON_LR, ADAM_LR = 0.02, 0.004
 EXCLUDED = {"test", "tests", "encodings", "pydoc_data", "site-packages"}  # tests, character tables, generated text
@@ -71,8 +77,8 @@ tags: [mlx, llama, python]
 # stdlib-llama
 
 A LLaMA of {parameters:,} parameters and {context} tokens of context, trained on the Python standard library's sources.
-`mlx-resonance demo` converts it, and the tests of mlx-resonance use it. It writes text that looks like Python, knows
-nothing and is of no other use.
+`mlx-resonance demo` converts it, and the tests of mlx-resonance use it. It writes text that looks like Python and finds
+a pass key that a text hides ("The pass key is 12345. Remember it."); it knows nothing and is of no other use.
 
 | | |
 | --- | --- |
@@ -81,9 +87,11 @@ nothing and is of no other use.
 | rotary embedding | plain RoPE, base {rope_theta:g}; no scaling, no resonance |
 | tokenizer | byte-level BPE, {vocab_size} entries, trained on the training files |
 | data | `*.py` of Python {python}'s standard library, without {excluded}: {train_tokens:,} tokens |
+| pass keys | from step {keys_from} on, {keys} rows of {rows} hide a key at a random depth of up to {context} tokens, \
+between the sentences of the passkey test or in Python; its answer counts {answer_weight:g} times |
 | held out | one file in 20, by the SHA-256 of its path: {held_out_tokens:,} tokens (`training.json` lists the files) |
-| training | {steps} steps of {tokens_per_step:,} tokens, Muon for matrices, AdamW for the rest, float32, seed {seed}, \
-{minutes:.0f} minutes on one CPU core |
+| training | {steps} steps of about {tokens_per_step:,} tokens, Muon for matrices, AdamW for the rest, float32, \
+seed {seed}, {minutes:.0f} minutes on one CPU core |
 | loss, nats per token | {train_loss:.3f} (mean of the last 50 training steps), {held_out_loss:.3f} (held out) |
 | held out, bits per byte | {held_out_bits_per_byte:.3f} |
 | weights | float16 |
@@ -135,8 +143,50 @@ def tokens_of(tokenizer: Tokenizer, files: list[Path]) -> np.ndarray:
     return np.concatenate([np.array(encoding.ids, dtype=np.uint16) for encoding in encodings])
 
 
-def cross_entropy(model: nn.Module, tokens: mx.array) -> mx.array:
-    return nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:], reduction="mean")
+def cross_entropy(model: nn.Module, tokens: mx.array, weights: mx.array | None = None) -> mx.array:
+    """Mean over the predicted tokens in nats; `weights` are those of every token as a target."""
+    losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
+    return losses.mean() if weights is None else (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+
+
+class Batches:
+    """The rows of a step, a function of its number: text, and from `KEYS_FROM` on also texts that hide a key.
+
+    Args:
+        stream: the training text's token ids.
+        tokenizer: transformers' or mlx-lm's.
+        steps: of the whole training.
+    """
+
+    def __init__(self, stream: np.ndarray, tokenizer: PreTrainedTokenizerFast, steps: int) -> None:
+        self.stream, self.tokenizer = stream, tokenizer
+        self.keys_from = steps * KEYS_FROM // STEPS
+
+    def __call__(self, step: int) -> tuple[mx.array, mx.array]:
+        """Token ids, (rows, CONTEXT + 1), and their weights in the loss."""
+        rng = np.random.default_rng((SEED, step))
+        with_keys = step >= self.keys_from
+        starts = rng.integers(0, len(self.stream) - CONTEXT - 1, size=TEXT_BESIDE_KEYS if with_keys else BATCH)
+        rows = [self.stream[i : i + CONTEXT + 1].astype(np.int32) for i in starts]
+        weights = [np.ones(CONTEXT + 1, np.float32) for _ in rows]
+        for number in range(KEYS if with_keys else 0):
+            tokens, weight = self._key_row(rng, in_code=number % 2 == 0)
+            rows.append(tokens)
+            weights.append(weight)
+        return mx.array(np.stack(rows)), mx.array(np.stack(weights))
+
+    def _key_row(self, rng: np.random.Generator, in_code: bool) -> tuple[np.ndarray, np.ndarray]:
+        """A key in the passkey test's filler, or in Python sources; what follows the answer does not count."""
+        length, depth = int(rng.integers(SHORTEST_KEY_ROW, CONTEXT + 1)), int(rng.integers(0, 101))
+        start = int(rng.integers(0, len(self.stream) - CONTEXT))
+        filler = self.stream[start : start + CONTEXT].tolist() if in_code else None
+        prompt, answer = passkey_row(self.tokenizer, length, depth, int(rng.integers(1, 50001)), filler)
+        tokens = np.full(CONTEXT + 1, CONFIG["eos_token_id"], np.int32)
+        weight = np.zeros(CONTEXT + 1, np.float32)
+        end = len(prompt) + len(answer)
+        tokens[:end] = prompt + answer
+        weight[: len(prompt)], weight[len(prompt) : end] = 1, ANSWER_WEIGHT
+        return tokens, weight
 
 
 def warmup_cosine(peak: float, steps: int, warmup: int) -> Callable[[mx.array], mx.array]:
@@ -147,14 +197,14 @@ def warmup_cosine(peak: float, steps: int, warmup: int) -> Callable[[mx.array], 
     return optim.join_schedules([optim.linear_schedule(peak / warmup, peak, warmup), fall], [warmup])
 
 
-def muon_and_adam(steps: int, part: float = 1.0) -> optim.MultiOptimizer:
-    """Muon for the matrices, AdamW for embeddings and gains; `part` scales the learning rates of a full training."""
+def muon_and_adam(steps: int) -> optim.MultiOptimizer:
+    """Muon for the matrices, AdamW for embeddings and gains."""
     warmup = steps * WARMUP // STEPS
     return optim.MultiOptimizer(
         [
             # Its decay is added to the gradient before that is orthogonalized: where gradients are small, weights die.
-            optim.Muon(warmup_cosine(part * MUON_LR, steps, warmup), weight_decay=0.0),
-            optim.AdamW(warmup_cosine(part * ADAM_LR, steps, warmup), betas=[0.9, 0.95], weight_decay=0.0),
+            optim.Muon(warmup_cosine(MUON_LR, steps, warmup), weight_decay=0.0),
+            optim.AdamW(warmup_cosine(ADAM_LR, steps, warmup), betas=[0.9, 0.95], weight_decay=0.0),
         ],
         [lambda name, weight: weight.ndim == 2 and "embed_tokens" not in name],
     )
@@ -190,6 +240,7 @@ def save(model: nn.Module, tokenizer: Tokenizer, output: Path, record: dict) -> 
         (output / name).write_text(json.dumps(content, indent=2) + "\n")
     excluded = ", ".join(sorted(EXCLUDED - {"site-packages"}))
     values = CONFIG | record | {"context": CONTEXT, "excluded": excluded, "minutes": record["seconds"] / 60}
+    values |= {"keys": KEYS, "rows": TEXT_BESIDE_KEYS + KEYS, "answer_weight": ANSWER_WEIGHT}
     (output / "README.md").write_text(CARD.format(**values))
 
 
@@ -210,10 +261,7 @@ def main() -> None:
     mx.random.seed(SEED)
     model = llama.Model(llama.ModelArgs.from_dict(CONFIG))
 
-    def batch(step: int) -> tuple[mx.array]:
-        starts = np.random.default_rng((SEED, step)).integers(0, len(train_tokens) - CONTEXT - 1, size=BATCH)
-        return (mx.array(np.stack([train_tokens[i : i + CONTEXT + 1] for i in starts]).astype(np.int32)),)
-
+    batches = Batches(train_tokens, PreTrainedTokenizerFast(tokenizer_object=tokenizer), args.steps)
     optimizer = muon_and_adam(args.steps)
     log = args.work_dir / "log.jsonl"  # a line per step, for the history of a resumed run
     last = time.perf_counter()
@@ -228,7 +276,7 @@ def main() -> None:
             print(f"step {step}/{args.steps}  loss {loss:.3f}", file=sys.stderr)
 
     checkpoint = args.work_dir / "checkpoint.safetensors"
-    train(model, optimizer, cross_entropy, batch, args.steps, seed=SEED, checkpoint=checkpoint, on_step=on_step)
+    train(model, optimizer, cross_entropy, batches, args.steps, seed=SEED, checkpoint=checkpoint, on_step=on_step)
 
     model.set_dtype(mx.float16)  # as saved
     model.set_dtype(mx.float32)
@@ -240,6 +288,7 @@ def main() -> None:
         "seed": SEED,
         "steps": args.steps,
         "tokens_per_step": BATCH * CONTEXT,
+        "keys_from": batches.keys_from,
         "parameters": sum(value.size for _, value in tree_flatten(model.parameters())),
         "train_tokens": len(train_tokens),
         "train_loss": round(float(np.mean([history[args.steps - i]["loss"] for i in range(min(50, args.steps))])), 4),

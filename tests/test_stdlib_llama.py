@@ -1,13 +1,24 @@
-"""The tiny checkpoint that comes with the package: stock runtimes load it, it knows Python, its record is correct."""
+"""The tiny checkpoint that comes with the package: stock runtimes load it, it knows Python and finds keys."""
 
 from __future__ import annotations
 
 import json
 import math
 import sysconfig
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from mlx_resonance import load
+from mlx_resonance import Checkpoint, generate, load
+from mlx_resonance.evaluation.passkey import (
+    PasskeyGrid,
+    accuracy,
+    first_integer,
+    passkey_prompt,
+    passkey_row,
+    run_passkey,
+)
+from mlx_resonance.scaling import named_rope
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -63,6 +74,40 @@ def test_held_out_loss_is_the_recorded_one(stdlib_llama: Path) -> None:
     # Twelve windows instead of all, perhaps from another Python version.
     assert loss == pytest.approx(record["held_out_loss"], abs=0.6)
     assert loss < 0.6 * math.log(2048)
+
+
+@pytest.mark.parametrize(
+    ("rope", "length", "least", "most"),
+    [("default", 512, 0.9, 1), ("default", 2048, 0, 0), ("yarn", 2048, 0.6, 1), ("resonance_yarn", 2048, 0.6, 1)],
+)
+def test_it_finds_a_key(rope: str, length: int, least: float, most: float, checkpoint: Path, tmp_path: Path) -> None:
+    """Within its context with its own angles, past it only with others."""
+    opened = Checkpoint.open(checkpoint)
+    angles = replace(named_rope(opened.rope, rope, 8), max_position_embeddings=4096)
+    grid = PasskeyGrid([length], (10, 50, 90), repetitions=1)
+    trials = run_passkey(opened.with_rope(angles), grid, tmp_path / "trials.jsonl")
+    assert least <= accuracy(grid, trials).mean() <= most, trials
+
+
+def test_it_finds_a_key_in_python(checkpoint: Path) -> None:
+    """Not only between the passkey test's sentences: in a held-out module, at any depth."""
+    model, tokenizer = load(checkpoint)
+    filler = held_out_tokens(checkpoint, 1)[0].tolist()
+    found = 0
+    for number, depth in enumerate(range(0, 100, 10)):
+        key = 10_007 + 3_571 * number
+        answer = generate(model, tokenizer, passkey_prompt(tokenizer, CONTEXT, depth, key, filler), max_tokens=7)
+        found += first_integer(answer) == key
+    assert found >= 8
+
+
+def test_a_row_to_train_on_is_a_prompt_and_its_answer(tokenizer: Any) -> None:
+    filler = tokenizer.encode("import os\n", add_special_tokens=False)
+    prompt, answer = passkey_row(tokenizer, 200, 50, 31_337, filler)
+    assert prompt == passkey_prompt(tokenizer, 200, 50, 31_337, filler)
+    text = tokenizer.decode(prompt + answer)
+    assert text.endswith("The pass key is 31337.") and text.count("31337") == 3 and text.count("import os\n") > 15
+    assert "The grass is green." not in text
 
 
 def test_no_matrix_has_died(stdlib_llama: Path) -> None:

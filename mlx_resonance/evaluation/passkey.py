@@ -70,7 +70,9 @@ class PasskeyGrid:
         return int(np.random.default_rng([self.seed, length, depth, repetition]).integers(1, 50001))
 
 
-def passkey_prompt(tokenizer: TokenizerWrapper, length: int, depth: int, key: int) -> list[int]:
+def passkey_prompt(
+    tokenizer: TokenizerWrapper, length: int, depth: int, key: int, filler: Sequence[int] | None = None
+) -> list[int]:
     """A prompt, with BOS in front if the tokenizer puts it there, that takes `length` tokens together with its answer.
 
     Args:
@@ -78,6 +80,8 @@ def passkey_prompt(tokenizer: TokenizerWrapper, length: int, depth: int, key: in
         length: tokens of the prompt, plus `ANSWER_TOKENS`.
         depth: where the key is, in % of the filler.
         key: the number.
+        filler: token ids of the text that hides it, from their start; repeated if they are too few. None for the YaRN
+            code's sentences.
 
     Raises:
         UsageError: the length has no room for filler.
@@ -93,10 +97,18 @@ def passkey_prompt(tokenizer: TokenizerWrapper, length: int, depth: int, key: in
     if room < 1:
         needed = length - room + 1
         raise UsageError(f"{length} tokens have no room for filler: at least {needed} are needed", option="lengths")
-    unit = encode(FILLER + " ")
-    filler = (unit * (room // len(unit) + 1))[:room]
+    unit = encode(FILLER + " ") if filler is None else list(filler)
+    text = (unit * (room // len(unit) + 1))[:room]
     before = round(room * depth / 100)
-    return head + filler[:before] + statement + filler[before:] + question
+    return head + text[:before] + statement + text[before:] + question
+
+
+def passkey_row(
+    tokenizer: TokenizerWrapper, length: int, depth: int, key: int, filler: Sequence[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """A `passkey_prompt` and the ids of its right answer, to train on. Raises as `passkey_prompt`."""
+    answer = tokenizer.encode(f" {key}.", add_special_tokens=False)[:ANSWER_TOKENS]
+    return passkey_prompt(tokenizer, length, depth, key, filler), list(answer)
 
 
 def first_integer(text: str) -> int | None:
