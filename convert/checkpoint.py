@@ -19,15 +19,15 @@ from mlx_resonance.rope_config import RopeConfig
 from mlx_resonance.scaling import largest_shift, new_rope
 from mlx_resonance.sizes import parse_size
 from mlx_resonance.storage import check_new_folder, sha256
-from mlx_resonance.tokenizer import TOKENIZERS, copy_tokenizer, has_tokenizer, tokenizer_files
+from mlx_resonance.tokenizer import TOKENIZERS, copy_tokenizer, has_tokenizer
 
 from .card import read_card, write_card
 from .journal import NAME as RECORD
-from .journal import Journal, fingerprint, workspace
+from .journal import Journal, workspace
 from .plan import Plan, disk_needed, make_plan
 from .quantization import check_arguments
 from .report import quantization_report, tokens_of
-from .source import Source, digest, mlx_folder, open_source
+from .source import Source, mlx_folder, open_source
 from .verify import DTYPES, VerificationError, read_finished_record, rope_table, verify_result
 from .weights import Progress, write_weights
 
@@ -93,6 +93,7 @@ def convert(
     q_mode: str = "affine",
     quant_predicate: str | None = None,
     revision: str | None = None,
+    file: str | None = None,
     max_shard_size: int | str = "5GB",
     portable: bool = False,
     tokenizer: bool = True,
@@ -110,18 +111,20 @@ def convert(
     a rename. The same call resumes a run that was killed or failed.
 
     Args:
-        src: a folder with config.json and safetensors or PyTorch's .bin files, or the id of a model on the Hugging
-            Face hub.
+        src: a folder with config.json and safetensors or PyTorch's .bin files, a .gguf file or a folder with one, or
+            the id of a model on the Hugging Face hub.
         mlx_path: the folder to write; it must not exist.
         rope: a new scaling (`linear`, `ntk`, `dynamic`, `yarn`); None keeps the checkpoint's.
         factor: how many times the context grows; goes with `rope`.
         original_max_position_embeddings: tokens of context before scaling; None for what config.json says.
         resonance: round the wavelengths to whole numbers of tokens.
-        dtype: float32, float16 or bfloat16 for what is not quantized; None keeps every tensor's own.
+        dtype: float32, float16 or bfloat16 for what is not quantized; None keeps every tensor's own, and is float16 for
+            GGUF.
         quantize: quantize the weights as mlx-lm does, whose names the `q_…` arguments have.
         q_bits, q_group_size, q_mode: None for the mode's defaults.
         quant_predicate: one of mlx-lm's mixed recipes, such as `mixed_4_6`.
         revision: branch, tag or commit on the hub.
+        file: the name of a GGUF file in the folder or repository, of a split one that of any part.
         max_shard_size: bytes, or a number with KB, MB or GB; no weight file is larger unless one tensor is.
         portable: write the rope settings as `longrope`, which stock transformers and mlx-lm run; not with `quantize`.
         tokenizer: refuse a source that has no tokenizer.
@@ -162,10 +165,11 @@ def convert(
 
     partial = target.with_name(target.name + ".partial")
     downloads = partial / DOWNLOADS if consume_source or dry_run else None
-    source = open_source(src, revision, downloads, rescaled=rope is not None)
-    checkpoint = source.checkpoint
+    source = open_source(src, revision, downloads, rescaled=rope is not None, file=file)
+    checkpoint, dtype = source.checkpoint, dtype or source.dtype
     if consume_source and source.commit is None:
-        raise UsageError(f"{src} is a folder: only what was downloaded is deleted", option="consume_source")
+        kind = "folder" if user_path(src).is_dir() else "file"
+        raise UsageError(f"{src} is a {kind}: only what was downloaded is deleted", option="consume_source")
     if tokenizer and not has_tokenizer(checkpoint.folder):
         names = ", ".join(TOKENIZERS)
         raise MissingFileError(f"{src} has no tokenizer, expected one of {names}", remedies=[{"tokenizer": False}])
@@ -185,7 +189,7 @@ def convert(
         "query_key_factor": plan.factor, "max_shard_size": shard_bytes, "versions": _versions(),
     }  # fmt: skip
     kept = DOWNLOADS if consume_source else None
-    with workspace(target, _identity(source), settings, restart, keep=kept) as journal:
+    with workspace(target, source.identity(), settings, restart, keep=kept) as journal:
         write_weights(source, plan, journal, allow_nan, progress)
         if kept is not None and (journal.folder / kept).exists():
             shutil.rmtree(journal.folder / kept)
@@ -236,16 +240,6 @@ def _verify(journal: Journal, source: Source, result: Source | None, progress: P
         raise VerificationError(f"{journal.folder} is not right: {checks.problems[0]}")
     journal.record["checks"] = checks.to_dict()
     return checks.to_dict()
-
-
-def _identity(source: Source) -> dict[str, Any]:
-    """What the record says of the source, and what tells whether it has changed: a commit of the hub, or the files."""
-    name, folder = source.checkpoint.name, source.checkpoint.folder
-    if source.commit is not None:
-        return {"name": name, "commit": source.commit}
-    known = {"config.json": source.config_digest} | {file.name: digest(file.tensors) for file in source.files}
-    files = [folder / file for file in known]
-    return {"name": name, "commit": None, **fingerprint([*files, *tokenizer_files(folder)], known)}
 
 
 def _write_small_files(source: Source, plan: Plan, folder: Path, src: str | Path, card: dict[str, Any]) -> None:

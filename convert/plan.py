@@ -126,7 +126,7 @@ def make_plan(
     sizes = {recipe.name: recipe.nbytes(tensors[recipe.name]) for recipe in recipes}
     files = plan_files(recipes, sizes, shard_bytes)
     totals = {name: sum(sizes[recipe.name] for recipe in file) for name, file in files.items()}
-    memory = PROCESS + max(totals.values()) + max(info.nbytes for info in tensors.values())
+    memory = PROCESS + max(totals.values()) + source.copies * max(info.nbytes for info in tensors.values())
     return Plan(config, written, factor, files, totals, memory)
 
 

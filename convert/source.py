@@ -26,7 +26,7 @@ from mlx_resonance.files import (
 )
 from mlx_resonance.inspection import RECORDS
 from mlx_resonance.rope_types import ORIGINAL
-from mlx_resonance.tokenizer import TOKENIZER_PATTERNS
+from mlx_resonance.tokenizer import TOKENIZER_PATTERNS, tokenizer_files
 from mlx_resonance.validation import without_leftover
 
 import mlx.core as mx
@@ -35,6 +35,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 
 from . import fp8
 from .card import base_models
+from .journal import fingerprint
 from .quantization import QuantizationArguments, arguments_of, dequantize, group_parts
 from .weight_files import HubFile, SafetensorsFile, TorchFile, WeightFile
 
@@ -61,11 +62,16 @@ class Source:
         renamed: the name in the files of each tensor of the model that has another one there.
         config_digest: of config.json as it was read.
         checkpoint: with the other tensors; 8-bit floats have the type that they are read as.
+        dtype: what a result has unless asked otherwise; None for each tensor's own.
+        copies: how many of a tensor are in memory when it is read.
 
     Raises:
         UsageError: a tensor is in two files or of a type that cannot be converted, all are quantized in a format that
             is not read, or config.json does not fit the tensors.
     """
+
+    dtype: str | None = None
+    copies = 1
 
     def __init__(
         self, name: str, commit: str | None, folder: Path, files: Sequence[WeightFile], rescaled: bool = False
@@ -80,7 +86,7 @@ class Source:
         config = without_leftover(config)
         config = _as_trained(config) if rescaled else config
         self._scales: fp8.Scales = {}
-        self.left_out: dict[str, str] = {}
+        self.left_out = {tensor: reason for file in files for tensor, reason in file.left_out.items()}
         foreign = config.get("quantization_config") or None
         if foreign and foreign != config.get("quantization"):
             self._scales = fp8.scales(foreign, config, self.stored, base_models(folder))
@@ -129,6 +135,23 @@ class Source:
         """A tensor by its name in the files."""
         value, scale = self._file[stored].read(stored), self._scales.get(stored)
         return value if scale is None else scale.dequantize(value, self._file[scale.name].read(scale.name))
+
+    def read_again(self, stored: str) -> mx.array:
+        """`read_stored`, by another route where there is one: for verification."""
+        return self.read_stored(stored) if stored in self._scales else self._file[stored].read_again(stored)
+
+    def identity(self) -> dict[str, Any]:
+        """What the record says of the source, and what tells whether it has changed: a commit, or the files."""
+        name, folder = self.checkpoint.name, self.checkpoint.folder
+        if self.commit is not None:
+            return {"name": name, "commit": self.commit}
+        known = {"config.json": self.config_digest} | {file.name: digest(file.tensors) for file in self.files}
+        files = [folder / file for file in known]
+        return {"name": name, "commit": None, **fingerprint([*files, *tokenizer_files(folder)], known)}
+
+    def rope_problem(self) -> str | None:
+        """What verification finds wrong in how the source was read; nothing where its files say it outright."""
+        return None
 
     def _same(self, one: str, other: str) -> bool:
         return bool(mx.array_equal(self.read_stored(one), self.read_stored(other), equal_nan=True).item())
@@ -189,38 +212,52 @@ def digest(value: Any) -> str:
 
 
 def open_source(
-    src: str | Path, revision: str | None = None, downloads: Path | None = None, rescaled: bool = False
+    src: str | Path,
+    revision: str | None = None,
+    downloads: Path | None = None,
+    rescaled: bool = False,
+    file: str | None = None,
 ) -> Source:
-    """A folder, or a model of the Hugging Face hub.
+    """A folder, a GGUF file, or a model of the Hugging Face hub.
 
     Args:
-        src: folder or hub id.
+        src: folder, file or hub id.
         revision: branch, tag or commit on the hub.
         downloads: for a model of the hub, a folder for its weight files, which are downloaded when they are read and
             deleted when they are released; those in the hub's cache are read there. None for all of them in the cache,
             now.
         rescaled: as of `Source`.
+        file: the name of a GGUF file in the folder or repository; None for the only one, where there are no other
+            weights.
 
     Raises:
-        MissingFileError: neither, or a file is missing.
+        MissingFileError: none of these, or a file is missing.
         OSError: the connection broke.
         UsageError: a file that cannot be right, or a format that is not read.
     """
     if not str(src).strip():
         raise UsageError("the name of the source is empty")
-    is_folder = user_path(src).exists()
+    from .gguf_source import open_gguf  # which imports Source
+
+    path = user_path(src)
+    if file is not None or (path.suffix == ".gguf" and path.is_file()):
+        return open_gguf(src, file, revision, rescaled, download=downloads is None)
+    is_folder = path.exists()
     remote = downloads is not None and not is_folder and not constants.HF_HUB_OFFLINE
     folder = resolve(src, revision, SMALL_FILES if remote else [*SMALL_FILES, WEIGHTS])
     name, commit = (folder.resolve().name, None) if is_folder else (str(src), folder.name)
     files: list[WeightFile]
     if remote and downloads is not None and commit is not None:
-        files = [_hub_file(name, commit, file, downloads) for file in _hub_files(name, commit, folder)]
+        names = _hub_files(name, commit, folder)
+        if all(name.endswith(".gguf") for name in names):
+            return open_gguf(src, None, commit, rescaled, download=False)
+        files = [_hub_file(name, commit, file, downloads) for file in names]
     elif indexed_files(folder) is not None or any(folder.glob(WEIGHTS)):
         files = [SafetensorsFile(path) for path in weight_files(folder)]
     else:
         folder = resolve(src, revision, [*SMALL_FILES, TORCH_WEIGHTS])
         if not any(folder.glob(TORCH_WEIGHTS)) and indexed_files(folder, TORCH_INDEX) is None:
-            raise MissingFileError(f"{src} has no {WEIGHTS}, and no {TORCH_WEIGHTS}")
+            return open_gguf(src, None, commit, rescaled)
         files = [TorchFile(path) for path in weight_files(folder, TORCH_WEIGHTS, TORCH_INDEX)]
     return Source(name, commit, folder, files, rescaled)
 
@@ -230,10 +267,16 @@ def mlx_folder(folder: Path, name: str | None = None, commit: str | None = None)
     return Source(name or folder.name, commit, folder, [SafetensorsFile(path) for path in weight_files(folder)])
 
 
-def cached_source(name: str, commit: str) -> Source | None:
-    """A model of the hub as the cache has it; None where a file of it is missing."""
+def cached_source(name: str, commit: str, file: str | None = None) -> Source | None:
+    """A model of the hub as the cache has it, or a GGUF file of it; None where a file is missing."""
+    from .gguf_source import cached_gguf  # which imports Source
+
     try:
-        return mlx_folder(Path(snapshot_download(name, revision=commit, local_files_only=True)), name, commit)
+        if file is not None:
+            return cached_gguf(name, commit, file)
+        wanted = [*SMALL_FILES, WEIGHTS]
+        folder = snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=wanted)
+        return mlx_folder(Path(folder), name, commit)
     except (LocalEntryNotFoundError, FileNotFoundError):
         return None
 
@@ -247,7 +290,8 @@ def _hub_files(repo: str, commit: str, folder: Path) -> list[str]:
     names = indexed_files(folder)
     if names is None:
         with hub_errors(repo):
-            names = [name for name in HfApi().list_repo_files(repo, revision=commit) if fnmatch(name, WEIGHTS)]
+            found = HfApi().list_repo_files(repo, revision=commit)
+        names = [name for name in found if fnmatch(name, WEIGHTS)] or [name for name in found if name.endswith(".gguf")]
     if not names:
         raise MissingFileError(f"{repo} has no {WEIGHTS}: other formats must be downloaded in full")
     return sorted(names)

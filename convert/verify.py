@@ -79,6 +79,7 @@ def verify(
     source: str | Path | None = None,
     *,
     revision: str | None = None,
+    file: str | None = None,
     progress: Progress | None = None,
 ) -> Verification:
     """Check a converted checkpoint: hashes, shapes, angles, every tensor, and logits where torch is installed.
@@ -88,6 +89,7 @@ def verify(
         source: what it was made from, to compare every tensor with; None for the commit on record if it is in the hub's
             cache, otherwise for no comparison.
         revision: of a source on the hub; None for the commit on record.
+        file: the name of the source's GGUF file among several; None for the one on record, if it is on the hub.
         progress: called with the bytes of tensors done and in all.
 
     Returns:
@@ -100,11 +102,15 @@ def verify(
     folder = user_path(path)
     record = read_finished_record(folder)
     name, commit = record["source"].get("name"), record["source"].get("commit")
+    on_record = record["source"].get("file") if isinstance(commit, str) else None
+    if not isinstance(on_record, str):
+        on_record = None
     opened = None
     if source is not None:
-        opened = open_source(source, revision or commit, rescaled=True)
+        file = file or (on_record if str(source) == name else None)
+        opened = open_source(source, revision or commit, rescaled=True, file=file)
     elif isinstance(name, str) and isinstance(commit, str):
-        opened = cached_source(name, commit)
+        opened = cached_source(name, commit, on_record)
     return verify_result(folder, record, opened, progress=progress)
 
 
@@ -129,6 +135,8 @@ def verify_result(
         found.problems.append(" ".join(str(error).split()))
         return found
     _check_tensors(result, source, record, found, progress)
+    if source is not None and (problem := source.rope_problem()) is not None:
+        found.problems.append(problem)
     try:
         found.logits = "the tensors are wrong" if found.problems else compare_logits(result)
     except UsageError as error:
@@ -203,7 +211,7 @@ def _check_tensors(
         arguments = quantized.get(name) if len(parts) > 1 else None
         found.tensors += 1
         for stored in made.get(name, [None]):
-            original = None if source is None or stored is None else source.read_stored(stored)
+            original = None if source is None or stored is None else source.read_again(stored)
             if original is not None and arguments is None and original.shape != arrays[0].shape:
                 found.problems.append(f"{name} has shape {arrays[0].shape}, in the source {original.shape}")
                 original = None

@@ -1,11 +1,13 @@
-"""Files of weights: safetensors on disk or on the hub, and PyTorch's .bin files."""
+"""Files of weights: safetensors on disk or on the hub, and PyTorch's .bin files; `gguf_file.py` has another one."""
 
 from __future__ import annotations
 
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from mlx_resonance.errors import UsageError
@@ -24,11 +26,13 @@ class WeightFile(ABC):
 
     Attributes:
         download: bytes that reading it will download.
+        left_out: those of its tensors that a conversion leaves out, and where what they say is.
     """
 
     name: str
     tensors: dict[str, TensorInfo]
     download = 0
+    left_out: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def read(self, tensor: str) -> mx.array:
@@ -37,6 +41,10 @@ class WeightFile(ABC):
     @abstractmethod
     def names(self) -> list[str]:
         """The names of its tensors, read from the file again: for verification, which trusts nothing read before."""
+
+    def read_again(self, tensor: str) -> mx.array:
+        """One tensor by another route, where there is one: for verification, too."""
+        return self.read(tensor)
 
     def release(self) -> None:  # noqa: B027
         """None of its tensors will be read again. A file of the user's, or in the hub's cache, is kept."""

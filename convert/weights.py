@@ -76,8 +76,14 @@ def _make(source: Source, recipe: Recipe, errors: dict[str, float | None], allow
     mx.eval(value)
     if not allow_nan and value.size and mx.isnan(value.reshape(-1)[0]).item() and mx.all(mx.isnan(value)).item():
         raise UsageError(f"{recipe.name} is all NaN: the checkpoint is damaged", remedies=[{"allow_nan": True}])
-    value = recipe.cast(value)
+    before, value = value, recipe.cast(value)
     mx.eval(value)
+    if value.dtype == mx.float16 and mx.any(mx.isinf(value)).item() and not mx.any(mx.isinf(before)).item():
+        raise UsageError(
+            f"{recipe.name} has a value of {mx.max(mx.abs(before)).item():.6g}, beyond the range of float16",
+            remedies=[{"dtype": "float32"}, {"dtype": "bfloat16"}],
+        )
+    del before
     parts = [value]
     if recipe.quantization is not None:
         parts, errors[recipe.name] = quantize(value, recipe.quantization)

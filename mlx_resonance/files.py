@@ -15,7 +15,7 @@ from .errors import MissingFileError, UsageError
 
 INDEX = "model.safetensors.index.json"
 WEIGHTS = "model*.safetensors"
-CONVERTIBLE = {".bin"}  # what a folder may have instead
+CONVERTIBLE = {".bin", ".gguf"}  # what a folder may have instead
 # Bytes per number, by safetensors' name for the type.
 ITEM_SIZES = {
     "F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "F8_E8M0": 1, "BOOL": 1,
@@ -51,7 +51,8 @@ def resolve(path_or_hf_repo: str | Path, revision: str | None, patterns: list[st
         return folder
     name = str(path_or_hf_repo)
     if folder.exists():
-        raise MissingFileError(f"{name} is a file: expected a folder with config.json")
+        hint = ": convert makes one of it" if folder.suffix == ".gguf" else ""
+        raise MissingFileError(f"{name} is a file: expected a folder with config.json{hint}")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise MissingFileError(f"{name}: no such folder, and not a hub id (owner/name)")
 
@@ -107,7 +108,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Read config.json. Raises MissingFileError if it is missing, UsageError if it has no `model_type`."""
     path = file_of(folder, "config.json")
     if not path.is_file():
-        raise MissingFileError(f"{folder} has no config.json")
+        raise MissingFileError(f"{folder} has no config.json{_instead(folder)}")
     config = read_json(path)
     if not isinstance(config.get("model_type"), str):
         raise UsageError(f"{path} has no model_type")
@@ -138,9 +139,7 @@ def weight_files(folder: Path, pattern: str = WEIGHTS, index: str = INDEX) -> li
     names = indexed_files(folder, index)
     if names is None:
         if not found:
-            others = {path.suffix for path in folder.glob("*") if path.suffix in CONVERTIBLE}
-            hint = f" but {' and '.join(sorted(others))} files: convert reads them" if others else ""
-            raise MissingFileError(f"{folder} has no {pattern}{hint}")
+            raise MissingFileError(f"{folder} has no {pattern}{_instead(folder)}")
         names = sorted(found)
     for name in names:
         if not file_of(folder, name).is_file():
@@ -148,6 +147,12 @@ def weight_files(folder: Path, pattern: str = WEIGHTS, index: str = INDEX) -> li
     for stray in sorted(found - set(names)):  # mlx-lm would load it too
         raise UsageError(f"{folder / stray} is not named by {index}: remove one of the two")
     return [folder / name for name in names]
+
+
+def _instead(folder: Path) -> str:
+    """Which files of other formats a folder has, in words."""
+    others = {path.suffix for path in folder.glob("*") if path.suffix in CONVERTIBLE}
+    return f" but {' and '.join(sorted(others))} files: convert reads them" if others else ""
 
 
 def indexed_files(folder: Path, index: str = INDEX) -> list[str] | None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 from typer import Argument, Option
 
 from .errors import fail
-from .options import Dtype, Json, MlxPath, Original, ScaledBy, file, model, size
+from .options import Json, MlxPath, Original, ScaledBy, file, model, size
 from .output import bytes_bar, print_json, stderr
 
 if TYPE_CHECKING:
@@ -22,13 +22,15 @@ SRC: dict[str, Any] = model | {"metavar": "SRC"}
 
 
 def command(
-    src: Annotated[str, Argument(**SRC, help="Folder or Hugging Face hub id.")],
+    src: Annotated[str, Argument(**SRC, help="Folder, .gguf file or Hugging Face hub id.")],
     mlx_path: MlxPath,
     rope: Annotated[Literal["linear", "ntk", "dynamic", "yarn"] | None, Option(help="New scaling.")] = None,
     factor: ScaledBy = None,
     original_max_position_embeddings: Original = None,
     resonance: Annotated[bool, Option(help="Round wavelengths to whole tokens.")] = True,
-    dtype: Dtype = None,
+    dtype: Annotated[
+        Literal["float32", "float16", "bfloat16"] | None, Option(help="Default: as in the source; of GGUF, float16.")
+    ] = None,
     quantize: Annotated[bool, Option("-q", "--quantize", help="Quantize the weights.")] = False,
     q_bits: Annotated[int | None, Option(min=2, max=8, help="Bits per weight. Affine: 4.")] = None,
     q_group_size: Annotated[int | None, Option(min=32, max=128, help="Weights per scale. Affine: 64.")] = None,
@@ -37,6 +39,7 @@ def command(
         Literal["mixed_2_6", "mixed_3_4", "mixed_3_6", "mixed_4_6"] | None, Option(help="Recipe of mixed bits.")
     ] = None,
     revision: Annotated[str | None, Option(help="Branch, tag or commit on the hub.")] = None,
+    file: Annotated[str | None, Option(metavar="NAME", help="GGUF file of SRC, where it has several.")] = None,
     max_shard_size: Annotated[int, Option(**size, help="Largest weight file.")] = "5GB",  # type: ignore[assignment]
     portable: Annotated[bool, Option("--portable", help="For stock transformers and mlx-lm: as longrope.")] = False,
     verify: Annotated[bool, Option("--verify", help="Read the result again and compare with the source.")] = False,

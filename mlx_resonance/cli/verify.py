@@ -18,6 +18,7 @@ def command(
     path: Annotated[Path, Argument(**path_parser, metavar="OUT", help="Folder that convert has written.")],
     source: Annotated[str | None, Option(**SRC, help="What it was made from, to compare with.")] = None,
     revision: Annotated[str | None, Option(help="Of SRC on the hub. Default: the commit on record.")] = None,
+    file: Annotated[str | None, Option(metavar="NAME", help="GGUF file of SRC, where it has several.")] = None,
     json: Json = False,
 ) -> None:
     """Check a converted checkpoint.
@@ -32,6 +33,7 @@ def command(
             path,
             source,
             revision=revision,
+            file=file,
             progress=lambda part, total: bar.update(task, completed=part, total=total),
         )
     for problem in found.problems:
