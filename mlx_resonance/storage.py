@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from .errors import ANOTHER, FileInTheWayError, UsageError
+from .sizes import format_size
 
 SPECIAL_FILES = {
     stat.S_ISDIR: "a folder", stat.S_ISFIFO: "a named pipe", stat.S_ISCHR: "a device", stat.S_ISBLK: "a device",
@@ -57,9 +58,9 @@ def disk_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        free = shutil.disk_usage(path.parent).free / 1e6
+        free = format_size(shutil.disk_usage(path.parent).free)
         raise OSError(
-            f"{path} cannot be written ({error}), {free:.0f} MB are free: the same command resumes from here"
+            f"{path} cannot be written ({error}), {free} are free: the same command resumes from here"
         ) from None
 
 

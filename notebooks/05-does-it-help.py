@@ -2,12 +2,18 @@
 # jupyter:
 #   jupytext:
 #     formats: ipynb,py:percent
+#     text_representation:
+#       extension: .py
+#       format_name: percent
+#       format_version: '1.3'
+#       jupytext_version: 1.19.6
 #   kernelspec:
 #     display_name: Python 3 (ipykernel)
 #     language: python
 #     name: python3
 # ---
 
+# %%
 
 # %% [markdown]
 # # 5. Does it help?
@@ -76,15 +82,20 @@ assert abs(rounded[-1] / yarn[-1] - 1) < 0.05  # rounding changes little beside 
 # ## A passkey
 #
 # A number is hidden in a long text, and the model is asked for it: `mlx-resonance eval passkey`. The tiny checkpoint
-# has never seen the task and finds nothing, not even at the trained length; that measures the model, not its angles.
+# has learned this task on texts of up to 512 tokens. With the angles of its training it answers a text of that length,
+# and no longer one of four times that length; with YaRN's it does, rounded or not.
 
 # %%
+from dataclasses import replace
+
 from mlx_resonance.evaluation.passkey import PasskeyGrid, accuracy, run_passkey
 
-grid = PasskeyGrid([512], [10, 50, 90], repetitions=1)
-trials = run_passkey(checkpoint, grid, work / "passkey.jsonl")
-print([(trial["key"], trial["answer"]) for trial in trials])
-assert accuracy(grid, trials).max() == 0
+grid = PasskeyGrid([512, 2048], [10, 50, 90], repetitions=1)
+for rope in ropes:
+    stretched = checkpoint.with_rope(replace(rope, max_position_embeddings=4096))
+    trials = run_passkey(stretched, grid, work / f"passkey-{rope.rope_type}.jsonl")
+    print(f"{rope.rope_type:15} found at {grid.lengths}:", accuracy(grid, trials).mean(0).round(2))
+    print([(trial["key"], trial["answer"]) for trial in trials if trial["length"] == 2048])
 
 # %% [markdown]
 # ## The experiment
@@ -131,19 +142,19 @@ for ropes in last.values():
     assert all(far[rope] > 2 * far["yarn"] for rope in ("default", "ntk"))
 
 # %% [markdown]
-# Checkpoints that were trained to copy find the passkey within 512 tokens with their own angles and never past them;
-# with YaRN's they find most, up to 8 times as far.
+# The passkeys, as it is: with its own angles the checkpoint finds nearly all of them within 512 tokens and none past
+# that; with YaRN's it finds most, up to 8 times as far.
 
 # %%
-contexts, models = results("copy")
 found = {}
 for line in models:
-    found.setdefault(line["rope"], []).append(line["passkey"])
+    if not line["steps"]:
+        found.setdefault(line["rope"], []).append(line["passkey"])
 share = {rope: 100 * np.mean(seeds, 0) for rope, seeds in found.items()}
 lines(contexts, share, "context, tokens", "passkeys found, %", log="x", mark=512)
 
 # %%
-assert share["default"][0] == 100 and share["default"][1:].max() == 0
+assert share["default"][0] > 80 and share["default"][1:].max() == 0
 assert min(share["yarn"].min(), share["resonance_yarn"].min()) > 50
 
 # %% [markdown]

@@ -44,7 +44,7 @@ def test_a_fault_leaves_finished_work(tmp_path: Path) -> None:
 def test_a_full_disk_is_an_os_error_and_leaves_the_file_before(tmp_path: Path) -> None:
     path = tmp_path / "a.safetensors"
     path.write_text("before")
-    with pytest.raises(OSError, match=r"^.*a\.safetensors cannot be written \(full\), \d+ MB are free"):
+    with pytest.raises(OSError, match=r"^.*a\.safetensors cannot be written \(full\), [\d.,]+ [MG]B are free"):
         with atomic_file(path) as partial, disk_errors(path):
             partial.write_text("a part")
             raise RuntimeError("full")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from typer import Argument, Option
 
+from ..sizes import format_size
 from .errors import fail
 from .options import Json, MlxPath, Original, ScaledBy, file, model, size
 from .output import bytes_bar, print_json, stderr
@@ -77,21 +78,21 @@ def command(
 def summary(done: Conversion) -> str:
     """The result in a line."""
     files = "1 file" if done.files == 1 else f"{done.files} files"
-    context = f"{done.rope.context_length} tokens of context" if done.rope.context_length else "context unknown"
-    return f"{done.path}: {done.rope.rope_type}, {context}, {done.weights / 1e6:.1f} MB in {files}"
+    context = f"{done.rope.context_length:,} tokens of context" if done.rope.context_length else "context unknown"
+    return f"{done.path}: {done.rope.rope_type}, {context}, {format_size(done.weights)} in {files}"
 
 
 def report_plan(done: Conversion) -> None:
     """Print the files that would be written, and what that takes."""
     stderr.print("would write " + summary(done), soft_wrap=True)
     for name, written in done.sizes.items():
-        stderr.print(f"  {name}  {written / 1e6:,.1f} MB")
+        stderr.print(f"  {name}  {format_size(written)}")
     free = shutil.disk_usage(next(parent for parent in done.path.absolute().parents if parent.exists())).free
     needed = done.disk + done.download
-    download = f" ({done.download / 1e6:,.1f} MB for downloads)" if done.download else ""
+    download = f" ({format_size(done.download)} for downloads)" if done.download else ""
     stderr.print(
-        f"takes about {done.memory / 1e6:,.0f} MB of memory and {needed / 1e6:,.1f} MB of disk{download}; "
-        f"{free / 1e6:,.0f} MB are free" + (": too little" if free < needed else ""),
+        f"takes about {format_size(done.memory)} of memory and {format_size(needed)} of disk{download}; "
+        f"{format_size(free)} are free" + (": too little" if free < needed else ""),
         soft_wrap=True,
     )
     if done.left_out:
@@ -105,8 +106,9 @@ def report(done: Conversion) -> None:
         lines.append(describe_left_out(done.left_out))
     if done.largest_shift > 0:
         lines.append(
-            f"note: rounding moved the wavelengths by up to {100 * done.largest_shift:.1f} %; a checkpoint that was "
-            "trained without resonance loses a little until it is fine-tuned (--no-resonance keeps its angles)"
+            f"note: rounding moved the wavelengths by up to {100 * done.largest_shift:.1f} %. In one model of 135 M "
+            "parameters that was trained without it, that changed the perplexity of 512 to 4096 tokens by less than "
+            "0.1 % (--no-resonance keeps the angles)"
         )
     errors = {name: math.inf if error is None else error for name, error in done.quantization_error.items()}
     if errors:
