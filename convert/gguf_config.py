@@ -109,8 +109,10 @@ def config_of(
     config |= _window(fields, kind)
     config |= rope_settings(fields, config["head_dim"], factors)
     for name in ("bos", "eos"):
-        number = metadata.get(f"tokenizer.ggml.{name}_token_id")
-        if type(number) is int:
+        key, rows = f"tokenizer.ggml.{name}_token_id", config["vocab_size"]
+        if (number := metadata.get(key)) is not None:
+            if type(number) is not int or not 0 <= number < rows:
+                raise UsageError(f"{key} must be an id in [0, {rows}), got {number!r:.80}")
             config[f"{name}_token_id"] = number
     if fields.get("attention.causal") is False:
         raise UsageError(f"{fields.name('attention.causal')} is false: models must predict the next token")

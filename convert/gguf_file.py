@@ -54,7 +54,7 @@ class GgufFile(WeightFile):
                 raise UsageError(f"{path} has {new} under two names, one of which is {name!r:.80}")
             self._stored[new] = tensor
             self.tensors[new] = TensorInfo(KEPT.get(tensor.kind, "F32"), tensor.shape)
-            if name.removesuffix(".weight") in FACTORS:
+            if name in {f"{factor}.weight" for factor in FACTORS}:
                 self.left_out[new] = "its factors are in config.json"
 
     def read(self, tensor: str) -> mx.array:

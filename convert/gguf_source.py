@@ -103,7 +103,7 @@ def open_gguf(
         file, path = path.name, path.parent
     if path.is_dir():
         if file is not None and (".." in Path(file).parts or Path(file).is_absolute()):
-            raise UsageError(f"{file!r:.200} is not in {src}", option="file")
+            raise UsageError(f"{str(file)!r:.200} is not in {src}", option="file")
         names = sorted(entry.name for entry in path.glob("[!.]*.gguf"))
         parts = _parts(str(src), names, file, lambda name: (path / name).exists())
         return GgufSource(Path(parts[0]).name, None, parts[0], [path / part for part in parts], rescaled)

@@ -242,6 +242,8 @@ def open_source(
     path = user_path(src)
     if file is not None or (path.suffix == ".gguf" and path.is_file()):
         return open_gguf(src, file, revision, rescaled, download=downloads is None)
+    if path.exists() and not path.is_dir():
+        raise UsageError(f"{src} is not a .gguf file: expected one, or a folder")
     is_folder = path.exists()
     remote = downloads is not None and not is_folder and not constants.HF_HUB_OFFLINE
     folder = resolve(src, revision, SMALL_FILES if remote else [*SMALL_FILES, WEIGHTS])

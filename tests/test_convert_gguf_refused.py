@@ -245,6 +245,9 @@ MODELS: dict[str, tuple[dict[str, Any], Callable[..., Any] | None, str]] = {
         {}, lambda c: c | {"model.norm.weight": c["output_norm.weight"]}, "model.norm.weight under two names",
     ),
     "a tensor too many": ({}, lambda c: c | {"extra.weight": c["output_norm.weight"]}, "extra.weight is in the"),
+    "factors without .weight": (
+        {}, lambda c: c | {"rope_freqs": (np.ones(32, np.float32), Kind.F32)}, "rope_freqs is in the weights",
+    ),
     "a type without dequantization": (
         {}, lambda c: c | {"blk.0.ffn_down.weight": (np.zeros((256, 584), np.uint8), Kind.Q8_K)},
         "'blk.0.ffn_down.weight' is of type Q8_K",
@@ -275,6 +278,12 @@ def test_models_that_cannot_be_right(run: Any, tmp_path: Path, case: str) -> Non
         ("llama", {"general.type": "adapter"}, "general.type = 'adapter': expected a model"),
         ("llama", {"general.type": "mmproj"}, "general.type = 'mmproj': expected a model"),
         ("llama", {"general.quantization_version": 1}, "general.quantization_version must be 2, got 1"),
+        ("llama", {"tokenizer.ggml.eos_token_id": 999_999}, "tokenizer.ggml.eos_token_id must be an id in [0, 320)"),
+        (
+            "llama",
+            {"tokenizer.ggml.bos_token_id": "1"},
+            "tokenizer.ggml.bos_token_id must be an id in [0, 320), got '1'",
+        ),
         ("llama", {"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model = 'bert' cannot be converted"),
     ],
 )
@@ -282,6 +291,11 @@ def test_models_of_other_kinds(run: Any, tmp_path: Path, architecture: str, whol
     model = random_model("llama")
     keys, content = fields("llama", model), tensors("llama", model, Kind.F32)
     refused(run, tmp_path, write(tmp_path / "m.gguf", architecture, keys, content, whole), named)
+
+
+def test_files_of_other_names(run: Any, tmp_path: Path) -> None:
+    other = model_file(tmp_path / "m.gguf").rename(tmp_path / "model.bin")
+    refused(run, tmp_path, other, "model.bin is not a .gguf file: expected one, or a folder")
 
 
 def test_a_folder_with_the_name_of_a_file(run: Any, tmp_path: Path) -> None:

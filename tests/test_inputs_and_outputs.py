@@ -43,7 +43,7 @@ from .test_errors import COMMANDS
 APP = typer.main.get_command(cli.app)  # once, not for every command line
 MODELS = {"model", "src", "source"}  # strings that name a folder or a model of the hub
 OTHER_STRINGS = {
-    "prompt", "field", "rope", "revision", "tasks", "subtask", "arithmetic", "encoding", "preset", "split",
+    "prompt", "field", "file", "rope", "revision", "tasks", "subtask", "arithmetic", "encoding", "preset", "split",
 }  # fmt: skip
 OUTPUTS = {"output", "plot", "mlx_path", "prompt_cache"}
 

@@ -81,6 +81,7 @@ def by_transformers(
 ) -> tuple[float, float, float]:
     """The protocol as transformers' users write it: labels of -100 for unscored tokens; no stride means truncated."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    rotary = model.model.rotary_emb
     room, means, counts, tails = context - len(start), [], [], []
     for document in documents:
         ids = document.tokens.tolist() if stride else document.tokens.tolist()[:room]
@@ -88,6 +89,8 @@ def by_transformers(
         for begin in range(0, len(ids), stride or room):
             stop = min(begin + room, len(ids))
             row = torch.tensor([[*start, *ids[begin:stop]]])
+            # A dynamic embedding keeps the angles of the longest text before this one.
+            rotary.inv_freq, rotary.max_seq_len_cached = rotary.original_inv_freq, rotary.original_max_seq_len
             labels = row.clone()
             labels[:, : -(stop - seen)] = -100
             with torch.no_grad():
