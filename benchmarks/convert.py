@@ -1,9 +1,9 @@
-"""Convert a random LLaMA of about 2 GB with mlx-lm and with us: seconds, peak memory, disk.
+"""Convert a checkpoint with mlx-lm and with us: seconds, peak memory, disk.
 
-    python benchmarks/convert.py [--gigabytes 2] [--repeats 3] [--max-shard-size 500MB]
+    python benchmarks/convert.py [--model build/smollm2 | --gigabytes 2] [--repeats 3] [--max-shard-size 500MB]
 
-The checkpoint is made first, in float16. Each conversion is a process of its own; they take turns, and the figures are
-medians. mlx-lm's files have at most 5 GB, which cannot be changed. Last line: one JSON object.
+Without --model, a random LLaMA in float16 is made first. Each conversion is a process of its own; they take turns, and
+the figures are medians. mlx-lm's files have at most 5 GB, which cannot be changed. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -24,8 +24,7 @@ import mlx_resonance  # noqa: F401  (loads a fast BLAS on Linux, before MLX)
 import mlx.core as mx
 import mlx_lm
 from random_llama import make
-from rich.console import Console
-from rich.table import Table
+from reporting import exit_with, markdown
 
 LAYER = 4 * 2048**2 + 3 * 2048 * 5632  # weights of a layer of TinyLlama's shape
 CONVERT = {
@@ -60,20 +59,26 @@ def run(code: str, out: Path) -> dict[str, float]:
     return {"seconds": seconds, "peak_memory_mb": peak / 1e6, "disk_mb": size / 1e6}
 
 
+def random_source(folder: Path, gigabytes: float) -> Path:
+    """A random LLaMA of about this size."""
+    layers = max(1, round(gigabytes * 1e9 / 2 / LAYER))
+    return make(folder, 2048, 5632, layers, 32, 32, 2048, mx.float16, tied=False)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--gigabytes", type=float, default=2)
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint, as mlx-lm reads it; default: a random one")
+    parser.add_argument("--gigabytes", type=float, default=2, help="size of the random one")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--max-shard-size", default="500MB")
     arguments = parser.parse_args()
-    report: dict[str, Any] = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, **vars(arguments)}
-    table = Table("conversion", "", "seconds", "peak memory, MB", "disk, MB")
+    model = None if arguments.model is None else arguments.model.name
+    report: dict[str, Any] = {"mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, **vars(arguments), "model": model}
+    rows = []
     with tempfile.TemporaryDirectory() as folder:
-        src, out = Path(folder) / "source", Path(folder) / "out"
-        layers = max(1, round(arguments.gigabytes * 1e9 / 2 / LAYER))
-        make(src, 2048, 5632, layers, 32, 32, 2048, mx.float16, tied=False)
-        report["source_mb"] = (src / "model.safetensors").stat().st_size / 1e6
-        for kind, quantize in (("float16", False), ("4 bit", True)):
+        src, out = arguments.model or random_source(Path(folder) / "source", arguments.gigabytes), Path(folder) / "out"
+        report["source_mb"] = sum(path.stat().st_size for path in src.glob("*.safetensors")) / 1e6
+        for kind, quantize in (("same type", False), ("4 bit", True)):
             runs: dict[str, list[dict[str, float]]] = {name: [] for name in CONVERT}
             for _ in range(arguments.repeats):
                 for name, code in CONVERT.items():
@@ -82,10 +87,10 @@ def main() -> None:
             for name, results in runs.items():
                 medians = {key: round(statistics.median(r[key] for r in results), 1) for key in results[0]}
                 report.setdefault(kind, {})[name] = medians
-                table.add_row(kind, name, *(f"{value:g}" for value in medians.values()))
-    Console().print(table)
+                rows.append((kind, name, *(f"{value:g}" for value in medians.values())))
+    print(markdown(("conversion", "", "seconds", "peak memory, MB", "disk, MB"), rows))
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -1,20 +1,18 @@
-"""Tokens per second of ours and of stock mlx-lm on the same weights; the on-disk KV cache; KV formats' perplexity.
+"""Tokens per second of ours and of stock mlx-lm on the same weights; a second question with the on-disk KV cache.
 
-    python benchmarks/generate.py [--repeats 5]
+    python benchmarks/generate.py [--model build/smollm2-32k] [--repeats 5]
 
-The tiny checkpoint and a random LLaMA of 100 M parameters are converted to plain YaRN, which both read, in float32 on a
-CPU and float16 on a GPU. Ours and mlx-lm's take turns; figures are medians. Then a second question on a document of 4 k
-tokens with and without the on-disk KV cache, and the tiny checkpoint's perplexity on held-out Python with a KV cache of
-16 (or 32), 8 and 4 bits. Last line: one JSON object.
+Without --model: the tiny checkpoint, stretched to 16 times its context, and a random LLaMA of 100 M parameters. A model
+is converted to unrounded angles, which both read, in float32 on a CPU and float16 on a GPU. Ours and mlx-lm's take
+turns; figures are medians. Then the first token of a second question on a document of 4 k tokens, with and without the
+on-disk KV cache. Last line: one JSON object.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
 import statistics
-import sysconfig
 import tempfile
 import time
 from pathlib import Path
@@ -24,14 +22,11 @@ import mlx_resonance
 from mlx_resonance import load, stream_generate
 from mlx_resonance.convert import convert
 from mlx_resonance.generation import PromptCache
-from mlx_resonance.generation.cache import make_cache
 
 import mlx.core as mx
-import mlx.nn as nn
 import mlx_lm
 from random_llama import TINY, make
-from rich.console import Console
-from rich.table import Table
+from reporting import exit_with, markdown
 
 DTYPE = "float32" if mx.default_device() == mx.cpu else "float16"
 RANDOM = (768, 2048, 13, 12, 12, 8192, mx.float32)  # hidden, feed-forward, layers, heads, key heads, vocabulary
@@ -58,7 +53,7 @@ def compare(folder: Path, repeats: int) -> dict[str, Any]:
             if turn:
                 runs[name].append(found)
     report: dict[str, Any] = {}
-    for i, kind in enumerate(("prefill", "decode")):
+    for i, kind in enumerate(("prompt", "answer")):
         medians = {name: statistics.median(run[i] for run in found) for name, found in runs.items()}
         ratios = [one[i] / other[i] for one, other in zip(runs["ours"], runs["mlx_lm"], strict=True)]
         report[kind] = {name: round(value, 1) for name, value in medians.items()}
@@ -92,58 +87,43 @@ def second_question(folder: Path, repeats: int) -> dict[str, float]:
     return rounded | {"times_sooner": round(medians["uncached"] / medians["cached"], 1)}
 
 
-def perplexities(folder: Path) -> dict[str, float]:
-    """Of the tiny checkpoint on a held-out text of 4096 tokens, by bits of the KV cache."""
-    model, tokenizer = load(folder)
-    names = json.loads((TINY / "training.json").read_text())["held_out_files"]
-    root = Path(sysconfig.get_paths()["stdlib"])
-    text = "".join((root / name).read_text(errors="replace") for name in names if (root / name).is_file())
-    tokens = [tokenizer.bos_token_id, *tokenizer.encode(text[: 10 * DOCUMENT], add_special_tokens=False)][
-        : DOCUMENT + 1
-    ]
-    result = {}
-    for kv_bits in (None, 8, 4):
-        cache = make_cache(model, DOCUMENT, kv_bits)
-        losses = []
-        for at in range(0, len(tokens) - 1, 512):
-            inputs, targets = tokens[at : at + 512], tokens[at + 1 : at + 513]
-            inputs = inputs[: len(targets)]
-            logits = model(mx.array(inputs)[None], cache=cache)[0]
-            losses += nn.losses.cross_entropy(logits, mx.array(targets)).tolist()
-        result["unquantized" if kv_bits is None else f"{kv_bits} bit"] = round(math.exp(statistics.fmean(losses)), 4)
-    return result
+def sources(model: Path | None, folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
+    """By name: a checkpoint, and how its context is stretched."""
+    if model is not None:
+        return {model.name: (model, {})}
+    stretched = {"tiny": (TINY, 16), "random": (make(folder / "source", *RANDOM), 1)}
+    return {name: (source, {"rope": "yarn", "factor": factor}) for name, (source, factor) in stretched.items()}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint; default: the tiny one and a random one")
     parser.add_argument("--repeats", type=int, default=5)
-    repeats = parser.parse_args().repeats
+    args = parser.parse_args()
+    repeats = args.repeats
     report: dict[str, Any] = {
         "mlx": mx.__version__, "mlx_lm": mlx_lm.__version__, "mlx_resonance": mlx_resonance.__version__,
         "device": str(mx.default_device()), "dtype": DTYPE, "prompt": PROMPT, "new": NEW, "repeats": repeats,
     }  # fmt: skip
-    table = Table("model", "", "ours, tokens/s", "mlx-lm, tokens/s", "ratio", "median of ratios")
+    rows, questions = [], []
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        sources = {"tiny": (TINY, 16), "random": (make(folder / "source", *RANDOM), 1)}
-        for name, (source, factor) in sources.items():
-            settings: dict[str, Any] = {"rope": "yarn", "factor": factor, "resonance": False, "dtype": DTYPE}
-            convert(source, folder / name, **settings)
+        for name, (source, scaling) in sources(args.model, folder).items():
+            convert(source, folder / name, resonance=False, dtype=DTYPE, **scaling)
             report[name] = compare(folder / name, repeats)
-            for kind, row in report[name].items():
-                table.add_row(name, kind, *map(str, row.values()))
-        report["second_question"] = {name: second_question(folder / name, repeats) for name in sources}
-        report["perplexity"] = perplexities(folder / "tiny")
-    console = Console()
-    console.print(table)
-    for name, row in report["second_question"].items():
-        console.print(
-            f"first token of a second question on {DOCUMENT} tokens, {name}: {row['uncached_seconds']} s; "
-            f"with the on-disk KV cache {row['cached_seconds']} s, {row['times_sooner']} times sooner"
-        )
-    console.print("perplexity by KV format:", report["perplexity"])
+            rows += [(name, kind, *report[name][kind].values()) for kind in ("prompt", "answer")]
+            report[name]["second_question"] = second_question(folder / name, repeats)
+            questions.append((name, *report[name]["second_question"].values()))
+    print(markdown(("model", "", "ours, tokens/s", "mlx-lm, tokens/s", "ratio", "median of ratios"), rows), end="\n\n")
+    columns = (
+        f"first token of a second question on {DOCUMENT:,} tokens",
+        "seconds",
+        "with the on-disk KV cache",
+        "times sooner",
+    )
+    print(markdown(columns, questions))
     print(json.dumps(report))
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -1,25 +1,26 @@
 """Compare the memory plan with MLX's peak memory: models, contexts and KV formats.
 
-    python benchmarks/memory.py
+    python benchmarks/memory.py [--model build/smollm2-32k] [--contexts 1024,4096,8192]
 
-Random LLaMAs are made in a temporary folder; each is loaded, reads a prompt and generates two tokens. Last line: one
-JSON object with the largest deviation.
+Without --model, random LLaMAs are made in a temporary folder. Each model is loaded, reads a prompt and generates two
+tokens. Last line: one JSON object with the largest deviation.
 """
 
 from __future__ import annotations
 
+import argparse
 import gc
 import json
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import load, plan_memory, stream_generate
+from mlx_resonance import Checkpoint, plan_memory, stream_generate
 
 import mlx.core as mx
 from random_llama import make
-from rich.console import Console
-from rich.table import Table
+from reporting import exit_with, markdown
 
 # hidden, feed-forward, layers, heads, key heads, vocabulary, type
 MODELS = {
@@ -42,27 +43,42 @@ def measured(model: Any, tokenizer: Any, context: int, step: int, kv_bits: int |
     return mx.get_peak_memory()
 
 
-def main() -> None:
-    table = Table("model", "context", "step", "KV", "planned, MB", "measured, MB", "off")
-    worst = 0.0
-    with tempfile.TemporaryDirectory() as folder:
+def checkpoints(model: Path | None, folder: Path) -> Iterator[Checkpoint]:
+    """The model, or the random ones, made one after another."""
+    if model is not None:
+        yield Checkpoint.open(model)
+    else:
         for name, shape in MODELS.items():
-            path = make(Path(folder) / name.replace(" ", "-"), *shape)
-            model, tokenizer = load(path)
-            for context, step in CONTEXTS:
-                if shape[-1] == mx.bfloat16 and mx.default_device() == mx.cpu and context > 4096:
+            yield Checkpoint.open(make(folder / name.replace(" ", "-"), *shape))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, help="folder of a checkpoint; default: random ones")
+    parser.add_argument("--contexts", default="1024,4096,8192", help="tokens, separated by commas")
+    args = parser.parse_args()
+    wanted = [int(part) for part in args.contexts.split(",")]
+    rows, worst = [], 0.0
+    with tempfile.TemporaryDirectory() as folder:
+        for checkpoint in checkpoints(args.model, Path(folder)):
+            model, tokenizer = checkpoint.load(), checkpoint.tokenizer
+            own = 8 * checkpoint.dimensions.item_size
+            for context, step in (pair for pair in CONTEXTS if pair[0] in wanted):
+                if own == 16 and mx.default_device() == mx.cpu and context > 4096:
                     continue  # 16-bit matrix products are slow on a CPU
                 for kv_bits in (None, 8, 4):
-                    planned = plan_memory(path, context, kv_bits=kv_bits, prefill_step_size=step).total
+                    planned = plan_memory(checkpoint, context, kv_bits=kv_bits, prefill_step_size=step).total
                     found = measured(model, tokenizer, context, step, kv_bits)
-                    off = planned / found - 1
-                    worst = max(worst, abs(off))
-                    megabytes = (f"{size / 1e6:.0f}" for size in (planned, found))
-                    table.add_row(name, str(context), str(step), str(kv_bits or 16), *megabytes, f"{off:+.1%}")
+                    worst = max(worst, abs(planned / found - 1))
+                    sizes = (f"{size / 1e6:,.0f}" for size in (planned, found))
+                    rows.append(
+                        (checkpoint.folder.name, context, step, kv_bits or own, *sizes, f"{planned / found - 1:+.1%}")
+                    )
             del model
-    Console().print(table)
-    print(json.dumps({"mlx": mx.__version__, "device": str(mx.default_device()), "largest_deviation": round(worst, 4)}))
+    print(markdown(("model", "context", "step", "bits of keys and values", "planned, MB", "measured, MB", "off"), rows))
+    report = {"mlx": mx.__version__, "device": str(mx.default_device())}
+    print(json.dumps(report | {"measured": len(rows), "largest_deviation": round(worst, 4)}))
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

@@ -68,7 +68,7 @@ class ResonanceRoPE(nn.Module):
             UsageError: as for `angles`; or the angles change with the length, and those of this step would differ
                 between its rows, or from those of the keys that an earlier pass over the same text has cached.
         """
-        if self._by_length is not None:
+        if self._by_length is not None and not _of_every_token(offset):
             self._check_one_length(self._by_length, length, _values(offset))
         before, self._step.angles = self._step.angles, self.angles(length, offset, like)
         try:
@@ -103,7 +103,8 @@ class ResonanceRoPE(nn.Module):
         Args:
             length: number of tokens, L.
             offset: position of the first token, an int in [0, 2³¹ - L] or an integer array of shape () or (B,), whose
-                values are cast to int32 and not checked.
+                values are cast to int32 and not checked. Or the positions of every token, shape (B, L): frequencies
+                that change with the length are then those of the length that `expect` names.
             like: an array of the same step, such as the model's input; `mx.export_function` needs it.
 
         Returns:
@@ -113,18 +114,21 @@ class ResonanceRoPE(nn.Module):
             UsageError: an int is out of range, or an array has another type or shape.
         """
         if isinstance(offset, mx.array):
-            if offset.ndim > 1 or not mx.issubdtype(offset.dtype, mx.integer):
+            fits = offset.ndim <= 1 or (offset.ndim == 2 and offset.shape[1] == length)
+            if not fits or not mx.issubdtype(offset.dtype, mx.integer):
                 raise UsageError(
-                    "[ResonanceRoPE] offset must be an integer or an integer array of shape () or (B,), "
-                    f"got {offset.dtype} of shape {offset.shape}"
+                    "[ResonanceRoPE] offset must be an integer or an integer array of shape (), (B,) or (B, "
+                    f"{length}), got {offset.dtype} of shape {offset.shape}"
                 )
         elif not (isinstance(offset, (int, np.integer)) and 0 <= offset <= LONGEST - max(length, 1)):
             raise UsageError(f"[ResonanceRoPE] offset must be an integer in [0, 2**31 - {length}], got {offset}")
         if self._by_length is not None:
-            frequencies = self._by_length(max(int(_values(offset).max()) + length, self._expected_length))
+            tokens = 0 if _of_every_token(offset) else int(_values(offset).max()) + length
+            frequencies = self._by_length(max(tokens, self._expected_length))
             if frequencies != self._frequencies:
                 self._use(frequencies)
-        start = offset.astype(mx.int32).reshape(-1) if isinstance(offset, mx.array) else mx.array([int(offset)])
+        start = offset.astype(mx.int32) if isinstance(offset, mx.array) else mx.array([int(offset)])
+        start = start if start.ndim == 2 else start.reshape(-1)
         return kernels.angles(start, length, self._constants, like)
 
     def __call__(self, x: mx.array, offset: int | mx.array = 0) -> mx.array:
@@ -178,7 +182,7 @@ class ResonanceRoPE(nn.Module):
         return rotated_q, rotated_k
 
     def _fitting(self, angles: Angles, batch: int, length: int) -> Angles:
-        rows = angles.offset.size
+        rows = angles.offset.shape[0]
         if rows not in (1, batch) or angles.length != length:
             raise UsageError(
                 f"[ResonanceRoPE] angles (offsets) for {rows} rows of {angles.length} tokens "
@@ -191,6 +195,11 @@ class ResonanceRoPE(nn.Module):
             raise UsageError(f"[ResonanceRoPE] expected (..., L, D) with D >= {self.dims}, got shape {x.shape}")
         if not mx.issubdtype(x.dtype, mx.floating):
             raise UsageError(f"[ResonanceRoPE] expected a floating-point array, got {x.dtype}")
+
+
+def _of_every_token(offset: int | mx.array) -> bool:
+    """Whether it holds the positions of all tokens, not those of the first ones."""
+    return isinstance(offset, mx.array) and offset.ndim == 2
 
 
 def _values(offset: int | mx.array) -> NDArray[np.integer]:

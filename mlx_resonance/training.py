@@ -165,6 +165,7 @@ def train(
     on_step: Callable[[int, float], None] | None = None,
     carried: dict[str, mx.array] | None = None,
     accumulate: int = 1,
+    loss_scale: float = 1.0,
 ) -> None:
     """Train `model` in place for `steps` steps, or resume from `checkpoint` if that file exists.
 
@@ -186,15 +187,18 @@ def train(
             replace them with others of the same shape.
         accumulate: number of equal parts that a batch is split into along its first axis. They pass through the model
             one after another; loss and gradients are the means over them.
+        loss_scale: the loss is multiplied by this while gradients are computed, and they are divided by it, a power of
+            two: in float16, small ones would vanish.
 
     Raises:
         UsageError: `accumulate` does not divide a batch, or the checkpoint belongs to another run.
-        FloatingPointError: the loss became NaN or infinite.
+        FloatingPointError: the loss, or with `loss_scale` a gradient, became NaN or infinite.
     """
     optimizer.init(model.trainable_parameters())
     done = load_checkpoint(checkpoint, model, optimizer, carried) if checkpoint and checkpoint.exists() else 0
     state = [model.state, optimizer.state, mx.random.state]
-    step = _step(model, optimizer, loss, state, max_grad_norm, accumulate)
+    loss_and_grad = _loss_and_grad(model, loss, loss_scale)
+    step = _step(model, optimizer, loss_and_grad, state, max_grad_norm, accumulate)
     model.train()
     while done < steps:
         mx.random.seed((seed << 32) + done)
@@ -210,16 +214,29 @@ def train(
     model.eval()
 
 
+def _loss_and_grad(model: nn.Module, loss: Callable[..., mx.array], scale: float) -> Callable[..., Any]:
+    """Loss and gradients, of a model and the arrays of a batch; they are scaled while they are computed."""
+    if scale == 1:
+        return nn.value_and_grad(model, loss)
+    scaled = nn.value_and_grad(model, lambda model, *arrays: loss(model, *arrays) * scale)
+
+    def unscaled(model: nn.Module, *arrays: mx.array) -> Any:
+        value, gradients = scaled(model, *arrays)
+        overflow = sum(mx.sum(0 * array) for array in dict(tree_flatten(gradients)).values())  # 0, or else NaN
+        return value / scale + overflow, tree_map(lambda gradient: gradient / scale, gradients)
+
+    return unscaled
+
+
 def _step(
     model: nn.Module,
     optimizer: optim.Optimizer,
-    loss: Callable[..., mx.array],
+    loss_and_grad: Callable[..., Any],
     state: list[Any],
     max_grad_norm: float | None,
     accumulate: int,
 ) -> Callable[..., mx.array]:
     """One update from the arrays of one batch: compiled as a whole, or part by part."""
-    loss_and_grad = nn.value_and_grad(model, loss)
 
     def update(gradients: Any) -> None:
         if max_grad_norm is not None:

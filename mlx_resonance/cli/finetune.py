@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from typer import Option
 
+from ..sizes import format_size
 from .options import LARGEST, Dtype, Force, Json, Memory, MlxPath, Model, Original, ScaledBy, path
 from .output import count_bar, print_json, stderr
 
@@ -23,7 +24,7 @@ def command(
     model: Model,
     data: Annotated[
         Path,
-        Option(**path, metavar="DIR|FILE", help="Folder with train.jsonl or *.txt; or one file of texts."),
+        Option(**path, metavar="DIR|FILE", help="Folder with train.jsonl or *.txt; or one file."),
     ],
     mlx_path: MlxPath,
     preset: Annotated[
@@ -35,7 +36,8 @@ def command(
     factor: ScaledBy = None,
     original_max_position_embeddings: Original = None,
     length: Annotated[
-        int | None, Option(min=2, max=LARGEST, help="Tokens of a sequence. Default: the context.")
+        int | None,
+        Option(min=2, max=LARGEST, help="Tokens of a sequence. Default: the context, with skips that before scaling."),
     ] = None,
     steps: Annotated[int | None, Option(min=1, max=LARGEST, help="Updates of the weights. Default: 400.")] = None,
     warmup: Annotated[
@@ -50,7 +52,15 @@ def command(
         int | None, Option(min=1, max=BATCHES, help="Batches whose gradients make a step. Default: 8.")
     ] = None,
     fine_tune_type: Annotated[
-        Literal["full", "lora"] | None, Option(help="Train all weights, in float32, or LoRA. Default: full.")
+        Literal["full", "lora"] | None,
+        Option(help="Train all weights, in float32, or LoRA. Default: full; lora where the weights are quantized."),
+    ] = None,
+    q_bits: Annotated[
+        int | None, Option(min=2, max=8, help="Quantize the weights to train LoRA on (QLoRA): bits per weight.")
+    ] = None,
+    q_group_size: Annotated[int | None, Option(min=32, max=128, help="Weights per scale. Default: 64.")] = None,
+    q_mode: Annotated[
+        Literal["affine", "mxfp4", "nvfp4", "mxfp8"] | None, Option(help="Quantized format. Default: affine.")
     ] = None,
     lora_rank: Annotated[int | None, Option(min=1, max=BATCHES, help="LoRA's rank. Default: 8.")] = None,
     lora_scale: Annotated[float | None, Option(min=0, max=10_000, help="LoRA's scale. Default: 20.")] = None,
@@ -58,7 +68,16 @@ def command(
         int | None, Option(min=1, max=LARGEST, help="Train only the last N layers. Default: all.")
     ] = None,
     grad_checkpoint: Annotated[
-        bool | None, Option("--grad-checkpoint", help="Activation checkpointing: less memory, more time.")
+        bool | None,
+        Option("--grad-checkpoint/--no-grad-checkpoint", help="Activation checkpointing: less memory, more time."),
+    ] = None,
+    skip_positions: Annotated[
+        bool | None,
+        Option("--skip-positions", help="Short sequences at positions drawn from the whole context (PoSE)."),
+    ] = None,
+    mask_prompt: Annotated[
+        bool | None,
+        Option("--mask-prompt/--no-mask-prompt", help="Of chats, train on the answers or on all. Default: answers."),
     ] = None,
     seed: Annotated[int | None, Option(min=0, max=LARGEST, help="Seed of the order of the texts. Default: 0.")] = None,
     dtype: Dtype = None,
@@ -81,7 +100,7 @@ def command(
         done = finetune(**arguments, on_step=Report(bar))
     held_out = f", held out {done['valid_loss']:.3f}" if "valid_loss" in done else ""
     text = f"{mlx_path}: loss {done['losses'][0]:.3f} -> {done['losses'][-1]:.3f}{held_out}"
-    stderr.print(f"{text}; peak memory {done['peak_memory'] / 1e6:,.0f} MB", soft_wrap=True)
+    stderr.print(f"{text}; peak memory {format_size(done['peak_memory'])}", soft_wrap=True)
     if json:
         print_json({"mlx_path": str(mlx_path)} | done)
 
@@ -104,7 +123,7 @@ class Report:
         speed = recipe.length * recipe.batch_size * recipe.accumulate / (now - self.last)
         self.last = now
         left = (recipe.steps - step) * (now - self.start) / max(step - self.first, 1)
-        text = f"loss {loss:.3f}, rate {rate:.1e}, {speed:,.0f} tokens/s, {mx.get_peak_memory() / 1e9:.2f} GB"
+        text = f"loss {loss:.3f}, rate {rate:.1e}, {speed:,.0f} tokens/s, {format_size(mx.get_peak_memory())}"
         self.bar.update(self.row, completed=step, total=recipe.steps, description=text)
         if not stderr.is_terminal:
             stderr.print(f"step {step} of {recipe.steps}: {text}, {left:.0f} s left", soft_wrap=True)

@@ -1,44 +1,126 @@
-"""What keeps long sequences within memory: the loss in chunks of tokens, and activation checkpointing."""
+"""What keeps long sequences within memory: logits and scores of a few tokens at a time, activation checkpointing."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from mlx_lm.tuner.trainer import grad_checkpoint
 
 from .. import attention
+from .positions import caches_at
 
-POSITIONS = 1024  # tokens whose logits are in memory at once
+LOGITS = 64 * 10**6  # bytes that logits and what is computed from them take at once
+COPIES = 10  # arrays of the size of the logits in float32 that are alive at once: measured up to 9, as MLX runs ahead
 QUERIES = 256  # tokens whose attention scores are in memory at once under activation checkpointing
 
 
-def next_token_loss(model: nn.Module, tokens: mx.array) -> mx.array:
-    """Mean cross-entropy of every next token, in nats; the logits of at most `POSITIONS` tokens are kept at a time.
+def tokens_at_once(vocabulary: int) -> int:
+    """How many tokens' logits fit into `LOGITS` bytes."""
+    return max(1, LOGITS // (COPIES * 4 * vocabulary))
+
+
+def next_token_loss(
+    model: nn.Module, tokens: mx.array, weights: mx.array | None = None, positions: mx.array | None = None
+) -> mx.array:
+    """Mean cross-entropy of every next token, in nats, in float32.
 
     Args:
         model: from `Checkpoint.load`, with LoRA layers or without.
         tokens: ids, (B, L): L - 1 are predicted in each row.
+        weights: what each token counts as a target, (B, L); None for 1.
+        positions: of every token, (B, L); None for 0, 1, 2, …
     """
-    hidden, targets = model.model(tokens)[:, :-1], tokens[:, 1:]
+    hidden = model.model(tokens, caches_at(model, positions))[:, :-1]
+    states, targets = hidden.reshape(-1, hidden.shape[-1]), tokens[:, 1:].reshape(-1)
+    counts = mx.ones(targets.shape) if weights is None else weights[:, 1:].reshape(-1)
     head = model.model.embed_tokens if model.args.tie_word_embeddings else model.lm_head
+    parameters, size = head.trainable_parameters(), tokens_at_once(model.args.vocab_size)
 
-    def loss(i: int) -> mx.array:
-        wanted = targets[:, i : i + POSITIONS]  # a closure: checkpoint() would differentiate an argument
+    def logits_of(parameters: Any, states: mx.array) -> mx.array:
+        head.update(parameters)
+        return attention.next_token_logits(model, states)
 
-        def of(states: mx.array) -> mx.array:
-            logits = attention.next_token_logits(model, states).astype(mx.float32)
-            return nn.losses.cross_entropy(logits, wanted, reduction="sum")
+    def loss(start: int, parameters: Any, part: mx.array) -> mx.array:
+        wanted, count = targets[start : start + size], counts[start : start + size]
+        return cross_entropy(logits_of, wanted, count)(parameters, part)
 
-        chunk = nn.utils.checkpoint(head, of) if targets.shape[1] > POSITIONS else of
-        return chunk(hidden[:, i : i + POSITIONS])
+    losses = in_turn(loss, parameters, states, size, axis=0)
+    head.update(parameters)  # not those of the last part, which wait for the parts before
+    return mx.sum(mx.stack(losses)) / targets.size
 
-    parts = [loss(i) for i in range(0, targets.shape[1], POSITIONS)]
-    return mx.sum(mx.stack(parts)) / targets.size
+
+def cross_entropy(logits_of: Callable[..., mx.array], targets: mx.array, weights: mx.array) -> Callable[..., mx.array]:
+    """The weighted sum of the cross-entropy of logits, as a function of what they are made of.
+
+    Its gradient is written out: differentiated, it would keep a dozen arrays of the size of the logits, not four.
+
+    Args:
+        logits_of: makes logits, (T, vocabulary), from a tree of parameters and from states, (T, hidden).
+        targets, weights: of each token, (T,).
+    """
+
+    @mx.custom_function
+    def loss(parameters: Any, states: mx.array) -> mx.array:
+        logits = logits_of(parameters, states).astype(mx.float32)
+        scores = mx.take_along_axis(logits, targets[:, None], axis=1)[:, 0]
+        return mx.sum(weights * (mx.logsumexp(logits, axis=1) - scores))
+
+    @loss.vjp
+    def backward(primals: Any, gradient: mx.array, _: Any) -> Any:
+        logits = logits_of(*primals)
+        wrong = mx.softmax(logits.astype(mx.float32), axis=1).at[mx.arange(targets.size), targets].add(-1)
+        wrong = (wrong * (weights * gradient)[:, None]).astype(logits.dtype)
+        names, arrays = zip(*tree_flatten(primals), strict=True)
+        _, gradients = mx.vjp(
+            lambda *arrays: logits_of(*tree_unflatten(list(zip(names, arrays, strict=True)))), list(arrays), [wrong]
+        )
+        return gradients
+
+    found: Any = loss
+    return found
+
+
+def in_turn(function: Callable[..., mx.array], shared: Any, array: mx.array, size: int, axis: int) -> list[mx.array]:
+    """Apply a function to parts of an array, one after another, so that memory holds the work of one part at a time.
+
+    The backward pass recomputes each part and takes them in turn, too, from the last to the first. A single part is
+    neither cut nor recomputed.
+
+    Args:
+        function: of the number of the part's first entry, of `shared` and of the part.
+        shared: a tree of arrays that all parts use.
+        array: to cut along `axis` into parts of `size` entries.
+    """
+    length = array.shape[axis]
+    if length <= size:
+        return [function(0, shared, array)]
+    parts = mx.split(array, range(size, length, size), axis=axis)
+    results: list[mx.array] = []
+    for number, part in enumerate(parts):
+        if results:
+            waiting: Any = _after((shared, part), results[-1])
+            (shared, part), results[-1] = waiting
+        results.append(mx.checkpoint(partial(function, number * size))(shared, part))
+    return results
+
+
+@mx.custom_function
+def _after(inputs: Any, result: mx.array) -> Any:
+    """Return both, but let the inputs of a part wait for the result of the part before."""
+    return tree_map(lambda array: mx.depends([array], [result])[0], inputs), result
+
+
+@_after.vjp
+def _before(_: Any, gradients: Any, __: Any) -> Any:
+    """Backward, that result's gradient waits for the gradients of the inputs."""
+    inputs, result = gradients
+    return inputs, mx.depends([result], list(dict(tree_flatten(inputs)).values()))[0]
 
 
 @contextlib.contextmanager
@@ -55,19 +137,22 @@ def activation_checkpointing(model: nn.Module, wanted: bool = True) -> Iterator[
     layer = type(model.layers[0])
     forward, attend = layer.__call__, attention.attend
     grad_checkpoint(model.layers[0])
-    attention.attend = _checkpointed_attend
+    attention.attend = _attend_in_turn
     try:
         yield
     finally:
         layer.__call__, attention.attend = forward, attend
 
 
-def _checkpointed_attend(
+def _attend_in_turn(
     queries: mx.array, keys: mx.array, values: mx.array, *, cache: Any, scale: float, mask: mx.array | str | None
 ) -> mx.array:
-    """As `attention.attend` without a cache; the backward pass recomputes the scores of `QUERIES` tokens at a time."""
-    return attention.attend_in_parts(_checkpointed, queries, keys, values, QUERIES, scale=scale, mask=mask)
+    """As `attention.attend` of keys that no cache quantizes; the scores of `QUERIES` tokens are in memory at once."""
 
+    def attend(start: int, shared: tuple[mx.array, mx.array], part: mx.array) -> mx.array:
+        end = start + part.shape[2]
+        seen = [array[:, :, :end] for array in shared]  # no query sees a later key
+        own = mask[..., start:end, :end] if isinstance(mask, mx.array) else mask
+        return mx.fast.scaled_dot_product_attention(part, *seen, scale=scale, mask=own)
 
-def _checkpointed(queries: mx.array, keys: mx.array, values: mx.array, **options: Any) -> mx.array:
-    return mx.checkpoint(partial(mx.fast.scaled_dot_product_attention, **options))(queries, keys, values)
+    return mx.concatenate(in_turn(attend, (keys, values), queries, QUERIES, axis=2), axis=2)

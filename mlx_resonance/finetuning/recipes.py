@@ -11,6 +11,8 @@ from ..errors import UsageError, check_option
 from ..rope_config import RopeConfig
 from ..rope_types import PREFIX
 from ..scaling import SCALINGS, check_context, factor_for, named_rope, new_rope
+from ..validation import QUANTIZATIONS
+from .positions import check_skips
 
 # Source: arXiv 2403.00071, section 5.2 (length, steps), with sheryc/resonance_rope `llama_finetuning/train.sh`
 # (warm-up, factor); 64 sequences a step are YaRN's global batch (arXiv 2309.00071, section 4.1). `paper-4k` is for
@@ -24,6 +26,7 @@ PRESETS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     }
 )
 FULL, LORA = "full", "lora"
+BITS, GROUP_SIZE = 4, 64  # mlx-lm's defaults
 LARGEST = {"batch_size": 2**16, "accumulate": 2**16, "lora_rank": 2**16}  # others: what MLX counts with
 
 
@@ -40,10 +43,14 @@ class Recipe:
         batch_size: sequences that go through the model at once.
         accumulate: batches of a step.
         fine_tune_type: `full` trains the weights, `lora` low-rank changes of them; both in float32.
+        q_bits, q_group_size, q_mode: for `lora`, of the weights to quantize as they are read, as in `convert`; all None
+            to leave them as they are.
         lora_rank, lora_scale: of every linear layer's change, as in mlx-lm.
         num_layers: train only the last N layers; None for all (and the embedding, where `full`).
-        grad_checkpoint: activation checkpointing.
-        seed: of the order of documents and sequences, and of the initial low-rank changes.
+        grad_checkpoint: activation checkpointing: less memory, a third more time.
+        skip_positions: draw the positions of each sequence from the whole context: see `positions`.
+        mask_prompt: of chats, train on the assistant's turns only; None for yes. False: on every token.
+        seed: of the order of documents and sequences, of the skipped positions, and of the initial low-rank changes.
 
     Raises:
         UsageError: a value is out of range.
@@ -62,10 +69,15 @@ class Recipe:
     batch_size: int = 1
     accumulate: int = 8
     fine_tune_type: str = FULL
+    q_bits: int | None = None
+    q_group_size: int | None = None
+    q_mode: str | None = None
     lora_rank: int = 8
     lora_scale: float = 20.0
     num_layers: int | None = None
-    grad_checkpoint: bool = False
+    grad_checkpoint: bool = True
+    skip_positions: bool = False
+    mask_prompt: bool | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -84,6 +96,28 @@ class Recipe:
             value = getattr(self, name)
             check_option(name, 0 < value < limit, f"in (0, {limit})", value)
         check_option("weight_decay", 0 <= self.weight_decay < 1, "in [0, 1)", self.weight_decay)
+        self._check_quantization()
+
+    def _check_quantization(self) -> None:
+        mode, given = self.q_mode, {"q_bits": self.q_bits, "q_group_size": self.q_group_size}
+        given = {name: value for name, value in given.items() if value is not None}
+        check_option("q_mode", mode is None or mode in QUANTIZATIONS, f"one of {', '.join(QUANTIZATIONS)}", mode)
+        for name, allowed in zip(("q_bits", "q_group_size"), QUANTIZATIONS["affine"], strict=True):
+            value = given.get(name)
+            check_option(name, value is None or value in allowed, f"one of {', '.join(map(str, allowed))}", value)
+        if mode not in (None, "affine"):
+            for name, value in given.items():
+                raise UsageError(f"{name} = {value}: q_mode {mode} has its own, leave it out", option=name)
+        if self.q_group_size is not None and not self.quantization:
+            raise UsageError(
+                f"q_group_size = {self.q_group_size} is a setting of quantization", remedies=[{"q_bits": BITS}]
+            )
+        if self.quantization and not self.lora:
+            option = "q_bits" if self.q_bits is not None else "q_mode"
+            raise UsageError(
+                f"{option} = {getattr(self, option)} quantizes the weights: only LoRA trains those",
+                remedies=[{"fine_tune_type": LORA}],
+            )
 
     @property
     def rise(self) -> int:
@@ -94,6 +128,17 @@ class Recipe:
     def lora(self) -> bool:
         """Whether low-rank changes are trained instead of the weights."""
         return self.fine_tune_type == LORA
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """How to quantize the weights: mx.quantize's group_size, bits and mode; None to leave them as they are."""
+        if self.q_bits is None and self.q_mode is None:
+            return None
+        mode = self.q_mode or "affine"
+        if mode == "affine":
+            return {"group_size": self.q_group_size or GROUP_SIZE, "bits": self.q_bits or BITS, "mode": mode}
+        (bits,), (group_size,) = QUANTIZATIONS[mode]
+        return {"group_size": group_size, "bits": bits, "mode": mode}
 
     @property
     def lora_parameters(self) -> dict[str, Any]:
@@ -107,6 +152,7 @@ def choose(
     rope: str | None = None,
     factor: float | None = None,
     original_max_position_embeddings: int | None = None,
+    quantized: bool = False,
     **changes: Any,
 ) -> tuple[RopeConfig, Recipe]:
     """Rope settings and recipe from a preset and the changes to it.
@@ -115,10 +161,12 @@ def choose(
         source: the checkpoint's rope settings.
         preset: a key of `PRESETS`; None for the defaults of `Recipe` and the checkpoint's rope settings and context.
         rope, factor, original_max_position_embeddings: as in `rope_for`.
+        quantized: whether the checkpoint is; LoRA is then the default, as with q_bits and q_mode.
         changes: fields of `Recipe`; None for the preset's value.
 
     Raises:
-        UsageError: an argument is out of range, or the length exceeds the context.
+        UsageError: an argument is out of range, or the length exceeds the context, or is all of it where positions are
+            to be skipped.
     """
     check_option("preset", preset is None or preset in PRESETS, f"one of {', '.join(PRESETS)}", repr(preset))
     values = dict(PRESETS[preset] if preset else {})
@@ -127,13 +175,18 @@ def choose(
     given = changes | {"rope": rope, "factor": factor}
     values |= {name: value for name, value in given.items() if value is not None}
     after = rope_for(source, values.pop("rope", None), values.pop("factor", None), original_max_position_embeddings)
+    if quantized or {"q_bits", "q_mode"} & values.keys():
+        values.setdefault("fine_tune_type", LORA)
     known = [entry.name for entry in fields(Recipe)]
     for name in set(values).difference(known):
         raise UsageError(f"a recipe has no {name}: it has {', '.join(known)}")
     context = after.context_length
-    if "length" not in values and context is None:
+    length = after.trained_length if values.get("skip_positions") else context
+    if "length" not in values and length is None:
         raise UsageError("config.json has no context length", remedies=[{"length": None}])
-    recipe = Recipe(**({"length": context} | values))
+    recipe = Recipe(**({"length": length} | values))
+    if recipe.skip_positions:
+        check_skips(recipe.length, context)
     if context is not None and recipe.length > max(context, after.length_if_unscaled or 0):
         longer = None if after.window == context else factor_for(after, recipe.length)
         scaling = after.rope_type if after.base_type in SCALINGS else PREFIX + "yarn"

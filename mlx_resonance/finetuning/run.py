@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
@@ -12,18 +13,19 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
 import numpy as np
-from mlx_lm.tuner.utils import linear_to_lora_layers
 
 from ..checkpoint import Checkpoint
-from ..errors import ANOTHER, UsageError, check_option
+from ..errors import check_option
 from ..files import user_path
+from ..rope import expect
 from ..run_log import RunLog
 from ..storage import atomic_folder, check_new_folder, in_the_way
 from ..training import train, warmup_linear
+from .base import check_trainable, is_quantized, prepare
 from .chunks import activation_checkpointing, next_token_loss
-from .data import Batches, data_files, packed
+from .data import Batches, data_files, packed, token_ids, token_weights
 from .memory import require_training_memory
-from .recipes import LORA, Recipe, choose
+from .recipes import Recipe, choose
 from .result import write_result
 
 KIND, RECORD = "finetune", "finetune.jsonl"  # of the run log: a line for each step
@@ -56,10 +58,11 @@ def finetune(
     uninterrupted one on a CPU.
 
     Args:
-        model: a folder, or the id of a model on the hub. A quantized one is for `lora`; its result is not quantized.
+        model: a folder, or the id of a model on the hub. A quantized one is for `lora`.
         data: as in `data.data_files`.
-        mlx_path: the folder to write, a checkpoint; it must not exist. LoRA's changes are fused into its weights, and
-            are also in its `adapters`, in mlx-lm's format.
+        mlx_path: the folder to write, a checkpoint; it must not exist. LoRA's changes are fused into the weights that
+            they were trained on, dequantized where those are quantized; they are also in its `adapters`, in mlx-lm's
+            format.
         preset, rope, factor, original_max_position_embeddings, changes: as in `recipes.choose`.
         dtype: float32, float16 or bfloat16 of the result; None for the source's.
         checkpoint_every: steps between two states to resume from.
@@ -82,14 +85,18 @@ def finetune(
     check_option("dtype", dtype is None or dtype in DTYPES, f"one of {', '.join(DTYPES)}", repr(dtype))
     check_option("checkpoint_every", checkpoint_every >= 1, "at least 1", checkpoint_every)
     source = Checkpoint.open(model)
-    after, recipe = choose(source.rope, preset, rope, factor, original_max_position_embeddings, **changes)
+    after, recipe = choose(
+        source.rope, preset, rope, factor, original_max_position_embeddings, is_quantized(source), **changes
+    )
     source = source.with_rope(after)
-    _check_trainable(source, recipe)
+    check_trainable(source, recipe)
     if not force:
         require_training_memory(source, recipe, memory)
     train_files, valid_files = data_files(data)
-    sequences = packed(train_files, source.tokenizer, recipe.length, recipe.seed)
-    held_out = packed(valid_files, source.tokenizer, recipe.length, recipe.seed)[:HELD_OUT] if valid_files else None
+    packing = source.tokenizer, recipe.length, recipe.seed, recipe.mask_prompt
+    sequences = packed(train_files, *packing)
+    held_out = packed(valid_files, *packing)[:HELD_OUT] if valid_files else None
+    context = source.rope.context_length if recipe.skip_positions else None
     settings = source.settings() | {
         "recipe": asdict(recipe),
         "dtype": dtype,
@@ -101,8 +108,9 @@ def finetune(
         trained = source.load(lazy=True)
         dtype = dtype or str(trained.model.norm.weight.dtype).removeprefix("mlx.core.")
         prepare(trained, recipe)
+        expect(trained, context or 0)  # angles that change with the length are those of the whole context
         with activation_checkpointing(trained, recipe.grad_checkpoint):
-            _train(trained, recipe, sequences, log, checkpoint_every, on_step)
+            _train(trained, recipe, sequences, log, checkpoint_every, on_step, context)
             held = {} if held_out is None else {"valid_loss": _mean_loss(trained, held_out, recipe.batch_size)}
         found = {
             "settings": {"model": source.name} | settings,
@@ -114,34 +122,6 @@ def finetune(
     return found
 
 
-def _check_trainable(checkpoint: Checkpoint, recipe: Recipe) -> None:
-    """Raise UsageError where the recipe does not fit the checkpoint."""
-    if checkpoint.config.get("quantization") and not recipe.lora:
-        raise UsageError(
-            "the weights are quantized: only LoRA trains those", remedies=[{"fine_tune_type": LORA}, {"model": ANOTHER}]
-        )
-    layers = checkpoint.dimensions.layers
-    check_option("num_layers", (recipe.num_layers or 0) <= layers, f"at most the model's {layers}", recipe.num_layers)
-
-
-def prepare(model: nn.Module, recipe: Recipe) -> None:
-    """Make trainable what the recipe trains, in float32.
-
-    The rest keeps its type, unless that is float16, in which gradients vanish: then all is in float32.
-    """
-    if not recipe.lora or model.model.norm.weight.dtype == mx.float16:
-        model.set_dtype(mx.float32)
-    model.freeze()
-    if recipe.lora:
-        mx.random.seed(recipe.seed)
-        linear_to_lora_layers(model, recipe.num_layers or len(model.layers), recipe.lora_parameters)
-    elif recipe.num_layers is None:
-        model.unfreeze()
-    else:
-        for layer in model.layers[-recipe.num_layers :]:
-            layer.unfreeze()
-
-
 def open_log(folder: Path, settings: dict[str, Any], name: str) -> RunLog:
     """The run log of a folder that is empty or an earlier run's: settings, then loss and learning rate of each step."""
     if any(folder.iterdir()) and not (folder / RECORD).is_file():
@@ -151,9 +131,13 @@ def open_log(folder: Path, settings: dict[str, Any], name: str) -> RunLog:
 
 
 def _train(
-    model: nn.Module, recipe: Recipe, sequences: np.ndarray, log: RunLog, checkpoint_every: int, on_step: OnStep | None
-) -> None:
-    """All steps that the checkpoint beside the run log does not have yet; the log gets a line for each."""
+    model: nn.Module, recipe: Recipe, sequences: np.ndarray, log: RunLog, checkpoint_every: int, on_step: OnStep | None,
+    context: int | None = None,
+) -> None:  # fmt: skip
+    """All steps that the checkpoint beside the run log does not have yet; the log gets a line for each.
+
+    `context`: what skipped positions cover; None for no skips.
+    """
     optimizer = optim.AdamW(
         warmup_linear(recipe.learning_rate, recipe.steps, recipe.rise),
         betas=[recipe.beta_1, recipe.beta_2],
@@ -171,7 +155,7 @@ def _train(
         model,
         optimizer,
         next_token_loss,
-        Batches(sequences, recipe.batch_size * recipe.accumulate, recipe.seed),
+        Batches(sequences, recipe.batch_size * recipe.accumulate, recipe.seed, context),
         recipe.steps,
         seed=recipe.seed,
         checkpoint=log.path.with_name(CHECKPOINT),
@@ -179,13 +163,22 @@ def _train(
         max_grad_norm=None,  # as the authors of YaRN and of Resonance RoPE
         on_step=note,
         accumulate=recipe.accumulate,
+        loss_scale=loss_scale(model, recipe),
     )
 
 
+def loss_scale(model: nn.Module, recipe: Recipe) -> float:
+    """A power of two, about the number of tokens: the mean over them makes gradients too small for float16."""
+    if not recipe.lora or model.model.norm.weight.dtype != mx.float16:
+        return 1.0
+    return 2.0 ** int(math.log2(min(2**16, recipe.batch_size * recipe.length)))
+
+
 def _mean_loss(model: nn.Module, sequences: np.ndarray, batch_size: int) -> float:
-    """Of every next token of held-out sequences, in nats."""
-    total = 0.0
+    """Of every next token of held-out sequences that the loss counts, at consecutive positions, in nats."""
+    total, weights = 0.0, token_weights(sequences)
     for i in range(0, len(sequences), batch_size):
-        rows = sequences[i : i + batch_size]
-        total += float(np.array(next_token_loss(model, mx.array(rows)))) * len(rows)
+        rows = slice(i, i + batch_size)
+        loss = next_token_loss(model, mx.array(token_ids(sequences[rows])), mx.array(weights[rows]))
+        total += float(np.array(loss)) * len(weights[rows])
     return total / len(sequences)

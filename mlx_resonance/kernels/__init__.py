@@ -16,7 +16,7 @@ class Angles(NamedTuple):
     """The angles of one step, to be shared by all layers.
 
     Attributes:
-        offset: position of the first token, int32, shape (1,) or (B,).
+        offset: position of the first token, int32, shape (1,) or (B,); or of every token, shape (B, L).
         length: number of tokens, L.
         constants: of the frequencies.
         table: `cos_sin` computed once; None where the kernel computes them as it goes.
@@ -50,6 +50,11 @@ def rotate(xs: list[mx.array], angles: Angles, traditional: bool) -> list[mx.arr
         The arrays rotated, shapes and types as they came.
     """
     backend = gpu.current_backend()
+    if backend and angles.offset.ndim == 2:  # the kernel counts from the offset of a row: make each token a row
+        rows = [x.swapaxes(1, 2).flatten(0, 1)[:, :, None] for x in xs]
+        size = xs[0].shape[0], xs[0].shape[2]
+        of_rows = Angles(mx.broadcast_to(angles.offset, size).flatten(), 1, angles.constants, None)
+        return [mx.unflatten(y[:, :, 0], 0, size).swapaxes(1, 2) for y in rotate(rows, of_rows, traditional)]
     if backend and gpu.can_rotate(backend, xs, angles.constants, traditional):
         return gpu.rotate(backend, xs, angles.offset, angles.constants, traditional)
     return ops.rotate(xs, *angles.cos_sin(xs[0]), traditional)

@@ -51,7 +51,8 @@ def cos_sin(
     """Cosine and sine of every pair's angle at the positions of one step, times the attention scale.
 
     Args:
-        offset: position of the first token, an integer array of shape (N,); positions lie in (-2³¹, 2³¹).
+        offset: position of the first token, an integer array of shape (N,), or of every token, shape (N, L); positions
+            lie in (-2³¹, 2³¹).
         length: number of tokens, L.
         constants: from `phase_constants`.
         like: an array of the same step, such as the queries; not read. Under `mx.export_function`, which cannot write
@@ -60,7 +61,8 @@ def cos_sin(
     Returns:
         cos, sin: float32, shape (N, 1, L, P), within 2.5e-7 × attention_scale of the exact values.
     """
-    positions = mx.arange(length, dtype=mx.int64) + offset.astype(mx.int64).reshape(-1, 1, 1)
+    start = offset.astype(mx.int64)
+    positions = start[:, None] if offset.ndim == 2 else mx.arange(length, dtype=mx.int64) + start.reshape(-1, 1, 1)
     cos, sin = _cos_sin(positions, *constants, offset if like is None else like)
     return mx.stop_gradient(cos), mx.stop_gradient(sin)
 
