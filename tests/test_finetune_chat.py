@@ -187,7 +187,7 @@ def test_a_broken_row_is_one_line(run: Any, chat_model: Path, tmp_path: Path, li
         ('{"prompt": "a"}', (), "line 1 has no completion and prompt, or messages, or text"),
         ('{"text": "a b c d e f g"}', ("--mask-prompt",), "not chats: there is no prompt to mask (--mask-prompt)"),
         (GOOD, ("--length", 8), "no chat has an answer within its first 8 tokens: give another --data or --length"),
-        (GOOD, ("--model", STDLIB_LLAMA), "line 1: the tokenizer has no chat template"),
+        (GOOD, ("--model", STDLIB_LLAMA), "the tokenizer has no chat template: chats need one (--model)"),
     ],
 )
 def test_data_that_cannot_be_used(

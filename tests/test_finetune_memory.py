@@ -348,3 +348,9 @@ def test_no_layer_fits_the_group_size(run: Any, texts: Path, tmp_path: Path) -> 
     command = ("finetune", "-m", folder, "--data", texts, "--mlx-path", tmp_path / "out", "--length", 48)
     code, _, stderr = run(*command, "--q-bits", 4)
     assert code == 2 and "no layer's width is a multiple of the group size 64 (--q-group-size)" in stderr
+
+
+@pytest.mark.parametrize(("name", "wanted"), [("Llama-2-7B", (9.2, 18.9, 144.2)), ("Llama-3-8B", (10.1, 21.6, 177.2))])
+def test_planned_peaks_in_the_docs(llamas: dict[str, Checkpoint], name: str, wanted: tuple[float, ...]) -> None:
+    recipes = [Recipe(4096, fine_tune_type="lora", q_bits=4), Recipe(4096, fine_tune_type="lora"), Recipe(4096)]
+    assert [round(plan_training(llamas[name], recipe).total / GB, 1) for recipe in recipes] == list(wanted)

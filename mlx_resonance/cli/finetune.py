@@ -39,7 +39,9 @@ def command(
         int | None,
         Option(min=2, max=LARGEST, help="Tokens of a sequence. Default: the context, with skips that before scaling."),
     ] = None,
-    steps: Annotated[int | None, Option(min=1, max=LARGEST, help="Updates of the weights. Default: 400.")] = None,
+    steps: Annotated[
+        int | None, Option(min=1, max=LARGEST, help="Updates of the weights. Default: the preset's, or 400.")
+    ] = None,
     warmup: Annotated[
         int | None, Option(min=0, max=LARGEST, help="Steps in which the learning rate rises. Default: 1 in 20.")
     ] = None,
@@ -56,9 +58,11 @@ def command(
         Option(help="Train all weights, in float32, or LoRA. Default: full; lora where the weights are quantized."),
     ] = None,
     q_bits: Annotated[
-        int | None, Option(min=2, max=8, help="Quantize the weights to train LoRA on (QLoRA): bits per weight.")
+        int | None, Option(min=2, max=8, help="Quantize the weights to train LoRA on (QLoRA): 2, 3, 4, 5, 6 or 8 bits.")
     ] = None,
-    q_group_size: Annotated[int | None, Option(min=32, max=128, help="Weights per scale. Default: 64.")] = None,
+    q_group_size: Annotated[
+        int | None, Option(min=32, max=128, help="Weights per scale: 32, 64 or 128. Default: 64.")
+    ] = None,
     q_mode: Annotated[
         Literal["affine", "mxfp4", "nvfp4", "mxfp8"] | None, Option(help="Quantized format. Default: affine.")
     ] = None,
@@ -69,7 +73,10 @@ def command(
     ] = None,
     grad_checkpoint: Annotated[
         bool | None,
-        Option("--grad-checkpoint/--no-grad-checkpoint", help="Activation checkpointing: less memory, more time."),
+        Option(
+            "--grad-checkpoint/--no-grad-checkpoint",
+            help="Activation checkpointing: less memory, more time. Default: on.",
+        ),
     ] = None,
     skip_positions: Annotated[
         bool | None,
@@ -79,7 +86,9 @@ def command(
         bool | None,
         Option("--mask-prompt/--no-mask-prompt", help="Of chats, train on the answers or on all. Default: answers."),
     ] = None,
-    seed: Annotated[int | None, Option(min=0, max=LARGEST, help="Seed of the order of the texts. Default: 0.")] = None,
+    seed: Annotated[
+        int | None, Option(min=0, max=LARGEST, help="Seed of the order, the skips and LoRA's start. Default: 0.")
+    ] = None,
     dtype: Dtype = None,
     checkpoint_every: Annotated[
         int, Option(min=1, max=LARGEST, help="Steps between two states that a run can resume from.")

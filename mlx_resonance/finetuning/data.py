@@ -111,6 +111,8 @@ def packed(
     rows: list[Any] = [row for file in files for row in rows_of(file)]
     order = np.random.default_rng(seed).permutation(len(rows))
     if isinstance(rows[0], Chat):
+        if not tokenizer.has_chat_template:
+            raise UsageError("the tokenizer has no chat template: chats need one", option="model")
         chats = [encode(tokenizer, rows[i], mask_prompt is not False) for i in order]
         return _side_by_side(_beginnings(chats, length, files[0]), length, files[0])
     if mask_prompt:

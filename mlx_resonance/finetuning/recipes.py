@@ -185,6 +185,10 @@ def choose(
     if "length" not in values and length is None:
         raise UsageError("config.json has no context length", remedies=[{"length": None}])
     recipe = Recipe(**({"length": length} | values))
+    for name in ("lora_rank", "lora_scale"):
+        if not recipe.lora and changes.get(name) is not None:
+            what = f"{name} = {changes[name]} is a setting of LoRA, and all weights are trained"
+            raise UsageError(what, remedies=[{"fine_tune_type": LORA}])
     if recipe.skip_positions:
         check_skips(recipe.length, context)
     if context is not None and recipe.length > max(context, after.length_if_unscaled or 0):
