@@ -92,13 +92,14 @@ def main() -> None:
             for recipe in runs(name, slow=checkpoint.dimensions.item_size < 4):
                 row = {"model": title} | compare(path, recipe)
                 rows.append(row)
-                said = ", ".join(f"{key} {value}" for key, value in recipe.items() if key != "steps")
+                said = " ".join(f"{key}={value}" for key, value in recipe.items() if key not in ("steps", "accumulate"))
+                said += " accumulate=2" if recipe["accumulate"] > 1 else ""
                 megabytes = (f"{row[key] / 1e6:.1f}" for key in ("planned", "measured"))
                 table.add_row(title, said, *megabytes, f"{row['planned'] / row['measured']:.2f}")
                 if arguments.rows is not None:
                     with arguments.rows.open("a") as file:
                         file.write(json.dumps(row) + "\n")
-    Console().print(table)
+    Console(width=140).print(table)
     ratios = [row["planned"] / row["measured"] for row in rows]
     figures = {"runs": len(rows), "least": round(min(ratios), 3), "largest": round(max(ratios), 3)}
     print(json.dumps({"mlx": mx.__version__, "device": str(mx.default_device())} | figures))
