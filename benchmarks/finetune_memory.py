@@ -1,6 +1,6 @@
 """The memory plan of fine-tuning against the measured peak: random LLaMAs of several shapes, or a checkpoint (--model).
 
-Prints a table and, as its last line, one JSON object. On a CPU it takes some minutes.
+Prints the plans of two large models, the table, and as its last line one JSON object. On a CPU it takes some minutes.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import Checkpoint
+from mlx_resonance.files import TensorInfo
 from mlx_resonance.finetuning import Recipe, finetune
 from mlx_resonance.finetuning.memory import plan_training
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 from random_llama import make
-from rich.console import Console
-from rich.table import Table
+from reporting import exit_with, markdown
 
 # hidden, feed-forward, layers, heads, key heads, vocabulary, type
 MODELS = {
@@ -30,6 +31,10 @@ MODELS = {
     "44 MB, deep": (192, 512, 24, 3, 3, 2048, mx.float32),
     "8 MB, float16": (256, 576, 5, 4, 2, 2048, mx.float16),
     "8 MB, bfloat16": (256, 576, 5, 4, 2, 2048, mx.bfloat16),
+}
+LARGE = {  # the same, whose weights are float16 and never made
+    "Llama-2-7B": (4096, 11008, 32, 32, 32, 32_000),
+    "Llama-3-8B": (4096, 14336, 32, 32, 8, 128_256),
 }
 KINDS: dict[str, dict[str, Any]] = {
     "full": {"fine_tune_type": "full"},
@@ -75,35 +80,51 @@ def compare(path: Path, recipe: dict[str, Any]) -> dict[str, Any]:
     return {"recipe": recipe, "planned": plan.total, "measured": measured(path, recipe)}
 
 
+def planned(name: str) -> list[list[str]]:
+    """The plans for a large model, of which only the shapes are made: GB by length."""
+    hidden, feed_forward, layers, heads, key_heads, vocabulary = LARGE[name]
+    config = {
+        "model_type": "llama", "hidden_size": hidden, "intermediate_size": feed_forward, "num_hidden_layers": layers,
+        "num_attention_heads": heads, "num_key_value_heads": key_heads, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "max_position_embeddings": 4096, "tie_word_embeddings": False,
+    }  # fmt: skip
+    model = Checkpoint.of(name, Path(), config, {}).build()  # lazy: no weight is made
+    header = {key: TensorInfo("F16", value.shape) for key, value in tree_flatten(model.parameters())}
+    checkpoint = Checkpoint.of(name, Path(), config, {"model.safetensors": header})
+    kinds = [{"fine_tune_type": "lora", "q_bits": 4}, {"fine_tune_type": "lora"}, {}]
+    return [
+        [
+            name,
+            f"{length:,}",
+            *(f"{plan_training(checkpoint, Recipe(length, **kind)).total / 1e9:.1f}" for kind in kinds),
+        ]
+        for length in (4096, 8192, 16384, 32768)
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, help="A checkpoint's folder, instead of the random models.")
-    parser.add_argument("--rows", type=Path, help="JSON lines to write every row to.")
     arguments = parser.parse_args()
-    table = Table("model", "recipe", "planned, MB", "measured, MB", "planned / measured")
-    rows: list[dict[str, Any]] = []
+    large = [row for name in LARGE for row in planned(name)]
+    print(markdown(("model", "tokens", "4 bits, GB", "LoRA on float16, GB", "all weights, GB"), large))
+    rows, ratios = [], []
     with tempfile.TemporaryDirectory() as folder:
         if arguments.model is not None:
-            models = {arguments.model.name: (None, arguments.model, Checkpoint.open(arguments.model))}
+            models = {arguments.model.name: (None, arguments.model)}
         else:
-            made = {name: make(Path(folder) / str(i), *shape) for i, (name, shape) in enumerate(MODELS.items())}
-            models = {name: (name, path, Checkpoint.open(path)) for name, path in made.items()}
-        for title, (name, path, checkpoint) in models.items():
-            for recipe in runs(name, slow=checkpoint.dimensions.item_size < 4):
-                row = {"model": title} | compare(path, recipe)
-                rows.append(row)
-                said = " ".join(f"{key}={value}" for key, value in recipe.items() if key not in ("steps", "accumulate"))
-                said += " accumulate=2" if recipe["accumulate"] > 1 else ""
-                megabytes = (f"{row[key] / 1e6:.1f}" for key in ("planned", "measured"))
-                table.add_row(title, said, *megabytes, f"{row['planned'] / row['measured']:.2f}")
-                if arguments.rows is not None:
-                    with arguments.rows.open("a") as file:
-                        file.write(json.dumps(row) + "\n")
-    Console(width=140).print(table)
-    ratios = [row["planned"] / row["measured"] for row in rows]
+            models = {name: (name, make(Path(folder) / str(i), *MODELS[name])) for i, name in enumerate(MODELS)}
+        for title, (name, path) in models.items():
+            for recipe in runs(name, slow=Checkpoint.open(path).dimensions.item_size < 4):
+                row = compare(path, recipe)
+                ratios.append(row["planned"] / row["measured"])
+                said = " ".join(f"{key}={value}" for key, value in recipe.items() if key != "steps")
+                sizes = (f"{row[key] / 1e6:,.1f}" for key in ("planned", "measured"))
+                rows.append((title, said, *sizes, f"{ratios[-1]:.2f}"))
+    print(markdown(("model", "recipe", "planned, MB", "measured, MB", "planned / measured"), rows))
     figures = {"runs": len(rows), "least": round(min(ratios), 3), "largest": round(max(ratios), 3)}
     print(json.dumps({"mlx": mx.__version__, "device": str(mx.default_device())} | figures))
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

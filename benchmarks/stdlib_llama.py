@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from mlx_resonance.evaluation.passkey import passkey_row
+from mlx_resonance.evaluation.passkey import ANSWER_TOKENS, passkey_prompt
 from mlx_resonance.training import train
 
 import mlx.core as mx
@@ -147,6 +147,14 @@ def cross_entropy(model: nn.Module, tokens: mx.array, weights: mx.array | None =
     """Mean over the predicted tokens in nats; `weights` are those of every token as a target."""
     losses = nn.losses.cross_entropy(model(tokens[:, :-1]), tokens[:, 1:])
     return losses.mean() if weights is None else (losses * weights[:, 1:]).sum() / weights[:, 1:].sum()
+
+
+def passkey_row(
+    tokenizer: PreTrainedTokenizerFast, length: int, depth: int, key: int, filler: list[int] | None = None
+) -> tuple[list[int], list[int]]:
+    """A passkey prompt and the ids of its right answer."""
+    answer = tokenizer.encode(f" {key}.", add_special_tokens=False)[:ANSWER_TOKENS]
+    return passkey_prompt(tokenizer, length, depth, key, filler), list(answer)
 
 
 class Batches:

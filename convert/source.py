@@ -240,14 +240,16 @@ def open_source(
     from .gguf_source import open_gguf  # which imports Source
 
     path = user_path(src)
+    is_here = path.exists()
+    if is_here and revision is not None:
+        raise UsageError(f"{src} is on the disk: only models of the hub have revisions", option="revision")
     if file is not None or (path.suffix == ".gguf" and path.is_file()):
         return open_gguf(src, file, revision, rescaled, download=downloads is None)
     if path.exists() and not path.is_dir():
         raise UsageError(f"{src} is not a .gguf file: expected one, or a folder")
-    is_folder = path.exists()
-    remote = downloads is not None and not is_folder and not constants.HF_HUB_OFFLINE
+    remote = downloads is not None and not is_here and not constants.HF_HUB_OFFLINE
     folder = resolve(src, revision, SMALL_FILES if remote else [*SMALL_FILES, WEIGHTS])
-    name, commit = (folder.resolve().name, None) if is_folder else (str(src), folder.name)
+    name, commit = (folder.resolve().name, None) if is_here else (str(src), folder.name)
     files: list[WeightFile]
     if remote and downloads is not None and commit is not None:
         names = _hub_files(name, commit, folder)

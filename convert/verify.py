@@ -108,7 +108,8 @@ def verify(
     opened = None
     if source is not None:
         file = file or (on_record if str(source) == name else None)
-        opened = open_source(source, revision or commit, rescaled=True, file=file)
+        at = commit if revision is None and not user_path(source).exists() else revision
+        opened = open_source(source, at, rescaled=True, file=file)
     elif isinstance(name, str) and isinstance(commit, str):
         opened = cached_source(name, commit, on_record)
     return verify_result(folder, record, opened, progress=progress)

@@ -111,7 +111,8 @@ class ResonanceRoPE(nn.Module):
             What `rotate` takes: the offset, the constants, and on a CPU a table of cosines and sines.
 
         Raises:
-            UsageError: an int is out of range, or an array has another type or shape.
+            UsageError: an int is out of range, or an array has another type or shape; or it holds the positions of all
+                tokens, the angles change with the length, and none is expected.
         """
         if isinstance(offset, mx.array):
             fits = offset.ndim <= 1 or (offset.ndim == 2 and offset.shape[1] == length)
@@ -123,6 +124,8 @@ class ResonanceRoPE(nn.Module):
         elif not (isinstance(offset, (int, np.integer)) and 0 <= offset <= LONGEST - max(length, 1)):
             raise UsageError(f"[ResonanceRoPE] offset must be an integer in [0, 2**31 - {length}], got {offset}")
         if self._by_length is not None:
+            if _of_every_token(offset) and not self._expected_length:
+                raise UsageError("[ResonanceRoPE] the angles change with the length of the text: expect() must name it")
             tokens = 0 if _of_every_token(offset) else int(_values(offset).max()) + length
             frequencies = self._by_length(max(tokens, self._expected_length))
             if frequencies != self._frequencies:

@@ -250,3 +250,9 @@ def test_a_converted_and_quantized_folder_can_be_converted_again(random_llama: P
     assert verify(tmp_path / "second", tmp_path / "first").problems == []
     with pytest.raises(ValueError, match="quantized already"):
         convert(tmp_path / "first", tmp_path / "third", quantize=True)
+
+
+def test_a_revision_of_a_folder_is_refused(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    code, _, err = run("convert", stdlib_llama, "--mlx-path", tmp_path / "out", "--revision", "main")
+    assert code == 2 and "is on the disk: only models of the hub have revisions (--revision)" in err
+    assert not list(tmp_path.iterdir())

@@ -274,9 +274,9 @@ def test_the_plan_matches_the_memory_used(tmp_path: Path, length: int, changes: 
 def test_remedies_make_a_run_fit() -> None:
     checkpoint, memory = Checkpoint.open(STDLIB_LLAMA), 3_500_000_000
     recipe = Recipe(2048, batch_size=4, accumulate=1)
-    with pytest.raises(UsageError, match=r"4 × 2048 tokens need .* the limit is 278\.8 MB: try batch_size=1") as raised:
+    with pytest.raises(UsageError, match=r"4 × 2,048 tokens need .* the limit is 278\.8 MB: try batch_size=1") as error:
         require_training_memory(checkpoint, recipe, memory)
-    change, force = raised.value.remedies
+    change, force = error.value.remedies
     assert change["accumulate"] == 4 and force == {"force": True}
     assert plan_training(checkpoint, replace(recipe, **change), memory).fits
     with pytest.raises(UsageError, match="only a smaller model would fit: try force=True"):

@@ -313,3 +313,25 @@ def test_how_a_step_is_split_does_not_change_it(chat_model: Path, tmp_path: Path
     one = finetune(chat_model, data, tmp_path / "one", batch_size=1, accumulate=4, **values)
     other = finetune(chat_model, data, tmp_path / "other", **split, **values)
     assert one["losses"] == pytest.approx(other["losses"], rel=1e-5)
+
+
+def test_what_is_left_out_is_told(tokenizer: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in ("import os\n" * 60, "  ", "")))
+    stream = len(tokenizer.encode("import os\n" * 60)) + 1
+    assert packed([path], tokenizer, stream, 0).shape == (1, stream)
+    assert [record.getMessage() for record in caplog.records] == [f"{path}: 2 of 3 documents are empty and left out"]
+    caplog.clear()
+    length = stream * 2 // 3
+    assert packed([path], tokenizer, length, 0).shape == (1, length)
+    told = f"{stream - length:,} of {stream:,} tokens do not fill another sequence of {length} and are left out"
+    assert told in caplog.records[-1].getMessage()
+
+
+def test_an_error_names_the_first_bad_line(tokenizer_with: Any, tmp_path: Path) -> None:
+    path = tmp_path / "chats.jsonl"
+    rows = [[{"role": "user", "content": str(i)}] for i in range(20)]  # without an answer
+    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in rows))
+    for seed in range(3):
+        with pytest.raises(UsageError, match="line 1 has no turn of the assistant"):
+            packed([path], tokenizer_with(BY_ROLE), 64, seed)

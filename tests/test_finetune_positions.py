@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import Checkpoint, ResonanceRoPE, RopeConfig
+from mlx_resonance.errors import UsageError
 from mlx_resonance.finetuning import chunks, finetune
 from mlx_resonance.finetuning import run as finetuning
 from mlx_resonance.finetuning.data import Batches, packed
@@ -242,4 +243,16 @@ def test_nothing_to_skip(run: Any, text: Path, tmp_path: Path, more: tuple[objec
     code, _, stderr = run("finetune", *arguments)
     length = 2048 if more else 512
     assert code == 2 and stderr.count("\n") == 1
-    assert f"{length} of {length} tokens leave nothing to skip: give another --length or another --factor" in stderr
+    longer = "another --factor" if more else "--rope resonance_yarn another --factor"
+    assert f"{length} of {length} tokens leave nothing to skip: give another --length or {longer}" in stderr
+
+
+def test_angles_that_change_with_the_length_need_one() -> None:
+    """The positions of all tokens do not say how long the text is that they stand for."""
+    rope = RopeConfig(64, rope_type="dynamic", max_position_embeddings=512, parameters={"factor": 2.0})
+    layer = ResonanceRoPE(rope.frequencies)
+    positions = mx.array([[0, 700]])
+    with pytest.raises(UsageError, match="the angles change with the length of the text"):
+        layer.angles(2, positions)
+    layer.expect(1024)
+    layer.angles(2, positions)

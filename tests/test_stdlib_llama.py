@@ -15,7 +15,6 @@ from mlx_resonance.evaluation.passkey import (
     accuracy,
     first_integer,
     passkey_prompt,
-    passkey_row,
     run_passkey,
 )
 from mlx_resonance.scaling import named_rope
@@ -101,12 +100,10 @@ def test_it_finds_a_key_in_python(checkpoint: Path) -> None:
     assert found >= 8
 
 
-def test_a_row_to_train_on_is_a_prompt_and_its_answer(tokenizer: Any) -> None:
+def test_another_filler_hides_the_key(tokenizer: Any) -> None:
     filler = tokenizer.encode("import os\n", add_special_tokens=False)
-    prompt, answer = passkey_row(tokenizer, 200, 50, 31_337, filler)
-    assert prompt == passkey_prompt(tokenizer, 200, 50, 31_337, filler)
-    text = tokenizer.decode(prompt + answer)
-    assert text.endswith("The pass key is 31337.") and text.count("31337") == 3 and text.count("import os\n") > 15
+    text = tokenizer.decode(passkey_prompt(tokenizer, 200, 50, 31_337, filler))
+    assert text.endswith("The pass key is") and text.count("31337") == 2 and text.count("import os\n") > 15
     assert "The grass is green." not in text
 
 

@@ -103,14 +103,6 @@ def passkey_prompt(
     return head + text[:before] + statement + text[before:] + question
 
 
-def passkey_row(
-    tokenizer: TokenizerWrapper, length: int, depth: int, key: int, filler: Sequence[int] | None = None
-) -> tuple[list[int], list[int]]:
-    """A `passkey_prompt` and the ids of its right answer, to train on. Raises as `passkey_prompt`."""
-    answer = tokenizer.encode(f" {key}.", add_special_tokens=False)[:ANSWER_TOKENS]
-    return passkey_prompt(tokenizer, length, depth, key, filler), list(answer)
-
-
 def first_integer(text: str) -> int | None:
     """The first integer of an answer, which is what counts."""
     found = re.search(r"\d+", text)

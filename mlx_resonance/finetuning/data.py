@@ -25,6 +25,7 @@ from .positions import skipped_positions
 
 TRAIN, VALID = "train.jsonl", "valid.jsonl"
 TEXT = "text"
+LEFT_OVER = 0.1  # a part of all tokens; dropping more than that at the end is worth a warning
 # The kinds of rows in JSON lines: the keys that tell one, in mlx-lm's order, and what reads it, given its place.
 KINDS: Mapping[str, tuple[set[str], Callable[[str, Any], Any]]] = {
     "prompts": ({"prompt", "completion"}, pair_of),
@@ -65,10 +66,12 @@ def rows_of(path: Path) -> list[str] | list[Chat]:
         UsageError: it has none, or a row is broken or of another kind than the first one; its line is named.
     """
     rows = _json_rows(path) if path.suffix.lower() in LINES else list(read_documents([path], "text"))
-    rows = [row for row in rows if not isinstance(row, str) or row.strip()]
-    if not rows:
+    kept = [row for row in rows if not isinstance(row, str) or row.strip()]
+    if not kept:
         raise UsageError(f"{path} is empty: expected " + '{"text": …} lines or text', option="data")
-    return rows
+    if len(kept) < len(rows):
+        logger.warning(f"{path}: {len(rows) - len(kept)} of {len(rows)} documents are empty and left out")
+    return kept
 
 
 def _json_rows(path: Path) -> list[Any]:
@@ -113,8 +116,8 @@ def packed(
     if isinstance(rows[0], Chat):
         if not tokenizer.has_chat_template:
             raise UsageError("the tokenizer has no chat template: chats need one", option="model")
-        chats = [encode(tokenizer, rows[i], mask_prompt is not False) for i in order]
-        return _side_by_side(_beginnings(chats, length, files[0]), length, files[0])
+        chats = [encode(tokenizer, row, mask_prompt is not False) for row in rows]  # an error names the first bad line
+        return _side_by_side(_beginnings([chats[i] for i in order], length, files[0]), length, files[0])
     if mask_prompt:
         raise UsageError(f"{files[0]} has documents, not chats: there is no prompt to mask", option="mask_prompt")
     return _end_to_end([rows[i] for i in order], tokenizer, length, files[0])
@@ -135,6 +138,11 @@ def _end_to_end(documents: list[str], tokenizer: TokenizerWrapper, length: int, 
         raise UsageError(
             f"{name} has {len(stream)} tokens, a sequence needs {length}",
             remedies=[{"data": ANOTHER}, {"length": None}],
+        )
+    if (left := len(stream) - count * length) > LEFT_OVER * len(stream):
+        logger.warning(
+            f"{name}: {left:,} of {len(stream):,} tokens do not fill another sequence of {length} and are left out",
+            extra={"remedies": [{"length": None}]},
         )
     return stream[: count * length].reshape(count, length)
 

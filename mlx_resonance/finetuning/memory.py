@@ -142,7 +142,7 @@ def require_training_memory(checkpoint: Checkpoint, recipe: Recipe, memory: int 
     smaller = _smaller(checkpoint, recipe)
     change = next((change for change, other in smaller if plan_training(checkpoint, other, memory).fits), None)
     raise UsageError(
-        f"{recipe.batch_size} × {recipe.length} tokens need {format_size(plan.total)} ({sizes}), the limit is "
+        f"{recipe.batch_size} × {recipe.length:,} tokens need {format_size(plan.total)} ({sizes}), the limit is "
         f"{format_size(plan.limit)}" + ("" if change else ": only a smaller model would fit"),
         remedies=[*([change] if change else []), {"force": True}],
     )

@@ -13,18 +13,23 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import ANOTHER, UsageError
+from ..rope_config import RopeConfig
+from ..rope_types import PREFIX
+from ..scaling import SCALINGS
 
 STREAM = 0x504F5345  # keeps these draws apart from those of the order of the sequences
 
 
-def check_skips(length: int, context: int | None) -> None:
+def check_skips(length: int, rope: RopeConfig) -> None:
     """Raise UsageError unless sequences of `length` tokens leave something of the context to skip."""
+    context = rope.context_length
     if context is None:
         raise UsageError("config.json has no context length: no positions to skip to", option="skip_positions")
     if length >= context:
+        longer: dict[str, Any] = {} if rope.base_type in SCALINGS else {"rope": PREFIX + "yarn"}
         raise UsageError(
             f"skipping positions needs a length below the context: {length} of {context} tokens leave nothing to skip",
-            remedies=[{"length": ANOTHER}, {"factor": ANOTHER}],
+            remedies=[{"length": ANOTHER}, longer | {"factor": ANOTHER}],
         )
 
 

@@ -190,7 +190,7 @@ def choose(
             what = f"{name} = {changes[name]} is a setting of LoRA, and all weights are trained"
             raise UsageError(what, remedies=[{"fine_tune_type": LORA}])
     if recipe.skip_positions:
-        check_skips(recipe.length, context)
+        check_skips(recipe.length, after)
     if context is not None and recipe.length > max(context, after.length_if_unscaled or 0):
         longer = None if after.window == context else factor_for(after, recipe.length)
         scaling = after.rope_type if after.base_type in SCALINGS else PREFIX + "yarn"
