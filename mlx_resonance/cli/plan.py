@@ -30,7 +30,7 @@ def command(
     """
     from ..checkpoint import Checkpoint
     from ..errors import UsageError
-    from ..generation.memory import plan_memory, require_memory
+    from ..generation.memory import complaint, plan_memory
     from ..rope_types import LONGEST
     from ..scaling import check_context
     from ..sizes import format_size
@@ -60,8 +60,9 @@ def command(
         check_context(checkpoint.rope, max(plan.context, min(beyond, default=0)))
     except UsageError as error:  # memory is not all that a context needs
         stdout.print(in_words(error, invocation.command), soft_wrap=True)
-    try:
-        require_memory(checkpoint, plan.context, **options)
+    doubt = complaint(checkpoint, plan, **options)
+    if doubt is None:
         stdout.print("It fits.")
-    except UsageError as error:
-        stdout.print(f"It does not fit: {in_words(error, invocation.command)}", soft_wrap=True)
+    else:
+        verdict = "may" if plan.fits else "does"
+        stdout.print(f"It {verdict} not fit: {in_words(doubt, invocation.command)}", soft_wrap=True)

@@ -12,7 +12,6 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attention import BUDGET
 from ..checkpoint import Checkpoint
 from ..errors import check_option
 from ..generation.memory import require_memory
@@ -97,7 +96,7 @@ class Options:
         parts = min(windows, PREFILL_BATCH)  # the plan counts the work of that many rows, which share a chunk here
         require_memory(
             checkpoint, context, kv_bits=self.kv_bits, memory=memory, sequences=windows,
-            prefill_step_size=max(1, self.step // parts), budget=BUDGET // parts,
+            prefill_step_size=max(1, self.step // parts),
         )  # fmt: skip
 
 

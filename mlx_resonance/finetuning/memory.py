@@ -11,7 +11,7 @@ from typing import Any
 from ..checkpoint import Checkpoint
 from ..errors import UsageError, check_option
 from ..files import ITEM_SIZES, TensorInfo
-from ..generation.memory import RESERVE, RESERVE_PART, device_memory
+from ..generation.memory import usable
 from ..sizes import format_size
 from .base import is_quantized, quantizable
 from .chunks import QUERIES, tokens_at_once
@@ -36,7 +36,7 @@ class TrainingPlan:
         gradients, optimizer: of the trained parameters, in float32.
         activations: of the sequences that go through the model at once; or, if that is more, what an update or
             writing the result takes.
-        limit: the memory budget, less the reserve.
+        limit: bytes of memory that may be used.
     """
 
     weights: int
@@ -65,9 +65,7 @@ def plan_training(checkpoint: Checkpoint, recipe: Recipe, memory: int | None = N
     gradients = 4 * trained * (1 if recipe.accumulate == 1 else 2)
     updating, writing = UPDATE * 4 * trained - gradients, _writing(checkpoint, recipe) - gradients - 8 * trained
     working = max(_activations(checkpoint, recipe), updating, writing)
-    budget = memory if memory is not None else device_memory()
-    limit = max(0, budget - int(max(RESERVE, RESERVE_PART * budget)))
-    return TrainingPlan(weights, gradients, 8 * trained, int(working), limit)
+    return TrainingPlan(weights, gradients, 8 * trained, int(working), usable(memory))
 
 
 def _weight(name: str, info: TensorInfo, recipe: Recipe) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import re
 from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +19,31 @@ from ..errors import UsageError, check_option
 from ..rope_types import LONGEST
 from ..sizes import format_size
 from .cache import group_size
-from .prefill import PREFILL_BATCH, STEP, chunk_size
+from .prefill import PREFILL_BATCH, STEP
 
-RESERVE, RESERVE_PART = 3 * 2**30, 0.05  # bytes, and fraction of the limit, that are left to everything else
+logger = logging.getLogger("mlx_resonance")
+
+RESERVE, RESERVE_PART = 3 * 2**30, 0.05  # bytes, and fraction of a machine's memory, that are left to everything else
 QUANTIZED = (8, 4)  # bits of a KV cache
-FUSED_DIMS = (64, 80, 128)  # head sizes for which Metal's attention stores no scores
+# Head sizes for which Metal's attention stores no scores, by the first MLX version that has them: for more than 8
+# queries of any type, with a causal or an array mask. Fewer queries may store theirs: less than a chunk's work.
+# 256, which came after 0.32.1, depends on the chip and needs chunks of 1024 tokens: it is left out.
+# Source: ml-explore/mlx, mlx/backend/metal/scaled_dot_product_attention.cpp, `use_fallback`, tags v0.26.0 to v0.32.1.
+MLX = version("mlx")
+FUSED_DIMS = {(0, 26, 0): (64, 80, 128), (0, 32, 1): (64, 72, 80, 96, 128)}
 # Numbers in flight per token of a chunk, as multiples of the sizes of the hidden state, the keys and the feed-forward
 # layer. MLX schedules about ten operations ahead; found by measuring (benchmarks/memory.py).
 HIDDEN, KEYS, FEED_FORWARD = 12.0, 7.0, 1.6
+LAUNCHES = 12  # of attention whose scores are in flight at once, where it has to be split; also measured
 UNPACKED = 6.0  # bytes per number of a layer's keys: a CPU unpacks quantized ones in 32 bits; also measured
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
     """The bytes of memory that a context needs.
+
+    Weights, keys and values are exact. The rest was fitted on a CPU and never measured on Metal: there, a context fits
+    if the exact part does, and is tight if the total exceeds the limit. Elsewhere it fits if the total does.
 
     Args:
         context: tokens of prompt and answer.
@@ -38,8 +52,9 @@ class MemoryPlan:
         kv: keys and values of the context.
         prefill: peak of reading the prompt, on top of those.
         total: the sum of weights, kv and prefill.
-        limit: bytes of memory, less the reserve.
-        fits: whether the total is within the limit.
+        limit: bytes of memory that may be used, see `usable`.
+        fits: whether the context is accepted.
+        tight: whether it is accepted with a warning.
         max_context: by KV format, the maximum number of tokens that fit.
         context_length: tokens of context that the checkpoint has; None if config.json does not say.
     """
@@ -52,6 +67,7 @@ class MemoryPlan:
     total: int
     limit: int
     fits: bool
+    tight: bool
     max_context: dict[str, int]
     context_length: int | None
 
@@ -80,27 +96,38 @@ def kv_per_token(dims: Dimensions, kv_bits: int | None) -> int:
     return int(2 * dims.layers * dims.keys * per_number)
 
 
-def prefill_memory(dims: Dimensions, context: int, kv_bits: int | None, step: int, budget: int) -> int:
-    """Peak bytes of reading a prompt of `context` tokens, not counting weights and cache."""
-    step = chunk_size(0, step, budget)
-    # Chunks and their keys: the last whole one, and the remainder. Where the budget makes chunks shrink, assume the
-    # whole budget and a whole chunk: by then the keys count for more.
-    whole = context // step * step
-    chunks = ((step, whole), (context - whole, context)) if step * context <= budget else ((step, context),)
-    work = max(_chunk_memory(dims, min(size, keys), keys, kv_bits, budget) for size, keys in chunks)
-    return int(max(work, 3 * 4 * dims.vocabulary))
+def fused_dims(mlx: str = MLX) -> tuple[int, ...]:
+    """The head sizes for which Metal's attention stores no scores, in a version of MLX."""
+    number = tuple(int(part) for part in re.findall(r"\d+", mlx)[:3])
+    return max((row for row in FUSED_DIMS.items() if row[0] <= number), default=((), ()))[1]
 
 
-def _chunk_memory(dims: Dimensions, size: int, keys: int, kv_bits: int | None, budget: int) -> float:
-    """Bytes in flight for a chunk of `size` tokens that attends to `keys` keys."""
+def prefill_memory(
+    dims: Dimensions, context: int, kv_bits: int | None, step: int, budget: int = BUDGET, sequences: int = 1
+) -> int:
+    """Peak bytes of reading `sequences` prompts of `context` tokens each, not counting weights and cache.
+
+    Chunks have `step` tokens: on a GPU they may be shorter, and take less.
+    """
+    rows, whole = min(sequences, PREFILL_BATCH), context // step * step
+    chunks = (step, whole), (context - whole, context)  # tokens and keys of the last whole chunk, and of the remainder
+    work = max(_chunk_memory(dims, rows, min(size, keys), keys, kv_bits, budget) for size, keys in chunks)
+    copied = context * kv_per_token(dims, kv_bits) / dims.layers  # by the on-disk cache, which copies layer by layer
+    return int(max(work, 3 * 4 * dims.vocabulary * sequences, copied))
+
+
+def _chunk_memory(dims: Dimensions, rows: int, size: int, keys: int, kv_bits: int | None, budget: int) -> float:
+    """Bytes in flight for a chunk of `size` tokens in each of `rows` rows that attends to `keys` keys."""
     in_flight = HIDDEN * dims.hidden + KEYS * dims.keys + FEED_FORWARD * dims.feed_forward
     rotation = 12 * (dims.hidden + dims.keys) if dims.item_size < 4 else 0  # in float32
-    work = size * (in_flight * dims.item_size + rotation)
-    if not (mx.metal.is_available() and dims.head_dim in FUSED_DIMS):
-        work += min(size * keys, budget) * (dims.heads * dims.item_size + 1)  # scores and their mask
+    work = rows * size * (in_flight * dims.item_size + rotation)
+    work += rows * size * keys if rows > 1 else 0  # the mask of a batch, which all layers share
+    if working_set() is None or dims.head_dim not in fused_dims():
+        pairs = min(rows * size * keys, LAUNCHES * budget)  # of queries and keys
+        work += pairs * (dims.heads * dims.item_size + 1)  # their scores, and the causal mask
     if kv_bits is not None:
-        work += 2 * dims.keys * keys * dims.item_size  # one layer's keys and values, dequantized
-        work += UNPACKED * dims.keys * keys if mx.default_device() == mx.cpu else 0
+        work += 2 * rows * dims.keys * keys * dims.item_size  # one layer's keys and values, dequantized
+        work += UNPACKED * rows * dims.keys * keys if mx.default_device() == mx.cpu else 0
     return work
 
 
@@ -121,8 +148,9 @@ def plan_memory(
         model: a folder, the id of a model on the hub, which is downloaded, or an opened checkpoint.
         context: tokens of prompt and answer; None for the checkpoint's whole context.
         kv_bits: 8 or 4 for quantized keys and values; None for the model's type.
-        memory: bytes of memory; None for the device's limit.
-        prefill_step_size, budget: for reading the prompt, as in `prefill`.
+        memory: a budget in bytes, as in `usable`; None for the device's.
+        prefill_step_size: maximum number of tokens of a prompt in a chunk.
+        budget: maximum queries × keys per head in one launch of attention.
         processes: number of processes that share the model; the plan is for one, and each has embedding and head.
         sequences: number of sequences in a batch; the plan's kv and prefill cover all of them.
 
@@ -138,63 +166,100 @@ def plan_memory(
     check_option("prefill_step_size", prefill_step_size >= 1, "at least 1", prefill_step_size)
     check_option("memory", memory is None or memory > 0, "positive", memory)
     dims = divided(checkpoint, processes)
-    there = memory if memory is not None else device_memory()
-    limit = max(0, there - int(max(RESERVE, RESERVE_PART * there)))
+    limit, on_metal = usable(memory), working_set() is not None
 
-    def needed(tokens: int, bits: int | None) -> int:
-        work = prefill_memory(dims, tokens, bits, prefill_step_size, budget)
-        return dims.weights + sequences * tokens * kv_per_token(dims, bits) + min(sequences, PREFILL_BATCH) * work
+    def needed(tokens: int, bits: int | None) -> tuple[int, int]:
+        """The exact part, and the fitted one."""
+        exact = dims.weights + sequences * tokens * kv_per_token(dims, bits)
+        return exact, prefill_memory(dims, tokens, bits, prefill_step_size, budget, sequences)
+
+    def accepted(tokens: int, bits: int | None) -> bool:
+        exact, fitted = needed(tokens, bits)
+        return exact + (0 if on_metal else fitted) <= limit
 
     def most(bits: int | None) -> int:
-        low, high = 0, LONGEST  # needed() grows with the tokens
+        low, high = 0, LONGEST  # what is needed grows with the tokens
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if needed(middle, bits) <= limit else (low, middle - 1)
+            low, high = (middle, high) if accepted(middle, bits) else (low, middle - 1)
         return low
 
     formats: dict[str, int | None] = {f"{8 * dims.item_size} bit": None}
     formats |= {f"{bits} bit": bits for bits in QUANTIZED if dims.head_dim % 32 == 0}
-    per_token, total = kv_per_token(dims, kv_bits), needed(context, kv_bits)
+    (exact, prefill), fits = needed(context, kv_bits), accepted(context, kv_bits)
     return MemoryPlan(
         context=context,
         weights=dims.weights,
-        kv_per_token=per_token,
-        kv=sequences * context * per_token,
-        prefill=total - dims.weights - sequences * context * per_token,
-        total=total,
+        kv_per_token=kv_per_token(dims, kv_bits),
+        kv=exact - dims.weights,
+        prefill=prefill,
+        total=exact + prefill,
         limit=limit,
-        fits=total <= limit,
+        fits=fits,
+        tight=fits and exact + prefill > limit,
         max_context={name: most(bits) for name, bits in formats.items()},
         context_length=checkpoint.rope.context_length,
     )
 
 
-def device_memory() -> int:
-    """Bytes that the device can use: Metal's recommended working set, or the machine's memory."""
-    info = mx.device_info()
-    if "max_recommended_working_set_size" in info:
-        return int(info["max_recommended_working_set_size"])
-    return int(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+def working_set() -> int | None:
+    """Bytes that Metal recommends as the most to use, the system's share already taken off; None on another device."""
+    size = mx.device_info().get("max_recommended_working_set_size")
+    return None if size is None else int(size)
+
+
+def usable(memory: int | None = None) -> int:
+    """Bytes that a model may use.
+
+    On Metal: the budget as given, or the recommended working set. Elsewhere the budget is the memory of a machine,
+    of which a reserve is left to everything else.
+
+    Args:
+        memory: a budget in bytes; None for the device's.
+    """
+    recommended = working_set()
+    if recommended is not None:
+        return recommended if memory is None else memory
+    there = memory if memory is not None else os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(0, there - int(max(RESERVE, RESERVE_PART * there)))
 
 
 def require_memory(checkpoint: Checkpoint, context: int, **options: Any) -> None:
-    """Refuse a context that does not fit into memory.
+    """Refuse a context that does not fit into memory; warn of one that may not.
 
     Args:
         checkpoint, context, options: as in `plan_memory`.
 
     Raises:
-        UsageError: it does not fit; the message has the sizes and the limit, the remedies would make it fit.
+        UsageError: it does not fit, as in `complaint`.
     """
     plan = plan_memory(checkpoint, context, **options)
-    if not plan.fits:
-        ways = remedies(checkpoint, plan, **options)
-        raise UsageError(
-            f"{context:,} tokens need {format_size(plan.total)} (weights {format_size(plan.weights)}, keys and values "
-            f"{format_size(plan.kv)}, reading the prompt {format_size(plan.prefill)}), the limit is "
-            f"{format_size(plan.limit)}: {fitting_context(plan)}",
-            remedies=[*ways, {"force": True}],
-        )
+    error = complaint(checkpoint, plan, **options)
+    if error is not None and not plan.fits:
+        raise error
+    if error is not None:
+        logger.warning(error.message, extra={"remedies": error.remedies})
+
+
+def complaint(checkpoint: Checkpoint, plan: MemoryPlan, **options: Any) -> UsageError | None:
+    """Why a context does not fit, or may not: the sizes, the limit, and what would help; None if it fits.
+
+    Args:
+        checkpoint, options: as in `plan_memory`.
+        plan: made with them.
+    """
+    if plan.fits and not plan.tight:
+        return None
+    ways: list[dict[str, Any]] = [*remedies(checkpoint, plan, **options)]
+    need = "may need" if plan.fits else "need"
+    message = (
+        f"{plan.context:,} tokens {need} {format_size(plan.total)} (weights {format_size(plan.weights)}, keys and "
+        f"values {format_size(plan.kv)}, reading the prompt {format_size(plan.prefill)}), the limit is "
+        f"{format_size(plan.limit)}"
+    )
+    if plan.fits:
+        return UsageError(message, remedies=ways)
+    return UsageError(f"{message}: {fitting_context(plan)}", remedies=[*ways, {"force": True}])
 
 
 def fitting_context(plan: MemoryPlan) -> str:
@@ -209,11 +274,20 @@ def fitting_context(plan: MemoryPlan) -> str:
 
 
 def remedies(checkpoint: Checkpoint, plan: MemoryPlan, **options: Any) -> list[dict[str, int]]:
-    """Changes to the options of `plan_memory`, or to the batch size, that would make a context fit."""
+    """Changes to the options of `plan_memory`, or to the batch size, that would make a context fit.
+
+    None of them leaves it tight; where there is none such, a context that does not fit gets those that do.
+    """
+    safe = _changes(checkpoint, plan, False, options)
+    return safe if safe or plan.fits else _changes(checkpoint, plan, True, options)
+
+
+def _changes(checkpoint: Checkpoint, plan: MemoryPlan, tight: bool, options: dict[str, Any]) -> list[dict[str, int]]:
     kv_bits, step = options.get("kv_bits"), options.get("prefill_step_size", STEP)
 
     def fits(**changes: int) -> bool:
-        return plan_memory(checkpoint, plan.context, **options | changes).fits
+        changed = plan_memory(checkpoint, plan.context, **options | changes)
+        return changed.fits and (tight or not changed.tight)
 
     ways: list[dict[str, int]] = []
     if (count := options.get("sequences", 1)) > 1:
