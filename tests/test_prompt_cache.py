@@ -1,7 +1,8 @@
-"""The on-disk KV cache: the same text, what is reused and what never is, damage, size, two processes at once."""
+"""The on-disk KV cache: the same text, what is reused and what never is, damage, memory, two processes at once."""
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -9,13 +10,13 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance import Checkpoint, load, stream_generate
-from mlx_resonance.generation import PromptCache, cache_key, prompt_cache
+from mlx_resonance.generation import PromptCache, cache_key, prompt_folder, prompt_segments
 
-import mlx.core as mx
 import numpy as np
 import pytest
 from mlx_lm.models.cache import RotatingKVCache
@@ -38,6 +39,11 @@ def ask(loaded: Any, tokens: list[int], kept: PromptCache | None = None, **optio
 
 def entries(folder: Path) -> list[Path]:
     return sorted(folder.glob("*.safetensors"))
+
+
+def files(folder: Path) -> list[Path]:
+    """All but the count of bytes written."""
+    return sorted(path for path in folder.iterdir() if path.name != prompt_folder.LEDGER)
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8, 4])
@@ -63,16 +69,17 @@ def test_a_second_question_on_4096_tokens_reads_the_question_only(loaded: Any, t
 
 
 def test_an_answer_is_part_of_the_next_prompt(loaded: Any, tmp_path: Path) -> None:
-    """As in a chat: an entry that extends the one used replaces it."""
+    """As in a chat: what is new goes into a file of its own, the one before it stays as it was."""
     tokens = prompt(loaded[1], 200)
     answer, _ = ask(loaded, tokens, PromptCache(tmp_path, "key"))
     (entry,) = entries(tmp_path)
+    content = entry.read_bytes()
     longer = tokens + answer + prompt(loaded[1], 100, start=900)[1:]
-    assert ask(loaded, longer, PromptCache(tmp_path, "key")) == (ask(loaded, longer)[0], len(tokens) + len(answer))
-    (other,) = entries(tmp_path)
-    assert other != entry
-    ask(loaded, tokens[:150] + longer[-100:], PromptCache(tmp_path, "key"))  # one that does not extend it
-    assert len(entries(tmp_path)) == 2 and other in entries(tmp_path)
+    expected = ask(loaded, longer)[0]
+    assert ask(loaded, longer, PromptCache(tmp_path, "key")) == (expected, len(tokens) + len(answer))
+    assert len(entries(tmp_path)) == 2 and entry.read_bytes() == content
+    assert ask(loaded, longer, PromptCache(tmp_path, "key")) == (expected, len(longer) - 1)
+    assert len(entries(tmp_path)) == 2
 
 
 def test_the_key_depends_on_model_rope_and_format(checkpoint: Path, stdlib_llama: Path, copy_of: Any) -> None:
@@ -97,10 +104,10 @@ def test_an_entry_of_another_model_rope_or_format_is_not_used(
         code, out, err = run("generate", "--model", model, *common)
         assert code == 0, err
         expected = json.loads(out)["text"]
-        before = set(folder.glob("*"))
+        before = set(entries(folder))
         code, out, err = run("generate", "--model", model, *common, "--prompt-cache", folder)
         assert code == 0 and json.loads(out)["text"] == expected and "warning" not in err.lower()
-        return len(set(folder.glob("*")) - before)
+        return len(set(entries(folder)) - before)
 
     assert ask(checkpoint, "--factor", 4) == 1
     assert ask(checkpoint, "--factor", 8) == 1
@@ -174,6 +181,9 @@ def test_least_recently_used_goes_first_and_foreign_files_stay(loaded: Any, tmp_
     foreign = set(tmp_path.iterdir())
     key = "0123456789abcdef"
     size = 100 * 2 * 5 * 2 * 64 * 4  # bytes of 100 tokens
+    old = tmp_path / f"{key}-{key}{key}.safetensors"  # of a version before texts shared files
+    old.write_bytes(bytes(size // 2))
+    os.utime(old, (0, 0))
     documents = [prompt(loaded[1], 95, start=500 * i) for i in range(5)]
     documents = [[tokens[0], i + 10, *tokens[1:]] for i, tokens in enumerate(documents)]  # nothing shared
 
@@ -185,12 +195,13 @@ def test_least_recently_used_goes_first_and_foreign_files_stay(loaded: Any, tmp_
     for i in (0, 1, 2):
         assert read(i) == 0  # the start token alone is not worth an entry
     assert read(0) == 95  # now 1 is the least recently used
-    assert read(3) == 0
-    stored = [mx.load(str(path))["tokens"][1].item() for path in set(entries(tmp_path)) - foreign]
+    assert old.exists()  # three texts of almost 100 tokens and this one fit
+    assert read(3) == 0 and not old.exists()
+    stored = [int(prompt_segments.read_segment(path).tokens[1]) for path in set(entries(tmp_path)) - foreign]
     assert sorted(stored) == [10, 12, 13]
     assert sum(path.stat().st_size for path in set(entries(tmp_path)) - foreign) <= 3.5 * size
     assert read(4) == 0
-    stored = [mx.load(str(path))["tokens"][1].item() for path in set(entries(tmp_path)) - foreign]
+    stored = [int(prompt_segments.read_segment(path).tokens[1]) for path in set(entries(tmp_path)) - foreign]
     assert sorted(stored) == [10, 13, 14]
     assert foreign <= set(tmp_path.iterdir())
 
@@ -208,19 +219,19 @@ def test_a_full_disk_is_a_warning(
     tokens = prompt(loaded[1], 100)
     expected, _ = ask(loaded, tokens)
 
-    def full(path: str, *_: object) -> None:
-        Path(path).write_bytes(b"half")
-        raise RuntimeError("[save_safetensors] no space left")
+    def full(*_: object) -> Iterator[bytes]:
+        yield b"half"
+        raise OSError(errno.ENOSPC, "no space left")
 
     def refused(*_: object) -> None:
         raise PermissionError("not here")
 
     if place == "save":
-        monkeypatch.setattr(prompt_cache.mx, "save_safetensors", full)
+        monkeypatch.setattr(prompt_segments, "_blocks", full)
     else:
         monkeypatch.setattr(Path, "replace", refused)
     assert ask(loaded, tokens, PromptCache(tmp_path, "key")) == (expected, 0)
-    assert "cannot be written" in caplog.text and not list(tmp_path.iterdir())
+    assert "cannot be written" in caplog.text and files(tmp_path) == []
 
 
 def test_a_folder_that_disappears_is_not_an_error(
@@ -264,7 +275,7 @@ def test_two_processes_share_a_folder(random_llama: Path, tmp_path: Path) -> Non
         out, err = process.communicate(timeout=240)
         assert process.returncode == 0 and int(out) > 20, err
         assert "damaged" not in err and "cannot be written" not in err, err
-    kept = list((tmp_path / "kept").iterdir())
+    kept = files(tmp_path / "kept")
     assert kept and not [path for path in kept if path.name.startswith(".")]
     assert sum(path.stat().st_size for path in kept) <= 500_000
 
@@ -275,25 +286,28 @@ def test_killed_while_writing_leaves_a_file_that_is_deleted_later(
     code = """
 import os, signal, sys
 from mlx_resonance import cli
-from mlx_resonance.generation import prompt_cache
-save = prompt_cache.mx.save_safetensors
-def half(path, *arguments):
-    save(path, *arguments)
-    os.truncate(path, os.path.getsize(path) // 2)
-    os.kill(os.getpid(), signal.SIGKILL)
-prompt_cache.mx.save_safetensors = half
+from mlx_resonance.generation import prompt_segments
+blocks = prompt_segments._blocks
+def half(*arguments):
+    for i, block in enumerate(blocks(*arguments)):
+        yield block
+        half.written += 1
+        if half.written == 7:
+            os.kill(os.getpid(), signal.SIGKILL)
+half.written = 0
+prompt_segments._blocks = half
 cli.main()
 """
     command = [sys.executable, "-c", code, *COMMAND[1:], "--model", checkpoint, "--prompt", "import os\n" * 20]
     folder = tmp_path / "kept"
     done = subprocess.run([*command, "--max-tokens", "2", "--prompt-cache", folder], capture_output=True)
     assert done.returncode == -signal.SIGKILL
-    (left,) = folder.iterdir()
+    (left,) = files(folder)
     assert left.name.startswith(".")
     tokens = prompt(loaded[1], 50)
     ask(loaded, tokens, PromptCache(folder, "key"))
     assert left.exists()  # another process may be writing it
-    os.utime(left, (0, time.time() - 2 * prompt_cache.STALE))
+    os.utime(left, (0, time.time() - 2 * prompt_folder.STALE))
     ask(loaded, prompt(loaded[1], 50, start=700), PromptCache(folder, "key"))
     assert not left.exists() and len(entries(folder)) == 2
 

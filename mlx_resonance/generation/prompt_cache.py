@@ -3,211 +3,201 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import logging
 import os
-import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import mlx.core as mx
-import numpy as np
-from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
-
 from ..checkpoint import Checkpoint
 from ..errors import UsageError
-from ..files import read_header, user_path
+from ..files import user_path
 from ..rope_config import RopeConfig
-from ..storage import sha256
+from ..rope_types import LONGEST
+from .prompt_folder import ENOUGH, Known, Ledger, PromptFolder, clear, common_prefix, default_folder, entries
+from .prompt_segments import MOST_TOKENS, NewSegment, named, read_into
 
-NAME = re.compile(r"[0-9a-f]{16}-[0-9a-f]{32}\.safetensors")  # hash of model and format; of content
-# An entry is written if its new tokens are more than a 16th of those read from another entry, and read if a 16th of its
-# tokens are of use: every prompt shares at least the start token with it.
-ENOUGH = 16
-STALE = 3600  # seconds after which a partial file must be from a killed process
+__all__ = ["PromptCache", "cache_key", "cache_name", "clear", "common_prefix", "default_folder", "entries"]
+
+MAX_BYTES = 10 * 10**9
+DAYS_WORTH = 10  # times `max_bytes`: the default budget of bytes written in a day
+HANDFUL = 1024  # tokens that are not worth a file after a long text
 
 logger = logging.getLogger("mlx_resonance")
 
 
 class PromptCache:
-    """A folder with the keys and values of prompts, which processes may share.
+    """A folder with the keys and values of texts, which processes may share.
 
-    Every entry is a safetensors file, named by its key and by the SHA-256 of its content. It is written atomically; a
-    damaged one is deleted with a warning.
+    Texts that begin alike share the files of their beginning. Every file is a segment of a text, in the safetensors
+    format, named by its key and by hashes of its content. It is written atomically; a damaged one is deleted with a
+    warning.
 
     Args:
         folder: created if it is missing.
         key: from `cache_key`.
-        max_bytes: maximum size of all entries; the least recently used are deleted first.
+        max_bytes: maximum size of all entries; the ends of the least recently used texts are deleted first.
+        least: a text with fewer new tokens is not written.
+        daily_bytes: maximum number of bytes written in a day (UTC), by all processes; None for 10 times `max_bytes`.
+        name: the model's name, for people who list the entries: from `cache_name`.
+        clock: seconds since 1970.
 
     Raises:
         NotADirectoryError: the folder is a file.
     """
 
-    def __init__(self, folder: str | Path, key: str, max_bytes: int = 10 * 10**9) -> None:
-        self.folder, self.key, self.max_bytes = user_path(folder), key, max_bytes
-        if self.folder.exists() and not self.folder.is_dir():
-            raise NotADirectoryError(f"prompt cache {self.folder} is a file: expected a folder")
+    def __init__(
+        self,
+        folder: str | Path,
+        key: str,
+        max_bytes: int = MAX_BYTES,
+        *,
+        least: int = 0,
+        daily_bytes: int | None = None,
+        name: str = "",
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.folder, self.key, self.max_bytes, self.least, self.name = user_path(folder), key, max_bytes, least, name
+        self._files = PromptFolder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
-        self._used: Path | None = None
-        self._used_tokens = 0
+        self._ledger = Ledger(self.folder, DAYS_WORTH * max_bytes if daily_bytes is None else daily_bytes, clock)
+        self._warned = False
+
+    def known(self, tokens: Sequence[int]) -> int:
+        """How many tokens of a prompt `fetch` would give; only headers are read."""
+        return self._files.longest(tokens[:-1], self.key).tokens
 
     def fetch(self, tokens: Sequence[int], cache: list[Any]) -> int:
-        """Fill the caches with the longest beginning of a prompt that an entry has, at most all but the last token.
+        """Fill the caches with the longest known beginning of a prompt, at most all but the last token.
 
         Args:
             tokens: the prompt's token ids.
-            cache: one per layer, empty.
+            cache: one per layer, empty; `step` is the number of tokens that they are allocated for.
 
         Returns:
             How many tokens they now hold.
+
+        Raises:
+            UsageError: a layer has a sliding window.
         """
         for layer in cache:  # fail before anything is read, not when it is stored
             named(layer)
-        self._used, self._used_tokens = None, 0
-        best: tuple[int, Path] | None = None
-        for path in sorted(self.folder.glob(f"{self.key}-*.safetensors")):
-            stored = self._tokens_of(path)
-            common = common_prefix(tokens[:-1], stored)
-            if common * ENOUGH >= len(stored) and common > (best[0] if best else 0):
-                best = common, path
-        if best is None:
-            return 0
-        length, path = best
-        try:
-            if sha256(path)[:32] != path.stem.split("-")[1]:
-                raise ValueError("its content has changed")
-            arrays: dict[str, mx.array] = mx.load(str(path))  # type: ignore[assignment]
-            for i, layer in enumerate(cache):
-                fill(layer, {name: value for name, value in arrays.items() if name.startswith(f"{i}.")}, length)
-            mx.eval([layer.state for layer in cache])
-            os.utime(path)
-        except FileNotFoundError:  # another process made room
-            return self._empty(cache)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            self._drop(path, error)
-            return self._empty(cache)
-        self._used, self._used_tokens = path, length
-        return length
+        held = 0
+        for segment, count in self._files.longest(tokens[:-1], self.key).parts():
+            try:
+                read_into(segment, cache, count)
+                os.utime(segment.path)
+            except FileNotFoundError:  # another process made room
+                break
+            except (OSError, ValueError) as error:
+                self._files.drop(segment.path, error)
+                break
+            held = segment.start + count
+        for layer in cache:
+            layer.offset = held
+            if not held:
+                layer.keys = layer.values = None
+        return held
 
-    def store(self, tokens: Sequence[int], cache: list[Any]) -> None:
-        """Store what the caches hold if it is more than the entry that was used. A full disk is only a warning.
+    def store(self, tokens: Sequence[int], cache: list[Any], *, least: int | None = None) -> None:
+        """Write what the caches hold and the folder lacks. A full disk is only a warning.
 
         Args:
             tokens: the text's token ids; those whose keys the caches hold are stored.
             cache: one per layer.
+            least: minimum number of new tokens to write. None for the cache's own, and more than a 16th of those that
+                the folder has, up to 1024.
         """
         length = min(len(tokens), *(layer.offset for layer in cache))
-        if length - self._used_tokens <= self._used_tokens // ENOUGH:
+        known = self._files.longest(tokens[:length], self.key)
+        worth = max(self.least, min(known.tokens // ENOUGH, HANDFUL) + 1) if least is None else least
+        if length - known.tokens < max(1, worth):
             return
-        arrays = {"tokens": mx.array(np.array(tokens[:length], np.int32))}
-        for i, layer in enumerate(cache):
-            arrays |= {f"{i}.{name}": value[..., :length, :] for name, value in named(layer)}
-        if (size := sum(value.nbytes for value in arrays.values())) > self.max_bytes:
-            logger.warning("prompt cache: an entry of %d bytes exceeds its limit of %d", size, self.max_bytes)
-            return
-        temporary = self.folder / f".{uuid.uuid4().hex}.safetensors"
         try:
-            mx.save_safetensors(str(temporary), arrays, {"format": "mlx"})
-            path = self.folder / f"{self.key}-{sha256(temporary)[:32]}.safetensors"
-            temporary.replace(path)
-            if self._used is not None and self._used != path and self._used_tokens == len(self._tokens_of(self._used)):
-                self._used.unlink(missing_ok=True)  # the new entry includes it
-            self._used, self._used_tokens = path, length
-            self._make_room()
+            while known.tokens < length:
+                end = min(length, known.tokens + MOST_TOKENS)
+                if not self._write(tokens, cache, known, end):
+                    break
+                known = self._files.longest(tokens[:end], self.key)
+                if known.tokens < end:  # another process made room
+                    break
+            for segment in known.chain[:-1]:
+                with contextlib.suppress(FileNotFoundError):
+                    os.utime(segment.path)
+            self._files.make_room(self.max_bytes)
         except (OSError, RuntimeError) as error:
             logger.warning("the prompt cache %s cannot be written: %s", self.folder, error)
+
+    def _write(self, tokens: Sequence[int], cache: list[Any], known: Known, end: int) -> bool:
+        """Write a segment after those that are known. Returns False, with a warning, if there is no room for it."""
+        parent = known.chain[-1] if known.chain else None
+        new = NewSegment(tokens, cache, known.tokens, end, parent, self.name)
+        if (size := new.size + sum(segment.size for segment in known.chain)) > self.max_bytes:
+            logger.warning("prompt cache: an entry of %d bytes exceeds its limit of %d", size, self.max_bytes)
+            return False
+        if not self._ledger.take(new.size):
+            if not self._warned:
+                logger.warning(
+                    "prompt cache: today's budget of %d bytes written to %s is used up; nothing is written until "
+                    "midnight UTC",
+                    self._ledger.limit,
+                    self.folder,
+                )
+            self._warned = True
+            return False
+        self._warned = False
+        temporary = self.folder / f".{uuid.uuid4().hex}.safetensors"
+        try:
+            temporary.replace(self.folder / f"{self.key}-{new.write(temporary)}.safetensors")
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
-
-    def _tokens_of(self, path: Path) -> list[int]:
-        """The tokens of an entry; none if it is damaged or gone."""
-        try:
-            if "tokens" not in read_header(path):
-                raise ValueError("it has no tokens")
-            return list(np.array(mx.load(str(path))["tokens"]))  # type: ignore[call-overload]
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
-            self._drop(path, error)
-            return []
-
-    def _drop(self, path: Path, error: Exception) -> None:
-        if not path.exists():  # another process made room
-            return
-        logger.warning("prompt cache: the entry %s is damaged and was deleted: %s", path.name, error)
-        with contextlib.suppress(OSError):
-            path.unlink()
-
-    def _empty(self, cache: list[Any]) -> int:
-        for layer in cache:
-            layer.keys = layer.values = None
-            layer.offset = 0
-        return 0
-
-    def _make_room(self) -> None:
-        entries = []
-        for path in self.folder.iterdir():
-            with contextlib.suppress(FileNotFoundError):
-                if NAME.fullmatch(path.name):
-                    status = path.stat()
-                    entries.append((status.st_mtime_ns, status.st_size, path))
-                elif re.fullmatch(r"\.[0-9a-f]{32}\.safetensors", path.name):
-                    if time.time() - path.stat().st_mtime > STALE:
-                        path.unlink()
-        total = sum(size for _, size, _ in entries)
-        for _, size, path in sorted(entries):
-            if total <= self.max_bytes:
-                break
-            path.unlink(missing_ok=True)
-            total -= size
+        return True
 
 
 def refuse_changing_angles(rope: RopeConfig, why: str) -> None:
     """Raise UsageError if the angles change with the length of a text: keys of one text would not fit another."""
     if rope.depends_on_length:
-        raise UsageError(f"the angles of {rope.rope_type} change with the length of a text: {why}")
+        raise _changing_angles(rope, why)
 
 
-def cache_key(checkpoint: Checkpoint, kv_bits: int | None) -> str:
+def _changing_angles(rope: RopeConfig, why: str) -> UsageError:
+    return UsageError(f"the angles of {rope.rope_type} change with the length of a text: {why}")
+
+
+def cache_key(
+    checkpoint: Checkpoint, kv_bits: int | None, length: int | None = None, expected: int | None = None
+) -> str:
     """A hash of what keys and values depend on besides the tokens: the model's content, its angles, the KV format.
 
+    Args:
+        checkpoint: an opened one.
+        kv_bits: as in `make_cache`.
+        length: tokens of prompt and answer, if the angles may change with it. Texts on the same side of the length
+            at which they change have the same key.
+        expected: the length that the model was told to `expect`, usually the prompt's; None for `length`.
+
     Raises:
-        UsageError: the angles change with the length of a text.
+        UsageError: the angles change with the length of a text, and no length is given; or they change within this
+            text; or every text beyond the context before scaling has its own.
     """
-    refuse_changing_angles(checkpoint.rope, "a prompt cache cannot keep its keys")
-    return checkpoint.results_digest(kv_bits)
+    digest, rope = checkpoint.results_digest(kv_bits), checkpoint.rope
+    if not rope.depends_on_length:
+        return digest
+    if length is None:
+        raise _changing_angles(rope, "a prompt cache cannot keep its keys")
+    first, last = rope.frequencies(min(expected or length, length)), rope.frequencies(length)
+    sides = {"short": rope.frequencies(), "long": rope.frequencies(LONGEST)}
+    side = next((name for name, frequencies in sides.items() if first == last == frequencies), None)
+    if side is None:
+        raise _changing_angles(rope, f"a prompt cache cannot keep the keys of {length:,} tokens")
+    return hashlib.sha256(f"{digest} {side}".encode()).hexdigest()[:16]
 
 
-def common_prefix(one: Sequence[int], other: Sequence[int]) -> int:
-    """The length of the common prefix of two sequences."""
-    length = min(len(one), len(other))
-    differ = np.nonzero(np.array(one[:length]) != np.array(other[:length]))[0]
-    return int(differ[0]) if len(differ) else length
-
-
-def named(layer: Any) -> list[tuple[str, mx.array]]:
-    """The arrays of a layer's cache by name, each of shape (B, H, L, …)."""
-    if not isinstance(layer, (KVCache, QuantizedKVCache)):
-        raise UsageError("a prompt cache cannot store layers with a sliding window", option="prompt_cache")
-    return tree_flatten({"keys": layer.keys, "values": layer.values})  # type: ignore[return-value]
-
-
-def fill(layer: Any, arrays: dict[str, mx.array], length: int) -> None:
-    """Give an empty cache the first `length` tokens of arrays from `named`, allocated for all that it will hold."""
-    for name in ("keys", "values"):
-        own = {key.split(".", 1)[1]: value for key, value in arrays.items()}
-        parts = [own[name]] if name in own else [own[f"{name}.{i}"] for i in range(3)]
-        room = max(layer.step, length)
-        whole = []
-        for part in parts:
-            if part.ndim != 4 or part.shape[2] < length:
-                raise ValueError("its arrays are too short")
-            empty = mx.zeros((*part.shape[:2], room - length, part.shape[3]), part.dtype)
-            whole.append(mx.concatenate([part[..., :length, :], empty], axis=2))
-        setattr(layer, name, whole[0] if len(whole) == 1 else tuple(whole))
-    layer.offset = length
+def cache_name(checkpoint: Checkpoint) -> str:
+    """The model's name for `PromptCache`: the hub id, or the whole path of a folder."""
+    path = user_path(checkpoint.name)
+    return str(path.resolve()) if path.is_dir() else checkpoint.name
