@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import math
 import os
-import sys
 import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
@@ -63,7 +63,7 @@ def decide(
     predicate: Callable[..., Any] | None = None
     if recipe is not None:
         predicate = mixed_quant_predicate_builder(recipe, model, group_size or 64)
-    with contextlib.redirect_stdout(sys.stderr):  # mlx-lm prints its bits per weight
+    with contextlib.redirect_stdout(io.StringIO()):  # mlx-lm prints its bits per weight
         result: tuple[nn.Module, dict[str, Any]] = mlx_lm.utils.quantize_model(
             model, config, group_size, bits, mode=mode, quant_predicate=predicate
         )

@@ -119,6 +119,11 @@ def attend(
         Shape (B, H, L, D).
     """
     length = queries.shape[2]
+    if length == 1 and isinstance(mask, mx.array) and hasattr(cache, "bits"):
+        # mlx-lm 0.31 does not expand the mask of a batch for grouped queries: make those of a group tokens of one head.
+        grouped = queries.reshape(queries.shape[0], keys[0].shape[1], -1, queries.shape[3])
+        output = scaled_dot_product_attention(grouped, keys, values, cache=cache, scale=scale, mask=mask)
+        return output.reshape(*queries.shape[:3], -1)
     if length == 1:
         return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
     size = max(1, BUDGET // (queries.shape[0] * keys.shape[2]))

@@ -35,6 +35,7 @@ from .files import (
     weight_files,
 )
 from .inspection import RECORDS
+from .kernels import gpu
 from .rope_config import RopeConfig
 from .rope_reading import LENGTH_IS_UNCLEAR, is_about_rotation
 from .rope_types import LONGEST, ORIGINAL, PREFIX
@@ -188,7 +189,8 @@ class Checkpoint:
 
     def results_digest(self, kv_bits: int | None = None) -> str:
         """A hash of what results depend on besides the prompt: the content, the rope settings, the KV format."""
-        parts = [self.digest, self.rope.to_hf("4"), kv_bits]
+        rope = json.loads(json.dumps(self.rope.to_hf("4")), parse_float=_as_integer)  # a factor of 8.0 is one of 8
+        parts = [self.digest, rope, kv_bits]
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
     def settings(self, kv_bits: int | None = None) -> dict[str, Any]:
@@ -228,6 +230,7 @@ class Checkpoint:
         except (ValueError, *LOADING_ERRORS) as error:
             raise UsageError(f"{self.folder} cannot be loaded: {in_a_line(error)}") from None
         set_rope(model, self.rope)
+        gpu.current_backend()  # if there is no GPU, say so now, not within a text
         if adapter_path is not None:
             model = mlx_lm.utils.load_adapters(model, adapter_path)
             model.eval()
@@ -264,6 +267,12 @@ class Checkpoint:
             raise UsageError(f"mlx-lm cannot build a {kind} model from this config.json: {in_a_line(error)}") from None
         set_rope(model, self.rope)
         return model
+
+
+def _as_integer(text: str) -> float:
+    """A number of a JSON text, an integer if it is one."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
 
 
 def _with_renamed_settings(config: dict[str, Any], head: TiedHead) -> dict[str, Any]:

@@ -19,6 +19,8 @@ class UsageError(ValueError):
             None for one that the user has to choose, `ANOTHER` for one that differs from the value given.
     """
 
+    exit_code = 2  # of a command
+
     def __init__(self, message: str, *, option: str | None = None, remedies: Sequence[Remedy] = ()) -> None:
         super().__init__(message)
         self.message, self.option, self.remedies = message, option, tuple(remedies)
@@ -38,6 +40,12 @@ class UsageError(ValueError):
 
 class MissingFileError(UsageError, FileNotFoundError):
     """A requested file or folder does not exist."""
+
+
+class DeviceError(UsageError):
+    """The GPU did not carry out what it was asked to do: the work failed, and a remedy may help."""
+
+    exit_code = 1
 
 
 class FileInTheWayError(UsageError, FileExistsError):

@@ -96,6 +96,8 @@ class ResonanceRoPE(nn.Module):
         For a prompt that is read in chunks: all its keys then rotate alike, as if it were read in one pass.
         """
         self._expected_length = length
+        if self._by_length is not None and length:
+            self._use(self._by_length(length))  # keys from a cache were rotated so
 
     def angles(self, length: int, offset: int | mx.array = 0, like: mx.array | None = None) -> Angles:
         """The angles of one step, to be shared by all layers: see `rotate`.

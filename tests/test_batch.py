@@ -9,16 +9,23 @@ import signal
 import subprocess
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance import load, plan_memory, stream_generate
 from mlx_resonance.errors import UsageError
 from mlx_resonance.generation.batch import Request, answer_requests, generate_batch, open_answers, read_requests
+from mlx_resonance.generation.beginnings import by_beginning
+from mlx_resonance.generation.engine import Engine
+from mlx_resonance.generation.prefill import LAYER_SECONDS, Pace
+from mlx_resonance.generation.prompt_cache import PromptCache
+from mlx_resonance.generation.sampling import Sampling
 from mlx_resonance.run_log import json_lines
 
 import mlx.core as mx
 import pytest
+from mlx_lm.generate import BatchGenerator
 
 from .checkpoints import COMMAND, prompt, source
 
@@ -39,20 +46,33 @@ def requests(loaded: Any) -> list[Request]:
 @pytest.fixture(scope="module")
 def expected(loaded: Any, requests: list[Request]) -> dict[str | int, dict[str, Any]]:
     """What `stream_generate` answers to each prompt alone."""
+    return alone(loaded, requests)
+
+
+def alone(loaded: Any, requests: list[Request], **options: Any) -> dict[str | int, dict[str, Any]]:
+    """The answer that `stream_generate` gives to each prompt on its own."""
     model, tokenizer = loaded
     answers = {}
     for request in requests:
-        responses = list(stream_generate(model, tokenizer, request.tokens, max_tokens=20))
+        responses = list(stream_generate(model, tokenizer, request.tokens, **{"max_tokens": 20} | options))
         tokens = [response.token for response in responses]
-        stopped = responses[-1].finish_reason == "stop"
+        if responses[-1].finish_reason == "stop":
+            tokens.pop()
         answers[request.id] = {
             "id": request.id,
-            "text": "".join(response.text for response in responses),
+            "text": tokenizer.decode(tokens),
             "prompt_tokens": len(request.tokens),
-            "generation_tokens": len(tokens) - stopped,
+            "generation_tokens": len(tokens),
             "finish_reason": responses[-1].finish_reason,
         }
     return answers
+
+
+def batched(loaded: Any, requests: list[Request], **options: Any) -> dict[str | int, dict[str, Any]]:
+    """The answers of a batch."""
+    answers = list(generate_batch(*loaded, requests, **{"max_tokens": 20} | options))
+    assert len(answers) == len(requests)
+    return {answer["id"]: answer for answer in answers}
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 8, 32])
@@ -60,9 +80,185 @@ def expected(loaded: Any, requests: list[Request]) -> dict[str | int, dict[str, 
 def test_answers_equal_those_of_one_at_a_time(
     loaded: Any, requests: list[Request], expected: dict[str, Any], batch_size: int, step: int
 ) -> None:
-    answers = list(generate_batch(*loaded, requests, max_tokens=20, batch_size=batch_size, prefill_step_size=step))
-    assert len(answers) == len(requests)
-    assert {answer["id"]: answer for answer in answers} == expected
+    assert batched(loaded, requests, batch_size=batch_size, prefill_step_size=step) == expected
+
+
+@pytest.mark.parametrize("kv_bits", [8, 4])
+def test_quantized_answers_equal_those_of_one_at_a_time(loaded: Any, requests: list[Request], kv_bits: int) -> None:
+    wanted = alone(loaded, requests, kv_bits=kv_bits)
+    assert batched(loaded, requests, kv_bits=kv_bits, batch_size=3, prefill_step_size=50) == wanted
+    assert batched(loaded, requests, kv_bits=kv_bits) == wanted
+
+
+class Recorder:
+    """A model that notes the shapes (rows, tokens) of the chunks of prompts that it reads."""
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.chunks, self.on_chunk = model, [], lambda rows, tokens: None
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.model, name)
+
+    def __call__(self, inputs: mx.array, **options: Any) -> mx.array:
+        if inputs.shape[1] > 1:
+            self.chunks.append(inputs.shape)
+            self.on_chunk(*inputs.shape)
+        return self.model(inputs, **options)
+
+    @property
+    def read(self) -> int:
+        """Tokens of all chunks, padding included."""
+        return sum(rows * tokens for rows, tokens in self.chunks)
+
+
+@pytest.mark.parametrize("speed", [120, 600])
+def test_chunks_of_a_batch_are_sized_by_time(loaded: Any, speed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, tokenizer = Recorder(loaded[0]), loaded[1]
+    requests = [Request(i, prompt(tokenizer, length, start=900 * i), "") for i, length in enumerate((900, 700, 200))]
+    now = 0.0
+
+    def launch(rows: int, tokens: int) -> None:
+        nonlocal now
+        now += len(model.layers) * LAYER_SECONDS * rows * tokens / speed  # a layer reads so many in its time
+
+    model.on_chunk = launch
+    monkeypatch.setattr("mlx_resonance.generation.rows.Pace", partial(Pace, gpu=True, clock=lambda: now))
+    answers = batched((model, tokenizer), requests, batch_size=3)
+    assert model.chunks[0] == (3, 256 // 3)  # a small one first
+    assert all(rows * tokens < 1.2 * speed for rows, tokens in model.chunks[1:])
+    assert (model.chunks[1][1] > 256 // 3) == (speed > 256)
+    assert max(rows * tokens for rows, tokens in model.chunks[2:]) > 0.6 * speed
+    assert answers == alone(loaded, requests)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_no_chunk_exceeds_the_step(loaded: Any, requests: list[Request], batch_size: int) -> None:
+    model = Recorder(loaded[0])
+    batched((model, loaded[1]), requests, batch_size=batch_size, prefill_step_size=64)
+    assert max(tokens for _, tokens in model.chunks) == 64
+    assert max(rows for rows, _ in model.chunks) <= batch_size
+
+
+@pytest.fixture
+def short_beginnings(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prompts that share 64 tokens share a KV cache, so that tests need no long ones."""
+    for module in ("batch", "rows"):
+        monkeypatch.setattr(f"mlx_resonance.generation.{module}.SHARED", 64)
+
+
+@pytest.fixture(scope="module")
+def questions(loaded: Any) -> list[Request]:
+    """Two documents with a common preface, several questions about each, one twice, and a short prompt in between."""
+    tokenizer = loaded[1]
+    preface = prompt(tokenizer, 80)
+    documents = [preface + prompt(tokenizer, length, start=3000 + length)[1:] for length in (161, 101)]
+    texts = [documents[i % 2] + prompt(tokenizer, 9 + 3 * i, start=100 * i)[1:] for i in range(6)]
+    texts = [*texts[:3], prompt(tokenizer, 40, start=50), *texts[3:], texts[2]]
+    return [Request(i, tokens, f"text {i}") for i, tokens in enumerate(texts)]
+
+
+ONCE = 80 + 160 + 100  # tokens of the preface and the documents
+
+
+@pytest.mark.usefixtures("short_beginnings")
+@pytest.mark.parametrize(("batch_size", "kv_bits"), [(1, None), (3, 8), (32, None)])
+def test_a_beginning_that_prompts_share_is_read_once(
+    loaded: Any, questions: list[Request], batch_size: int, kv_bits: int | None
+) -> None:
+    model = Recorder(loaded[0])
+    answers = batched((model, loaded[1]), questions, batch_size=batch_size, kv_bits=kv_bits, max_tokens=8)
+    assert answers == alone(loaded, questions, kv_bits=kv_bits, max_tokens=8)
+    assert ONCE <= model.read < ONCE + 8 * 40
+
+
+@pytest.mark.usefixtures("short_beginnings")
+@pytest.mark.parametrize(("batch_size", "kv_bits"), [(1, None), (3, 8)])
+def test_the_disk_cache_of_a_batch(
+    loaded: Any, questions: list[Request], tmp_path: Path, batch_size: int, kv_bits: int | None
+) -> None:
+    options = {"batch_size": batch_size, "kv_bits": kv_bits, "max_tokens": 8}
+    extra = Request("alone", prompt(loaded[1], 300, start=5000), "its beginning is its own")
+    requests = [*questions, extra]
+    wanted = batched(loaded, requests, **options)
+    model = Recorder(loaded[0])
+    first = batched((model, loaded[1]), requests, disk_cache=PromptCache(tmp_path, "a" * 16), **options)
+    assert first == wanted and model.read >= ONCE + 299
+    model.chunks.clear()
+    again = batched((model, loaded[1]), requests, disk_cache=PromptCache(tmp_path, "a" * 16), **options)
+    assert again == wanted and model.read < 9 * 40
+    known = PromptCache(tmp_path, "a" * 16).known
+    assert known(extra.tokens) == 299 and known(questions[0].tokens) >= 80 + 160
+    model.chunks.clear()
+    other = Request("other", questions[0].tokens[:238] + prompt(loaded[1], 20, start=77), "another question")
+    [answer] = generate_batch(model, loaded[1], [other], disk_cache=PromptCache(tmp_path, "a" * 16), kv_bits=kv_bits)
+    assert model.read < 30 and answer["prompt_tokens"] == 258
+
+
+def test_prompts_are_inserted_only_when_there_is_room(
+    loaded: Any, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = finished = most = 0
+
+    class Counted(BatchGenerator):
+        def insert(self, prompts: Any, *args: Any, **options: Any) -> Any:
+            nonlocal started, most
+            started += len(prompts)
+            most = max(most, started - finished)
+            return super().insert(prompts, *args, **options)
+
+    monkeypatch.setattr("mlx_resonance.generation.rows.BatchGenerator", Counted)
+    for _ in generate_batch(*loaded, requests, max_tokens=5, batch_size=3):
+        finished += 1
+    assert (started, finished, most) == (len(requests), len(requests), 3)
+
+
+def test_the_order_that_reads_every_beginning_once() -> None:
+    a, b, c = [1] * 6, [2] * 6, [3] * 6
+    prompts = [[9], a + b + [5], c, a + c + [5], a + b + [6, 7], [4, 4], a + b + [5], a]
+    assert by_beginning(prompts, 4) == [(0, 0), (7, 5), (1, 12), (6, 12), (4, 12), (3, 6), (2, 0), (5, 0)]
+    assert by_beginning(prompts, 100) == [(i, 0) for i in range(len(prompts))]
+    assert by_beginning([], 4) == []
+
+
+@pytest.mark.parametrize("batch_size", [1, 3])
+def test_stop_strings_end_answers(loaded: Any, requests: list[Request], expected: Any, batch_size: int) -> None:
+    stop = ["\n#", "self", "zzz"]
+    answers = batched(loaded, requests, stop=stop, batch_size=batch_size)
+    stopped = 0
+    for key, answer in answers.items():
+        whole = expected[key]["text"]
+        ends = [whole.find(word) for word in stop if word in whole]
+        assert answer["text"] == whole[: min(ends, default=len(whole))]
+        if ends:
+            assert answer["finish_reason"] == "stop"
+            stopped += answer["generation_tokens"] < expected[key]["generation_tokens"]
+    assert stopped >= 2
+    with pytest.raises(UsageError, match="empty"):
+        batched(loaded, requests, stop=[""])
+
+
+def test_sampling_options_of_a_batch(loaded: Any, requests: list[Request], expected: Any) -> None:
+    requests = requests[:3] + requests[4:6]
+    expected = {request.id: expected[request.id] for request in requests}
+    penalty = Sampling(repetition_penalty=1.3)
+    answers = batched(loaded, requests, sampling=penalty, batch_size=3)
+    engine = Engine(*loaded)
+    for request in requests:
+        responses = list(engine.stream(request.tokens, 20, sampling=penalty))
+        tokens = [response.token for response in responses if response.finish_reason != "stop"]
+        assert answers[request.id]["text"] == loaded[1].decode(tokens)
+    assert answers != expected
+    assert batched(loaded, requests, sampling=Sampling(temp=2.0, top_k=1)) == expected
+    hot = [batched(loaded, requests, sampling=Sampling(temp=1.0, seed=seed)) for seed in (1, 1, 2)]
+    assert hot[0] == hot[1] != hot[2] and hot[0] == batched(loaded, requests, temp=1.0, seed=1)
+    with pytest.raises(UsageError, match="top_k"):
+        batched(loaded, requests, sampling=Sampling(top_k=10**6))
+
+
+def test_an_answer_keeps_its_first_space(loaded: Any) -> None:
+    tokens = loaded[1].encode("import os\nfrom pathlib", add_special_tokens=True)
+    [answer] = batched(loaded, [Request(1, tokens, "")], max_tokens=2).values()
+    assert answer["text"].startswith(" import")
 
 
 def answers_of(path: Path) -> list[Any]:
@@ -191,7 +387,6 @@ def test_a_foreign_output_is_refused_and_left_as_it_is(
         (["--prompts-file", "p.jsonl"], "give --output"),
         (["--output", "o.jsonl"], "give --prompts-file"),
         (["--prompts-file", "p.jsonl", "--output", "o.jsonl", "--prompt", "a"], "not both"),
-        (["--prompts-file", "p.jsonl", "--output", "o.jsonl", "--kv-bits", 8], "leave the bits out (--kv-bits)"),
         (
             ["--prompts-file", "missing.jsonl", "--output", "o.jsonl"],
             "no such file of prompts (--prompts-file)",

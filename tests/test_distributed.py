@@ -265,7 +265,8 @@ def test_the_prompt_cache_of_two_processes(ends: dict[str, Any]) -> None:
     assert {run[0][1] for run in runs} == {runs[0][0][1]} != {""} and not any(run[1][1] + run[1][2] for run in runs)
     assert [[known for *_, known in run] for run in runs[:2]] == [[0, 0]] * 2
     assert runs[2][0][3] == runs[2][1][3] > 100
-    assert [len(list((ends["folder"] / name).iterdir())) for name in ("first", "second", "third")] == [1, 1, 1]
+    for name in ("first", "second", "third"):
+        assert len(list((ends["folder"] / name).glob("*.safetensors"))) == 1
 
 
 def test_an_interrupted_file_of_answers_is_resumed(ends: dict[str, Any]) -> None:

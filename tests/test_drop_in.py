@@ -12,7 +12,7 @@ import mlx_resonance
 from mlx_resonance import generate, load, stream_generate
 from mlx_resonance.errors import UsageError
 from mlx_resonance.generation import PromptCache
-from mlx_resonance.generation.prefill import prefill
+from mlx_resonance.generation.prefill import Pace
 
 import mlx.core as mx
 import mlx_lm
@@ -226,17 +226,12 @@ def test_an_interrupt_leaves_whole_chunks_in_the_cache(loaded: Any, tokens: list
     assert {layer.offset for layer in cache} == {50 + 16 + 2 * 10}
 
 
-def test_chunks_are_small_after_many_cached_tokens(
-    loaded: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    cache, calls = make_prompt_cache(loaded[0]), list[int]()
+def test_the_pace_knows_of_the_cached_tokens(loaded: Any, tokens: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    cache, asked = make_prompt_cache(loaded[0]), list[int]()
     told(stream_generate, *loaded, tokens, prompt_cache=cache)
-    monkeypatch.setitem(prefill.__kwdefaults__, "budget", 1000)
-    told(
-        stream_generate, *loaded, tokens, prompt_cache=cache,
-        prompt_progress_callback=lambda done, _: calls.append(done),
-    )  # fmt: skip
-    assert calls[:2] == [0, 12]  # 12 · (66 + 12) ≤ 1000
+    monkeypatch.setattr(Pace, "size", lambda self, done: asked.append(done) or 20)
+    told(stream_generate, *loaded, tokens, prompt_cache=cache)
+    assert asked == [66, 86, 106]
 
 
 def test_the_two_caches_are_not_mistaken(loaded: Any, tokens: list[int], tmp_path: Path) -> None:

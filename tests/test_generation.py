@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import generate, load, stream_generate
-from mlx_resonance.generation import prompt_tokens, stream
+from mlx_resonance.generation import prompt_tokens, sampling, stream
 
 import mlx.core as mx
 import numpy as np
@@ -24,18 +24,18 @@ def loaded(random_llama: Path) -> Any:
 def test_options_reach_mlx_lm(stdlib_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load(stdlib_llama)
     calls: dict[str, Any] = {}
-    monkeypatch.setattr(stream.mlx_lm, "stream_generate", lambda *_, **options: calls.update(options) or iter(()))
-    monkeypatch.setattr(stream, "make_sampler", lambda **options: options)
+    monkeypatch.setattr(stream, "generate_step", lambda *_, **options: calls.update(options) or iter(()))
+    monkeypatch.setattr(sampling, "make_sampler", lambda **options: calls.update(sampled=options) or len)
     list(stream_generate(model, tokenizer, TEXT, temp=0.5, top_p=0.25, max_tokens=9, kv_bits=4, prefill_step_size=7))
-    assert calls.keys() == {"max_tokens", "sampler", "logits_processors", "prompt_cache"}
+    assert calls.keys() == {"sampled", "max_tokens", "sampler", "logits_processors", "prompt_cache"}
     assert calls["max_tokens"] == 9 and calls["logits_processors"] == []
-    assert calls["sampler"] == {"temp": 0.5, "top_p": 0.25}
+    assert calls["sampled"] == {"temp": 0.5, "top_p": 0.25, "top_k": 0, "min_p": 0.0}
     length = len(prompt_tokens(tokenizer, TEXT))
     for cache in calls["prompt_cache"]:  # quantized, allocated for everything, with all but the last token read
         assert (type(cache).__name__, cache.bits, cache.step) == ("QuantizedKVCache", 4, length + 9)
         assert cache.offset == length - 1
     list(stream_generate(model, tokenizer, TEXT, max_tokens=9))
-    assert calls["sampler"] == {"temp": 0.0, "top_p": 0.0}  # mlx-lm's value for "all tokens"
+    assert calls["sampled"]["temp"] == calls["sampled"]["top_p"] == 0.0  # mlx-lm's value for "all tokens"
     assert type(calls["prompt_cache"][0]).__name__ == "KVCache"
 
 

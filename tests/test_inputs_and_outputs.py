@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from mlx_resonance import Checkpoint, cli, load
-from mlx_resonance.cli import generate as generate_command
+from mlx_resonance.cli import prompts
 from mlx_resonance.convert import convert, verify
 from mlx_resonance.files import user_path
 from mlx_resonance.finetuning import finetune
@@ -44,6 +44,7 @@ APP = typer.main.get_command(cli.app)  # once, not for every command line
 MODELS = {"model", "src", "source"}  # strings that name a folder or a model of the hub
 OTHER_STRINGS = {
     "prompt", "field", "file", "rope", "revision", "tasks", "subtask", "arithmetic", "encoding", "preset", "split",
+    "api_key", "host", "stop", "system_prompt",
 }  # fmt: skip
 OUTPUTS = {"output", "plot", "mlx_path", "prompt_cache"}
 
@@ -187,6 +188,9 @@ TO_FOLDERS = {
     "convert mlx_path": "none --mlx-path",
     "finetune mlx_path": "-m none --data in.txt --mlx-path",
     "generate prompt_cache": "-m none --prompt a --prompt-cache",
+    "chat prompt_cache": "-m none --prompt-cache",
+    "server prompt_cache": "-m none --port 0 --prompt-cache",
+    "cache add prompt_cache": "-m none in.txt --prompt-cache",
     "posgen train output": "--subtask cot --encoding rope --preset smoke --output",
 }
 KINDS_OF_FOLDERS = {kind for kind in KINDS if kind != "a folder"}
@@ -279,7 +283,7 @@ def test_a_prompt_may_come_from_a_pipe_that_ends(
     code, text, _ = run(*options, "--prompt-file", pipe)
     writer.join()
     assert code == 0 and text == run(*options, "--prompt", "import os\n")[1]
-    monkeypatch.setattr(generate_command, "LARGEST_PROMPT", 1000)
+    monkeypatch.setattr(prompts, "LARGEST_PROMPT", 1000)
     code, _, err = run(*options, "--prompt-file", "/dev/zero")
     assert code == 2 and err.count("\n") == 1 and "more than 1000 bytes (--prompt-file)" in err
     assert "more than 1000 bytes" in run(*options, stdin="a" * 1001)[2]

@@ -140,8 +140,9 @@ def test_chunks_and_batches_change_nothing(
     monkeypatch.setattr("mlx_resonance.evaluation.losses.LOGITS", 2048 * 7)
     chunked = token_losses(model, rows, 149, step=34, on_tokens=count.append)
     assert count == [34] * 8 + [26] and whole.shape == (2, 149)
-    np.testing.assert_allclose(chunked, whole, atol=2e-5)
-    np.testing.assert_allclose(token_losses(model, rows[1:], 20, step=64), whole[1:, -20:], atol=2e-5)
+    # In float32; how a BLAS sums depends on the shapes and on the machine.
+    np.testing.assert_allclose(chunked, whole, atol=1e-4)
+    np.testing.assert_allclose(token_losses(model, rows[1:], 20, step=64), whole[1:, -20:], atol=1e-4)
     results = []
     for number, options in enumerate((Options(batch_size=1), Options(batch_size=5), Options(step=64))):
         output = tmp_path / f"{number}.jsonl"

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import json
-import math
 import os
 import select
 import signal
@@ -14,10 +14,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import load, stream_generate
+from mlx_resonance import attention, load, stream_generate
+from mlx_resonance.errors import DeviceError
 from mlx_resonance.generation import PromptCache
 from mlx_resonance.generation.cache import make_cache
-from mlx_resonance.generation.prefill import BUDGET, STEP, chunk_size, prefill
+from mlx_resonance.generation.prefill import STEP, Pace, prefill
+from mlx_resonance.generation.prompt_cache import entries
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -39,38 +41,105 @@ def greedy(loaded: Any, tokens: list[int], **options: Any) -> list[int]:
     return [response.token for response in stream_generate(*loaded, tokens, **options)]
 
 
-@given(st.integers(0, 2**31 - 1), st.integers(1, 2**16), st.integers(1, 2**30))
-def test_a_chunk_keeps_to_the_step_and_the_budget(done: int, step: int, budget: int) -> None:
-    size = chunk_size(done, step, budget)
-    assert 1 <= size <= step
-    assert size == 1 or size * (done + size) <= budget
-    assert size == step or (size + 1) * (done + size + 1) > budget  # and is no smaller than it must be
+class Machine:
+    """A GPU with a clock of its own: seconds of a layer per token, and per product of a query and a key."""
+
+    def __init__(self, per_token: float, per_product: float, layers: int = 32) -> None:
+        self.per_token, self.per_product, self.layers, self.now = per_token, per_product, layers, 0.0
+
+    def attention(self, tokens: int, done: int) -> float:
+        """Seconds of one layer's attention."""
+        return self.per_product * tokens * (done + tokens)
+
+    def read(self, length: int, step: int = STEP) -> list[tuple[int, int]]:
+        """Read a prompt at its pace. Returns each chunk's tokens and those before it."""
+        pace = Pace(self.layers, step, gpu=True, clock=lambda: self.now)
+        chunks, done = [], 0
+        while done < length:
+            size = min(pace.size(done), length - done)
+            with pace.reading(size, done):
+                self.now += self.layers * (self.per_token * size + self.attention(size, done))
+            chunks.append((size, done))
+            done += size
+        return chunks
 
 
-def test_chunks_shrink_as_the_keys_grow() -> None:
-    sizes = [chunk_size(done) for done in range(0, 2**21, 2**12)]
-    assert sizes == sorted(sizes, reverse=True) and sizes[0] == STEP and sizes[-1] == math.floor(BUDGET / 2**21)
+@given(st.floats(1e-7, 1e-2), st.floats(1e-13, 1e-6), st.integers(1, 80), st.integers(1, 2**18), st.integers(1, 2**14))
+def test_no_chunk_takes_a_layer_too_long(per_token: float, per_product: float, layers: int, length: int, step: int):
+    machine = Machine(per_token, per_product, layers)
+    chunks = []
+    for chunk in machine.read(min(length, 100 * step), step):
+        chunks.append(chunk)
+    assert sum(size for size, _ in chunks) == min(length, 100 * step)
+    assert chunks[0][0] <= 256 and all(1 <= size <= step for size, _ in chunks)
+    for (before, _), (size, done) in itertools.pairwise(chunks):
+        assert size <= 2 * max(before, min(256, step))
+        assert machine.attention(size, done) <= 0.3 * 1.001 or size <= min(32, step)
 
 
-def test_a_launch_never_exceeds_the_budget(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counted where attention is: queries × keys, and the caches as in one pass."""
-    model, tokenizer = loaded
-    tokens = prompt(tokenizer, 700)
-    whole, parts = make_cache(model, 700), make_cache(model, 700)
-    prefill(model, tokens, whole)
-    launches = []
-    attend = mx.fast.scaled_dot_product_attention
+def test_chunks_grow_on_a_fast_gpu_and_shrink_as_the_keys_grow_on_a_slow_one() -> None:
+    fast = [size for size, _ in Machine(1e-6, 1e-12).read(20_000)]
+    assert fast[:5] == [256, 512, 1024, 2048, 2048] and set(fast[4:-1]) == {2048}
+    slow = [size for size, _ in Machine(1e-6, 5e-9).read(120_000)]
+    longest = slow.index(max(slow))
+    assert slow[longest:-1] == sorted(slow[longest:-1], reverse=True) and slow[-2] < max(slow) / 4
 
-    def counted(queries: mx.array, keys: mx.array, *arguments: Any, **options: Any) -> mx.array:
-        launches.append(queries.shape[2] * keys.shape[2])
-        return attend(queries, keys, *arguments, **options)
 
-    monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
-    prefill(model, tokens, parts, step=256, budget=20_000)
-    assert len(launches) > 5 * 12 and max(launches) <= 20_000
-    for one, other in zip(whole, parts, strict=True):
-        assert one.offset == other.offset == 699
-        assert mx.allclose(one.keys[..., :699, :], other.keys[..., :699, :], rtol=1e-3, atol=1e-3)
+def test_a_pause_of_the_machine_costs_a_few_small_chunks() -> None:
+    """Asleep for an hour within a chunk: the next ones are small, then as long as before."""
+    machine = Machine(1e-6, 1e-12)
+    pace = Pace(32, gpu=True, clock=lambda: machine.now)
+    sizes, done = [], 0
+    for number in range(20):
+        size = pace.size(done)
+        with pace.reading(size, done):
+            machine.now += 3600 if number == 6 else 1e-3
+        sizes.append(size)
+        done += size
+    assert sizes[6] == 2048 and sizes[7] == 32 and 2048 in sizes[8:16]
+
+
+def test_several_gpus_read_the_chunks_of_the_slowest() -> None:
+    """Each measures its own time, and is told the smallest size."""
+    clocks = [0.0, 0.0]
+    own = [Pace(32, gpu=True, clock=lambda number=number: clocks[number]) for number in (0, 1)]
+    sizes: list[int] = []
+    agreed = [Pace(32, gpu=True, clock=pace.clock, agree=lambda size: min(size, *sizes)) for pace in own]
+    for done in range(0, 8000, 1000):
+        sizes[:] = [pace.size(done) for pace in own]
+        got = {pace.size(done) for pace in agreed}
+        assert got == {min(sizes)}
+        for number, seconds in enumerate((1e-3, 20.0)):
+            with own[number].reading(min(sizes), done), agreed[number].reading(min(sizes), done):
+                clocks[number] += seconds
+    assert sizes[1] < 256 < sizes[0]
+
+
+def test_chunks_are_of_fixed_size_on_a_cpu() -> None:
+    pace = Pace(32, 512, gpu=False, clock=lambda: pytest.fail("nobody asked for the time"))
+    assert {pace.size(done) for done in range(0, 2**20, 4096)} == {512}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        "[METAL] Command buffer execution failed: Impacting Interactivity (0000000e:kIOGPUCommandBufferCallbackError)",
+        "[METAL] Command buffer execution failed: Caused GPU Timeout Error (00000002)",
+        "[metal::malloc] Attempting to allocate 99 bytes which is greater than the maximum allowed buffer size of 9",
+    ],
+)
+def test_what_the_gpu_refuses_is_one_line_that_names_the_step(loaded: Any, said: str, monkeypatch: Any) -> None:
+    tokens = prompt(loaded[1], 300)
+
+    def fail(*_: Any) -> None:
+        raise RuntimeError(said)
+
+    monkeypatch.setattr(mx, "eval", fail)
+    with pytest.raises(DeviceError, match=r"the GPU did not read 128 tokens in one pass.*try prefill_step_size=64"):
+        greedy(loaded, tokens, prefill_step_size=128)
+    monkeypatch.setattr(mx, "eval", lambda *_: (_ for _ in ()).throw(RuntimeError("another fault")))
+    with pytest.raises(RuntimeError, match="another fault"):
+        greedy(loaded, tokens, prefill_step_size=128)
 
 
 @pytest.mark.parametrize("kv_bits", [None, 8, 4])
@@ -80,7 +149,7 @@ def test_the_same_text_whatever_the_chunks(loaded: Any, kv_bits: int | None, mon
     assert len(expected) == 24
     for step in (1, 7, 64, 2048):
         assert greedy(loaded, tokens, kv_bits=kv_bits, prefill_step_size=step) == expected, step
-    monkeypatch.setitem(prefill.__kwdefaults__, "budget", 9_000)
+    monkeypatch.setattr(attention, "BUDGET", 9_000)
     assert greedy(loaded, tokens, kv_bits=kv_bits) == expected
 
 
@@ -95,7 +164,7 @@ def test_an_interrupt_keeps_whole_chunks(loaded: Any, tmp_path: Path) -> None:
     kept = PromptCache(tmp_path, "key")
     with pytest.raises(KeyboardInterrupt):
         greedy(loaded, tokens, prefill_step_size=128, disk_cache=kept, prompt_progress_callback=interrupt)
-    assert len(list(tmp_path.iterdir())) == 1
+    assert len(list(tmp_path.glob("*.safetensors"))) == 1
     seen: list[int] = []
     options = {"prefill_step_size": 128, "disk_cache": PromptCache(tmp_path, "key")}
     options["prompt_progress_callback"] = lambda done, _: seen.append(done)
@@ -183,12 +252,12 @@ def test_ctrl_c_in_a_prompt_and_the_next_run_resumes(checkpoint: Path, tmp_path:
     os.close(terminal)
     assert (process.returncode, out) == (130, b""), shown
     assert shown.rpartition(b"error:")[2].strip() == b"interrupted"
-    (entry,) = folder.iterdir()
-    assert mx.load(str(entry))["tokens"].size == 128
+    (entry,) = entries(folder)
+    assert entry.tokens == 128
     again = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     assert again["text"] == expected["text"] and again["prompt_tokens"] == expected["prompt_tokens"]
-    (longer,) = folder.iterdir()
-    assert longer != entry and mx.load(str(longer))["tokens"].size > expected["prompt_tokens"]
+    (longer,) = entries(folder)
+    assert longer.tokens > expected["prompt_tokens"] and len(list(folder.glob("*.safetensors"))) == 2
 
 
 def test_quantized_caches_are_small_from_the_first_chunk_on(stdlib_llama: Path) -> None:

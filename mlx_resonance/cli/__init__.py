@@ -7,7 +7,7 @@ import sys
 import typer
 
 from .. import __version__
-from . import convert, demo, eval, finetune, generate, inspect, lm, plan, posgen, verify
+from . import cache, chat, convert, demo, eval, finetune, generate, inspect, lm, plan, posgen, serve, verify
 from .errors import Command, fail
 
 app = typer.Typer(
@@ -22,10 +22,13 @@ app.command("verify", cls=Command)(verify.command)
 app.command("inspect", cls=Command)(inspect.command)
 app.command("plan", cls=Command)(plan.command)
 app.command("generate", cls=Command)(generate.command)
+app.command("chat", cls=Command)(chat.command)
+app.add_typer(cache.app, name="cache")
 app.add_typer(posgen.app, name="posgen")
 app.add_typer(eval.app, name="eval")
 app.command("finetune", cls=Command)(finetune.command)
 app.command("demo", cls=Command)(demo.command)
+app.command("server", cls=Command)(serve.command)
 app.command("lm", cls=Command, context_settings=lm.CONTEXT)(lm.command)
 
 WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)

@@ -64,7 +64,13 @@ def command(
     try:
         with bytes_bar() as bar:
             task = bar.add_task("converting", total=None)
-            done = convert(**arguments, progress=lambda part, total: bar.update(task, completed=part, total=total))
+
+            def progress(part: int, total: int) -> None:
+                if part < bar.tasks[task].completed:  # the weights are written, and now read again
+                    bar.update(task, description="verifying")
+                bar.update(task, completed=part, total=total)
+
+            done = convert(**arguments, progress=progress)
     except VerificationError as error:
         fail(f"{error}: --restart converts again", 1)
     (report_plan if dry_run else report)(done)

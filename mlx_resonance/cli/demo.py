@@ -28,7 +28,7 @@ def command(
 
     from ..checkpoint import Checkpoint
     from ..convert import convert
-    from ..generation import prompt_tokens
+    from ..generation import Engine, Sampling, prompt_tokens
     from ..inspection import inspect_rope, training_of
     from .convert import report
     from .generate import run
@@ -48,13 +48,13 @@ def command(
 
         settings = f"--temp {temp} --seed {seed} --max-tokens {max_tokens} --prefill-step-size {PREFILL}"
         _say(f"mlx-resonance generate --model {target.name} {settings} < unseen.py")
-        model, tokenizer = converted.load(), converted.tokenizer
+        tokenizer = converted.tokenizer
+        engine = Engine(converted.load(), tokenizer, prefill_step_size=PREFILL)
         name, text = _unseen_module(source)
         tokens = prompt_tokens(tokenizer, text)[:PROMPT_TOKENS]
         stdout.print(f"… {name}, {len(tokens)} tokens of it; the checkpoint was trained on 512", style="dim")
         stdout.print(tokenizer.decode(tokens[-60:]), style="dim", end="")
-        options = {"max_tokens": max_tokens, "temp": temp, "seed": seed, "prefill_step_size": PREFILL}
-        result = run(model, tokenizer, tokens, show=True, **options)
+        result = run(engine, tokens, max_tokens, Sampling(temp=temp, seed=seed))
     print_json(result)
 
 

@@ -23,13 +23,13 @@ class Command(TyperCommand):
     """A command that reports a user's mistake in one line that names this command's flags and no others."""
 
     def invoke(self, ctx: Any) -> Any:
-        """Run it; warnings of the library go to stderr, a line each; exit code 2 after a UsageError."""
+        """Run it; warnings of the library go to stderr, a line each; the exit code of a UsageError."""
         warnings = _Warnings(self)
         logger.addHandler(warnings)
         try:
             return super().invoke(ctx)
         except UsageError as error:
-            fail(in_words(error, self), 2)
+            fail(in_words(error, self), error.exit_code)
         finally:
             logger.removeHandler(warnings)
 

@@ -1,44 +1,68 @@
-"""`mlx-resonance generate`: text from a prompt, streamed."""
+"""`mlx-resonance generate`: text from a prompt or a question about files, streamed; or answers to a file of prompts."""
 
 from __future__ import annotations
 
-import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from ..errors import MissingFileError, UsageError
+from ..errors import UsageError
 from ..storage import check_output_folder
-from .options import LARGEST, Factor, Force, KvBits, MaxTokens, Memory, Model, PrefillStep, file, path, size
+from .options import (
+    LARGEST,
+    CacheFolder,
+    CacheSize,
+    Factor,
+    Files,
+    Force,
+    KvBits,
+    MaxTokens,
+    Memory,
+    MinP,
+    Model,
+    Penalty,
+    PrefillStep,
+    Seed,
+    Stop,
+    SystemPrompt,
+    Temp,
+    TopK,
+    TopP,
+    file,
+    path,
+)  # fmt: skip
 from .output import check_outputs, count_bar, print_json, progress_bar, stderr
 from .processes import Processes, processes, together
+from .prompts import STDIN, read_texts
 
 if TYPE_CHECKING:
-    import mlx.nn as nn
-    from mlx_lm.tokenizer_utils import TokenizerWrapper
-
     from ..checkpoint import Checkpoint
+    from ..generation import Engine, PromptCache, Sampling
     from ..generation.batch import Request
-
-LARGEST_PROMPT = 2**28  # bytes
 
 
 @together
 def command(
     model: Model,
-    prompt: Annotated[str | None, Option(help="The prompt. Default: --prompt-file, or standard input.")] = None,
-    prompt_file: Annotated[Path | None, Option(**path, metavar="FILE", help="Read the prompt from a file.")] = None,
+    prompt: Annotated[
+        str | None, Option("-p", "--prompt", help="The prompt, or a question about the files. Default: standard input.")
+    ] = None,
+    prompt_file: Files = None,
+    system_prompt: SystemPrompt = None,
     max_tokens: MaxTokens = 256,
-    temp: Annotated[float, Option(min=0, max=100, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, Option(min=0, max=1, help="Sample from the top tokens of this total probability.")] = 1.0,
-    seed: Annotated[int | None, Option(min=0, max=2**64 - 1, help="Sampling seed.")] = None,
+    temp: Temp = None,
+    top_p: TopP = None,
+    top_k: TopK = None,
+    min_p: MinP = None,
+    repetition_penalty: Penalty = None,
+    seed: Seed = None,
+    stop: Stop = None,
     factor: Factor = None,
     kv_bits: KvBits = None,
     prefill_step_size: PrefillStep = 2048,
-    prompt_cache: Annotated[Path | None, Option(**path, metavar="DIR", help="On-disk KV cache of prompts.")] = None,
-    prompt_cache_size: Annotated[int, Option(**size, help="Maximum size of DIR.")] = "10GB",  # type: ignore[assignment]
+    prompt_cache: CacheFolder = None,
+    prompt_cache_size: CacheSize = "10GB",  # type: ignore[assignment]
     memory: Memory = None,
     force: Force = False,
     prompts_file: Annotated[
@@ -52,73 +76,94 @@ def command(
     ignore_chat_template: Annotated[bool, Option("--ignore-chat-template", help="Use the prompt as it is.")] = False,
     json: Annotated[bool, Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
-    """Generate text; progress and figures go to stderr."""
-    group = processes()
-    given = {"prompt": prompt, "prompt_file": prompt_file, "prompts_file": prompts_file}
-    check_combination(given, output, kv_bits, prompt_cache, group.size)
+    """Generate text; progress and figures go to stderr. Sampling defaults: generation_config.json's, or greedy."""
+    group, documents = processes(), prompt_file or []
+    given = {"prompt": prompt, "prompt_file": documents or None, "system_prompt": system_prompt}
+    check_combination(given, prompts_file, output, group.size)
     check_outputs(output if group.rank == 0 else None)
     if prompt_cache is not None:
         check_output_folder(prompt_cache, "prompt_cache")
-    text = "" if prompts_file is not None else read_prompt(prompt, prompt_file)
+    texts, question = ([], None) if prompts_file is not None else read_texts(prompt, documents)
 
     from ..checkpoint import Checkpoint
-    from ..generation import cache_key, check_length, prompt_tokens, require_memory
+    from ..generation import Engine, check_length, require_memory
     from ..generation.batch import read_requests
-    from ..generation.stream import check_options
+    from ..generation.messages import question_tokens
+    from ..generation.sampling import sampling_for
+    from ..generation.stop import StopStrings
 
-    options: dict[str, Any] = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
-    check_options(**options, kv_bits=kv_bits, prefill_step_size=prefill_step_size)
+    stops = stop or []
+    StopStrings(stops)  # refused now
     checkpoint = Checkpoint.open(model, factor=factor)
+    sampling, defaults = sampling_for(
+        checkpoint,
+        temp=temp,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=repetition_penalty,
+        seed=seed,
+    )
     tokenizer, chat = checkpoint.tokenizer, not ignore_chat_template
     requests = [] if prompts_file is None else read_requests(prompts_file, tokenizer, chat)
-    tokens = [] if requests else prompt_tokens(tokenizer, text, chat)
+    tokens = [] if requests else question_tokens(tokenizer, texts, question, system_prompt, chat)
     longest = max((len(request.tokens) for request in requests), default=len(tokens))
     check_length(checkpoint.rope, longest, max_tokens)
     if not force:
         parts: dict[str, Any] = {"processes": group.size, "sequences": max(1, min(batch_size, len(requests)))}
         parts |= {"memory": memory, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits}
         require_memory(checkpoint, longest + max_tokens, **parts)
-    options["prefill_step_size"] = prefill_step_size
-    if output is not None:
-        settings = checkpoint.settings() | {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
-        if temp > 0:  # an answer then depends on its neighbours
-            settings |= {"batch_size": batch_size, "prefill_step_size": prefill_step_size}
-        settings["chat_template"] = chat and tokenizer.has_chat_template
-        answer(group, checkpoint, requests, output, settings, json, batch_size=batch_size, **options)
-        return
     kept = None
     if prompt_cache is not None:
-        kept = group.prompt_cache(prompt_cache, cache_key(checkpoint, kv_bits), prompt_cache_size)
+        kept = open_cache(group, checkpoint, kv_bits, (longest + max_tokens, longest), prompt_cache, prompt_cache_size)
+    options: dict[str, Any] = {"kv_bits": kv_bits, "prefill_step_size": prefill_step_size, "disk_cache": kept}
+    options["agree"] = group.least if group.size > 1 else None
+    if output is not None:
+        options |= {"max_tokens": max_tokens, "sampling": sampling, "stop": stops, "batch_size": batch_size}
+        template = chat and tokenizer.has_chat_template
+        answer(group, checkpoint, requests, output, template, json, defaults, **options)
+        return
     loaded = group.load(checkpoint)
-    _, options["seed"] = group.start(tokens, [], (), seed)
-    result = run(loaded, tokenizer, tokens, show=not json, kv_bits=kv_bits, disk_cache=kept, **options)
-    if json:
-        print_json(result)
+    _, shared_seed = group.start(tokens, [], (), sampling.seed)
+    engine = Engine(loaded, tokenizer, **options)
+    run(engine, tokens, max_tokens, with_seed(sampling, shared_seed), stop=stops, defaults=defaults, json=json)
 
 
-def check_combination(
-    given: dict[str, Any], output: Path | None, kv_bits: int | None, prompt_cache: Path | None, processes: int
-) -> None:
+def check_combination(given: dict[str, Any], prompts_file: Path | None, output: Path | None, processes: int) -> None:
     """Refuse options that do not work together.
 
     Args:
-        given: `prompt`, `prompt_file`, `prompts_file`.
-        output, kv_bits, prompt_cache: as given.
+        given: `prompt`, `prompt_file`, `system_prompt`, None where not given.
+        prompts_file, output: as given.
         processes: number of processes that share the work.
     """
-    prompts_file, single = given["prompts_file"], given["prompt"] is not None or given["prompt_file"] is not None
     if prompts_file is not None and output is None:
         raise UsageError("answers to a file of prompts need an output file", remedies=[{"output": None}])
     if prompts_file is None and output is not None:
         raise UsageError("an output file is for the answers to a file of prompts", remedies=[{"prompts_file": None}])
-    if prompts_file is not None and single:
+    if prompts_file is not None and any(value is not None for value in given.values()):
         raise UsageError("give a file of prompts or one prompt, not both", option="prompts_file")
-    if prompts_file is not None and kv_bits is not None:
-        raise UsageError("a batch keeps its KV cache in the model's type: leave the bits out", option="kv_bits")
-    if prompts_file is not None and prompt_cache is not None:
-        raise UsageError("a batch does not use a prompt cache: leave it out", option="prompt_cache")
-    if processes > 1 and not single and prompts_file is None:
+    files = given["prompt_file"] or []
+    from_stdin = STDIN in files or (prompts_file is None and given["prompt"] is None and not files)
+    if processes > 1 and from_stdin:
         raise UsageError("processes cannot share standard input", remedies=[{"prompt": None}, {"prompt_file": None}])
+
+
+def open_cache(
+    group: Processes, checkpoint: Checkpoint, kv_bits: int | None, lengths: tuple[int, int], folder: Path, size: int
+) -> PromptCache:
+    """The on-disk KV cache; each of several processes has its own part. `lengths`: of the whole text, of its prompt."""
+    from ..generation import cache_key
+    from ..generation.prompt_cache import cache_name
+
+    return group.prompt_cache(folder, cache_key(checkpoint, kv_bits, *lengths), size, cache_name(checkpoint))
+
+
+def with_seed(sampling: Sampling, seed: int | None) -> Sampling:
+    """The sampling with the seed that several processes share."""
+    from dataclasses import replace
+
+    return replace(sampling, seed=seed)
 
 
 def answer(
@@ -126,18 +171,28 @@ def answer(
     checkpoint: Checkpoint,
     requests: list[Request],
     output: Path,
-    settings: dict[str, Any],
+    template: bool,
     json: bool,
+    defaults: dict[str, Any],
     **options: Any,
 ) -> None:
     """Answer a file of prompts, with a progress bar; if there are several processes, the first writes the answers."""
     from ..generation.batch import answer_requests, generate_batch, open_answers
     from ..generation.prompt_cache import refuse_changing_angles
+    from .answer import in_words
 
     refuse_changing_angles(checkpoint.rope, "a batch has texts of several lengths")
+    sampling: Sampling = options["sampling"]
+    settings = checkpoint.settings(options["kv_bits"]) | {"max_tokens": options["max_tokens"]} | sampling.settings()
+    if options["stop"]:
+        settings["stop"] = options["stop"]
+    if sampling.temp > 0:  # an answer then depends on its neighbours
+        settings |= {key: options[key] for key in ("batch_size", "prefill_step_size")}
+    settings["chat_template"] = template
     log, done = open_answers(output, requests, settings, checkpoint.name) if group.rank == 0 else (None, set())
     model = group.load(checkpoint)
-    missing, options["seed"] = group.start([], requests, done, options["seed"])
+    missing, seed = group.start([], requests, done, sampling.seed)
+    options["sampling"] = with_seed(sampling, seed)
     if log is None:
         for _ in generate_batch(model, checkpoint.tokenizer, missing, **options) if missing else ():
             pass
@@ -145,67 +200,48 @@ def answer(
     with count_bar() as bar:
         task = bar.add_task("prompts", completed=len(requests) - len(missing), total=len(requests))
         answer_requests(log, model, checkpoint.tokenizer, missing, lambda: bar.advance(task), **options)
-    stderr.print(f"{output}: {len(requests)} answers, {len(missing)} of them new", soft_wrap=True)
+    sampled = f"; {in_words(defaults)}" if defaults else ""
+    stderr.print(f"{output}: {len(requests)} answers, {len(missing)} of them new{sampled}", soft_wrap=True)
     if json:
         print_json({"output": str(output), "answers": len(requests), "new": len(missing)})
 
 
-def read_prompt(prompt: str | None, prompt_file: Path | None) -> str:
-    """The prompt from whichever source was given.
+def run(
+    engine: Engine,
+    tokens: list[int],
+    max_tokens: int,
+    sampling: Sampling,
+    *,
+    stop: list[str] | None = None,
+    defaults: dict[str, Any] | None = None,
+    json: bool = False,
+) -> dict[str, Any]:
+    """Generate with a progress bar for the prompt; print the text as it comes, or one object. Returns the object.
 
-    Raises:
-        UsageError: both sources or neither were given, or the prompt is empty, too large or not UTF-8.
-        MissingFileError: there is no such file.
+    Args:
+        engine, tokens, max_tokens, sampling, stop: as of `Engine.stream`.
+        defaults: the sampling that comes from the checkpoint.
+        json: print an object instead of the text.
     """
-    if prompt is not None and prompt_file is not None:
-        raise UsageError("give a prompt or a prompt file, not both", option="prompt_file")
-    if prompt is None and prompt_file is None and (sys.stdin is None or sys.stdin.isatty()):
-        raise UsageError("no prompt was given", remedies=[{"prompt": None}, {"prompt_file": None}])
-    if prompt_file is not None and (prompt_file.is_dir() or not prompt_file.exists()):
-        raise MissingFileError(f"{prompt_file}: no such file", option="prompt_file")
-    try:
-        text = _read(prompt_file) if prompt is None else prompt
-    except UnicodeDecodeError as error:
-        raise UsageError(f"the prompt is not UTF-8 text: {error}", option="prompt_file") from None
-    if not text.strip():
-        raise UsageError("the prompt is empty", option="prompt")
-    return text
-
-
-def _read(prompt_file: Path | None) -> str:
-    """A file, or standard input: a device or a pipe may never end."""
-    with prompt_file.open("rb") if prompt_file else nullcontext(sys.stdin.buffer) as source:
-        content = source.read(LARGEST_PROMPT + 1)
-    if len(content) > LARGEST_PROMPT:
-        raise UsageError(f"the prompt has more than {LARGEST_PROMPT} bytes", option="prompt_file")
-    return content.decode("utf-8")  # the locale may have another encoding
-
-
-def run(model: nn.Module, tokenizer: TokenizerWrapper, tokens: list[int], show: bool, **options: Any) -> dict[str, Any]:
-    """Generate with a progress bar for the prompt; stream the text to stdout if `show`. Returns the figures."""
-    from ..generation import figures, stream_generate
-    from ..sizes import format_size
+    from .answer import Printer, result, summary
 
     pieces = []
+    out = None if json else Printer()
     with progress_bar() as bar:
         task = bar.add_task("prompt", total=len(tokens))
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total)
 
-        responses = stream_generate(model, tokenizer, tokens, prompt_progress_callback=progress, **options)
-        for response in responses:
+        for response in engine.stream(tokens, max_tokens, sampling=sampling, stop=stop or (), progress=progress):
             bar.stop()  # the prompt is done: the text follows
             pieces.append(response.text)
-            if show:
-                print(response.text, end="", flush=True)
-    if show:
-        print(flush=True)
-    result = figures("".join(pieces), response)
-    stderr.print(
-        f"prompt {result['prompt_tokens']:,} tokens, {result['prompt_tps']:,.0f} tokens/s; "
-        f"generated {result['generation_tokens']:,} tokens, {result['generation_tps']:,.0f} tokens/s; "
-        f"peak memory {format_size(1e9 * result['peak_memory'])}",
-        soft_wrap=True,
-    )
-    return result
+            if out is not None:
+                out.write(response.text)
+    if out is not None:
+        out.finish()
+    stderr.print(summary(response, defaults or {}), soft_wrap=True)
+    found = result("".join(pieces), response, defaults or {}, cached=engine.disk_cache is not None)
+    if json:
+        print_json(found)
+    return found

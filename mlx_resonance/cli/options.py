@@ -84,6 +84,13 @@ model: dict[str, Any] = {"parser": _parser(_model), "metavar": "MODEL"}
 size: dict[str, Any] = {"parser": _parser(_size), "metavar": f"1KB..{LARGEST_SIZE}"}
 names: dict[str, Any] = {"parser": _parser(_names), "metavar": "NAME,NAME,…"}
 
+
+def _text_file(text: str) -> Path:
+    return Path("-") if text == "-" else user_path(text)
+
+
+text_file: dict[str, Any] = {"parser": _parser(_text_file), "metavar": "FILE"}  # or - for standard input
+
 Model = Annotated[str, Option("-m", "--model", **model, help="Folder or Hugging Face hub id.")]
 MlxPath = Annotated[Path, Option("--mlx-path", **path, metavar="OUT", help="Folder to write; must not exist.")]
 ScaledBy = Annotated[float | None, Option(min=1, max=2**31, help="Factor by which the context grows.")]
@@ -99,6 +106,25 @@ Factor = Annotated[
     float | None, Option(min=1, max=2**31, help="Stretch the context to this many times the trained one.")
 ]
 KvBits = Annotated[int | None, Option(parser=_parser(_kv_bits), metavar="8|4", help="Bits of a quantized KV cache.")]
+Temp = Annotated[float | None, Option(min=0, max=100, help="Sampling temperature; 0 is greedy.")]
+TopP = Annotated[float | None, Option(min=0, max=1, help="Sample from the top tokens of this total probability.")]
+TopK = Annotated[int | None, Option(min=0, max=LARGEST, help="Sample from this many top tokens; 0 for all.")]
+MinP = Annotated[
+    float | None, Option(min=0, max=1, help="Sample from tokens of this probability relative to the top one's.")
+]
+Penalty = Annotated[
+    float | None, Option(min=0, max=100, help="Divide the logits of the last 20 tokens by this; 1 for none.")
+]
+Seed = Annotated[int | None, Option(min=0, max=2**64 - 1, help="Sampling seed.")]
+Stop = Annotated[list[str] | None, Option(metavar="TEXT", help="End the answer before this text; may be repeated.")]
+Files = Annotated[
+    list[Path] | None,
+    Option("-f", "--prompt-file", **text_file, help="Text before the prompt; - for standard input; may be repeated."),
+]
+SystemPrompt = Annotated[str | None, Option(metavar="TEXT", help="System message for the chat template.")]
+CacheFolder = Annotated[Path | None, Option(**path, metavar="DIR", help="Folder of the on-disk KV cache of prompts.")]
+CacheSize = Annotated[int, Option(**size, help="Maximum size of the on-disk KV cache.")]
+NoCache = Annotated[bool, Option("--no-prompt-cache", help="Keep no KV cache on disk.")]
 MaxTokens = Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of tokens to generate.")]
 PrefillStep = Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of prompt tokens in one pass.")]
 Memory = Annotated[int | None, Option(**size, help="Memory budget, e.g. 16GB. Default: the device's limit.")]

@@ -102,15 +102,18 @@ class Processes:
         missing = self.first([request.id not in done for request in requests]) if requests else []
         return [request for request, wanted in zip(requests, missing, strict=True) if wanted], seed
 
-    def prompt_cache(self, folder: Path, key: str, max_bytes: int) -> PromptCache:
+    def prompt_cache(self, folder: Path, key: str, max_bytes: int, name: str = "") -> PromptCache:
         """Make a PromptCache; every process keeps the keys and values of its own heads."""
         from ..generation import PromptCache
 
         if self.size == 1:
-            return PromptCache(folder, key, max_bytes)
+            return PromptCache(folder, key, max_bytes, name=name)
         least = self.least
 
         class Part(PromptCache):
+            def known(self, tokens: Sequence[int]) -> int:
+                return least(super().known(tokens))
+
             def fetch(self, tokens: Sequence[int], cache: list[Any]) -> int:
                 known = super().fetch(tokens, cache)
                 common = least(known)  # an entry may be missing, or be shorter, on another machine
@@ -118,7 +121,7 @@ class Processes:
                     layer.trim(known - common)
                 return common
 
-        return Part(folder, sha256(f"{key} {self.rank} {self.size}".encode()).hexdigest()[:16], max_bytes)
+        return Part(folder, sha256(f"{key} {self.rank} {self.size}".encode()).hexdigest()[:16], max_bytes, name=name)
 
 
 processes = cache(Processes)

@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint import Checkpoint
 from ..generation import stream_generate
+from ..generation.messages import text_of
 from ..run_log import Record, RunLog
 from .prompts import Limits, Prompt, fit
 
@@ -39,11 +40,15 @@ def greedy(
     Returns:
         text, its number of tokens, "stop" or "length".
     """
-    text, count, reason = "", 0, "length"
+    written, text, count, reason = list[int](), "", 0, "length"
     stream: Any = stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, **options)
     with closing(stream):
         for response in stream:
-            text, count, reason = text + response.text, response.generation_tokens, response.finish_reason
+            count, reason = response.generation_tokens, response.finish_reason
+            if reason != "stop":
+                written.append(response.token)
+            if end is not None or reason is not None:
+                text = text_of(tokenizer, written)
             if end is not None and (stop := end(text)) is not None:
                 return text[:stop], count, "stop"
     return text, count, reason

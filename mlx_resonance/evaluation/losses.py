@@ -9,9 +9,9 @@ import mlx.nn as nn
 import numpy as np
 from numpy.typing import NDArray
 
-from ..attention import BUDGET, next_token_logits
+from ..attention import next_token_logits
 from ..generation.cache import make_cache
-from ..generation.prefill import STEP, chunk_size
+from ..generation.prefill import STEP, Pace
 from ..rope import expect
 
 LOGITS = 2**24  # numbers that the head computes at once
@@ -43,15 +43,16 @@ def token_losses(
         Negative log-likelihoods in nats, shape (B, scored).
     """
     batch, length = rows.shape
-    step, budget = max(1, step // batch), max(1, BUDGET // batch)
+    pace = Pace(len(model.layers), max(1, step // batch))
     expect(model, length)  # rotate the keys as a pass over the whole window would
     tokens, cache = mx.array(rows), make_cache(model, length, kv_bits)
     parts: list[NDArray[np.float32]] = []
     done, first = 0, length - 1 - scored  # the token at `first` predicts the first scored one
     while done < length - 1:
-        end = done + min(chunk_size(done, step, budget), length - 1 - done)
-        hidden = model.model(tokens[:, done:end], cache=cache)
-        mx.eval([layer.state for layer in cache])
+        end = done + min(pace.size(done), length - 1 - done)
+        with pace.reading(end - done, done):
+            hidden = model.model(tokens[:, done:end], cache=cache)
+            mx.eval([layer.state for layer in cache])
         if end > first:
             start = max(done, first)
             parts += _losses(model, hidden[:, start - done :], tokens[:, start + 1 : end + 1])

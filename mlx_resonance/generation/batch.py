@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,16 +11,19 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.sample_utils import make_sampler
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import MissingFileError, UsageError
 from ..run_log import Record, RunLog, json_lines
-from ..tokenizer import check_ids
-from .prefill import PREFILL_BATCH, STEP
-from .prompt_cache import refuse_changing_angles
-from .stream import check_length, check_options, prompt_tokens
+from .beginnings import SHARED, by_beginning
+from .engine import Engine
+from .messages import prompt_tokens
+from .prefill import STEP
+from .prompt_cache import PromptCache, refuse_changing_angles
+from .rows import Batch
+from .sampling import Sampling
+from .stop import StopStrings
+from .stream import check_options
 
 BATCH = 32  # answers generated at once
 KIND = "generate"  # of the run log
@@ -55,69 +59,59 @@ def generate_batch(
     temp: float = 0.0,
     top_p: float = 1.0,
     seed: int | None = None,
+    sampling: Sampling | None = None,
+    stop: Sequence[str] = (),
+    kv_bits: int | None = None,
+    disk_cache: PromptCache | None = None,
     batch_size: int = BATCH,
     prefill_step_size: int = STEP,
+    agree: Callable[[int], int] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Answer many prompts; a finished answer makes room for the next prompt.
+
+    A long beginning that prompts share is read once: prompts with the same one follow each other, and its KV cache is
+    kept, besides those of the batch, until the last of them has been copied from it.
 
     Args:
         model, tokenizer: from `load`.
         requests: the prompts.
-        max_tokens, temp, top_p, seed, prefill_step_size: as in `stream_generate`. With temp above 0 an answer depends
-            on its neighbours in the batch.
+        max_tokens, temp, top_p, seed, stop, kv_bits, prefill_step_size: as in `stream_generate`. With temp above 0 an
+            answer depends on its neighbours in the batch.
+        sampling: instead of temp, top_p and seed.
+        disk_cache: on-disk KV cache, for beginnings that prompts share and for prompts on their own.
         batch_size: maximum number of answers at once.
+        agree: for several processes, as of `Pace`.
 
     Returns:
         For each request, in the order in which they finish: `id`, `text`, `prompt_tokens`, `generation_tokens`,
         `finish_reason`.
 
     Raises:
-        UsageError: a prompt has an id outside the vocabulary, a prompt and its answer exceed the context, or the angles
-            change with the length of a text.
+        UsageError: an option is out of range, a prompt has an id outside the vocabulary, a prompt and its answer exceed
+            the context, or the angles change with the length of a text.
+        DeviceError: the GPU did not carry out a chunk.
     """
-    check_options(max_tokens, temp, top_p, seed, prefill_step_size, batch_size=batch_size)
+    check_options(max_tokens, temp, top_p, seed, prefill_step_size, kv_bits, batch_size=batch_size)
     refuse_changing_angles(model.args.rope, "a batch has texts of several lengths")
+    sampling = sampling or Sampling(temp=temp, top_p=top_p, seed=seed)
+    sampling.check(model.args.vocab_size)
+    StopStrings(stop)
+    options: dict[str, Any] = {"kv_bits": kv_bits, "disk_cache": disk_cache, "agree": agree}
+    engine = Engine(model, tokenizer, prefill_step_size=prefill_step_size, **options)
     for request in requests:
-        check_ids(tokenizer, request.tokens, model.args.vocab_size)
-        check_length(model.args.rope, len(request.tokens), max_tokens)
-    if seed is not None:
-        mx.random.seed(seed)
-    generator = BatchGenerator(
-        model,
-        stop_tokens=[[token] for token in tokenizer.eos_token_ids],
-        sampler=make_sampler(temp=temp, top_p=top_p if top_p < 1 else 0.0),
-        completion_batch_size=batch_size,
-        prefill_batch_size=min(PREFILL_BATCH, batch_size),
-        prefill_step_size=prefill_step_size,
-    )
+        engine.check(request.tokens, max_tokens)
+    if sampling.seed is not None:
+        mx.random.seed(sampling.seed)
+    batch = Batch(engine, sampling, stop, max_tokens, batch_size)
+    waiting = deque(by_beginning([request.tokens for request in requests], SHARED))
     try:
-        ids = generator.insert([request.tokens for request in requests], [max_tokens] * len(requests))
-        of = dict(zip(ids, requests, strict=True))
-        written: dict[int, list[int]] = {uid: [] for uid in ids}
-        while responses := generator.next_generated():
-            for response in responses:
-                if response.finish_reason != "stop":
-                    written[response.uid].append(response.token)
-                if response.finish_reason is not None:
-                    tokens = written.pop(response.uid)
-                    yield {
-                        "id": of[response.uid].id,
-                        "text": text_of(tokenizer, tokens),
-                        "prompt_tokens": len(of[response.uid].tokens),
-                        "generation_tokens": len(tokens),
-                        "finish_reason": response.finish_reason,
-                    }
+        while waiting or batch.rows:
+            while waiting and batch.has_room():
+                index, shared = waiting.popleft()
+                batch.insert(requests[index], shared, last=not waiting)
+            yield from batch.step()
     finally:
-        generator.close()
-
-
-def text_of(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
-    """The text of an answer, decoded as in `stream_generate`."""
-    detokenizer = tokenizer.detokenizer
-    for token in tokens:
-        detokenizer.add_token(token)
-    detokenizer.finalize()
-    return str(detokenizer.text)
+        batch.generator.close()
 
 
 def open_answers(

@@ -2,29 +2,31 @@
 
 from __future__ import annotations
 
+import logging
+import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stdout
+from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm
-from mlx_lm.generate import GenerationResponse, generation_stream, wired_limit
-from mlx_lm.sample_utils import make_sampler
+from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import UsageError, check_option
 from ..rope import expect
 from ..rope_config import RopeConfig
 from ..scaling import check_context
-from ..tokenizer import check_ids, template_error
 from .cache import cached_tokens, check_format, make_cache, quantize
-from .prefill import STEP, Progress, prefill
+from .messages import prompt_tokens
+from .prefill import STEP, Pace, Progress, prefill
 from .prompt_cache import PromptCache, refuse_changing_angles
+from .sampling import LogitsProcessor, Sampler, Sampling
+from .stop import StopStrings
 
-Sampler = Callable[[mx.array], mx.array]
-LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
+logger = logging.getLogger("mlx_resonance")
 REFUSED = {  # arguments of mlx-lm's
     "draft_model": "the context check and the memory plan are for one model",
     "max_kv_size": "a rotating KV cache would drop the beginning of the text",
@@ -32,43 +34,11 @@ REFUSED = {  # arguments of mlx-lm's
 }
 
 
-def prompt_tokens(
-    tokenizer: TokenizerWrapper, prompt: str | list[int], chat: bool = False, rows: int | None = None
-) -> list[int]:
-    """The token ids of a prompt.
+@dataclass
+class Response(GenerationResponse):  # type: ignore[misc]  # mypy does not follow mlx-lm
+    """mlx-lm's GenerationResponse, and how many of the prompt's tokens came from a cache."""
 
-    Args:
-        tokenizer: from `load`.
-        prompt: text, or token ids, which are returned as they are.
-        chat: put the text as a user message into the tokenizer's chat template, if it has one.
-        rows: number of ids in the model's vocabulary; None if the prompt is a text and the tokenizer, from `load`,
-            checks it.
-
-    Raises:
-        UsageError: the prompt is empty, has a token outside the vocabulary, or the chat template fails.
-    """
-    if not prompt or (isinstance(prompt, str) and not prompt.strip()):
-        raise UsageError("the prompt is empty", option="prompt")
-    tokens = _tokens_of_text(tokenizer, prompt, chat) if isinstance(prompt, str) else list(prompt)
-    if rows is not None:
-        check_ids(tokenizer, tokens, rows)
-    return tokens
-
-
-def _tokens_of_text(tokenizer: TokenizerWrapper, prompt: str, chat: bool) -> list[int]:
-    if not prompt.isprintable() and any("\ud800" <= character <= "\udfff" for character in prompt):
-        raise UsageError("the prompt is not UTF-8 text", option="prompt")
-    if chat and tokenizer.has_chat_template:
-        messages = [{"role": "user", "content": prompt}]
-        tokens = list(tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False))
-        if not tokens:
-            raise template_error("makes an empty prompt")
-        return tokens
-    starts_with_bos = tokenizer.bos_token is not None and prompt.startswith(tokenizer.bos_token)
-    tokens = list(tokenizer.encode(prompt, add_special_tokens=not starts_with_bos))
-    if not tokens:
-        raise UsageError("the tokenizer makes no tokens of the prompt", option="prompt")
-    return tokens
+    cached_tokens: int = 0
 
 
 def stream_generate(
@@ -94,7 +64,8 @@ def stream_generate(
     input_embeddings: mx.array | None = None,
     num_draft_tokens: int | None = None,
     prompt_progress_callback: Progress | None = None,
-) -> Iterator[GenerationResponse]:
+    stop: Sequence[str] = (),
+) -> Iterator[Response]:
     """Generate text, piece by piece: mlx-lm's function of this name, with the checks and caches of this package.
 
     Args:
@@ -116,6 +87,7 @@ def stream_generate(
         draft_model, max_kv_size, input_embeddings: mlx-lm's, not supported.
         num_draft_tokens: mlx-lm's, without effect where there is no draft model.
         prompt_progress_callback: called with the number of prompt tokens done and their total.
+        stop: strings of which the first ends the text, which does not include it.
 
     Returns:
         An iterator of mlx-lm's GenerationResponse: `text` is the new piece, the last one has a `finish_reason`.
@@ -128,52 +100,131 @@ def stream_generate(
     check_options(max_tokens, temp or 0.0, 1.0 if top_p is None else top_p, seed, prefill_step_size, kv_bits)
     if kv_bits is not None:
         check_format(model, kv_group_size, quantized_kv_start)
+    if not isinstance(tokenizer, TokenizerWrapper):
+        tokenizer = TokenizerWrapper(tokenizer)
     if isinstance(prompt, mx.array):
         prompt = prompt.tolist()  # type: ignore[assignment]
     tokens = prompt_tokens(tokenizer, prompt, rows=model.args.vocab_size)  # type: ignore[arg-type]
-    options = {
+    options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "stream": stream,
         "sampler": choose_sampler(sampler, temp, top_p),
-        "logits_processors": [after(tokens[:-1], processor) for processor in logits_processors or ()],
-        "prompt_cache": open_cache(model, prompt_cache, disk_cache, len(tokens), max_tokens, kv_bits),
+        "logits_processors": logits_processors,
+        "stop": StopStrings(stop),
+        "disk_cache": disk_cache,
+        "progress": prompt_progress_callback,
     }
+    cache = open_cache(model, prompt_cache, disk_cache, len(tokens), max_tokens, kv_bits)
     if seed is not None:
         mx.random.seed(seed)
-    return _stream(model, tokenizer, tokens, prefill_step_size, disk_cache, prompt_progress_callback, options)
+    before, pace = cache[0].offset, Pace(len(model.layers), prefill_step_size)
+    return write(model, tokenizer, tokens, cache, before=before, pace=pace, **options)
 
 
-def _stream(
+def write(
     model: nn.Module,
     tokenizer: TokenizerWrapper,
     tokens: list[int],
-    step: int,
-    disk_cache: PromptCache | None,
-    callback: Progress | None,
-    options: dict[str, Any],
-) -> Iterator[GenerationResponse]:
-    start = time.perf_counter()
-    cache, stream = options["prompt_cache"], options["stream"]
-    if stream is generation_stream:
-        del options["stream"]  # mlx-lm 0.31 has no such argument
-    before = cache[0].offset
-    known = 0 if disk_cache is None else disk_cache.fetch(tokens, cache)
+    cache: list[Any],
+    *,
+    max_tokens: int,
+    sampler: Sampler,
+    pace: Pace,
+    logits_processors: Sequence[LogitsProcessor] | None = None,
+    stop: StopStrings | None = None,
+    before: int = 0,
+    stream: mx.Stream | mx.ThreadLocalStream = generation_stream,
+    disk_cache: PromptCache | None = None,
+    progress: Progress | None = None,
+) -> Iterator[Response]:
+    """Read a prompt and write its answer: what `stream_generate` and the engine have in common.
+
+    Args:
+        model, tokenizer, max_tokens, sampler, logits_processors, stream: as in `stream_generate`.
+        tokens: the prompt, checked.
+        cache: one per layer: a text of `before` tokens that the prompt continues, then the prompt's first tokens.
+        pace: decides how many tokens of the prompt are read at once.
+        stop: ends the text; None for nothing that does.
+        disk_cache: if the caches are empty, filled from it; the text is added to it.
+        progress: called with the number of prompt tokens done and their total.
+    """
+    start, stop = time.perf_counter(), stop or StopStrings()
+    known = cache[0].offset - before
+    if disk_cache is not None and not (known or before):
+        known = disk_cache.fetch(tokens, cache)
     written = tokens[:-1]  # those whose keys every layer has
+    options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": sampler, "prompt_cache": cache}
+    options["logits_processors"] = [after(tokens[:-1], processor) for processor in logits_processors or ()]
+    if stream is not generation_stream:
+        options["stream"] = stream  # mlx-lm 0.31 has no such argument
+    crossing = _Crossing(model.args.rope, before + len(tokens))
+    detokenizer, speed, first = tokenizer.detokenizer, 0.0, 0.0
     try:
-        with wired_limit(model, [stream]), mx.stream(stream):
-            prefill(model, tokens, cache, step=step, before=before, prompt_progress_callback=callback)
-        speed = 0.0
-        for response in mlx_lm.stream_generate(model, tokenizer, tokens[-1:], **options):
-            if not speed:
-                speed = (len(tokens) - known) / (time.perf_counter() - start)
-                written = list(tokens)
-                if callback is not None:
-                    callback(len(tokens), len(tokens))
-            written.append(response.token)
-            yield replace(response, prompt_tokens=len(tokens), prompt_tps=speed)
+        with wired(model, stream):
+            with mx.stream(stream):
+                prefill(model, tokens, cache, pace=pace, before=before, prompt_progress_callback=progress)
+            for count, (token, logprobs) in enumerate(generate_step(mx.array(tokens[-1:]), model, **options), 1):
+                if count == 1:
+                    first = time.perf_counter()
+                    speed = (len(tokens) - known) / (first - start)
+                    written = list(tokens)
+                    if progress is not None:
+                        progress(len(tokens), len(tokens))
+                written.append(token)
+                crossing.check(before + len(written))
+                ended = token in tokenizer.eos_token_ids
+                if not ended:
+                    detokenizer.add_token(token)
+                if ended or count == max_tokens:
+                    detokenizer.finalize()
+                text = stop.add(detokenizer.last_segment)
+                if (ended or count == max_tokens) and not stop.found:
+                    text += stop.finish()
+                reason = "stop" if ended or stop.found else "length" if count == max_tokens else None
+                yield Response(
+                    text=text,
+                    token=token,
+                    logprobs=logprobs,
+                    from_draft=False,
+                    prompt_tokens=len(tokens),
+                    prompt_tps=speed,
+                    generation_tokens=count,
+                    generation_tps=count / max(time.perf_counter() - first, 1e-9),
+                    peak_memory=mx.get_peak_memory() / 1e9,
+                    finish_reason=reason,
+                    cached_tokens=known,
+                )
+                if reason is not None:
+                    return
     finally:
         if disk_cache is not None:
             disk_cache.store(written, cache)
+
+
+@contextmanager
+def wired(model: nn.Module, stream: mx.Stream | mx.ThreadLocalStream = generation_stream) -> Iterator[None]:
+    """mlx-lm's `wired_limit`, whose warning about a large model goes to stderr: stdout is for the text."""
+    with ExitStack() as stack:
+        with redirect_stdout(sys.stderr):
+            stack.enter_context(wired_limit(model, [stream]))
+        yield
+
+
+class _Crossing:
+    """Says once when a text grows past the length at which its angles change; keys in a cache keep theirs."""
+
+    def __init__(self, rope: RopeConfig, prompt: int) -> None:
+        length = rope.trained_length if rope.depends_on_length else None
+        self.rope, self.length = rope, length if length is not None and prompt <= length else None
+
+    def check(self, tokens: int) -> None:
+        """Log a warning if the text has crossed it now."""
+        if self.length is not None and tokens > self.length:
+            logger.warning(
+                f"the text has grown past {self.length:,} tokens, where the angles of {self.rope.rope_type} change: "
+                "keys in the cache keep theirs, as in transformers"
+            )
+            self.length = None
 
 
 def refuse(**unsupported: Any) -> None:
@@ -186,7 +237,7 @@ def refuse(**unsupported: Any) -> None:
 def choose_sampler(sampler: Sampler | None, temp: float | None, top_p: float | None) -> Sampler:
     """The sampler, or one made of temp and top_p. Raises UsageError if both are given."""
     if sampler is None:
-        return make_sampler(temp=temp or 0.0, top_p=0.0 if top_p is None or top_p == 1 else top_p)
+        return Sampling(temp=temp or 0.0, top_p=1.0 if top_p is None else top_p).sampler()
     if temp is not None or top_p is not None:
         raise UsageError("give either a sampler or temp and top_p")
     return sampler
@@ -265,7 +316,7 @@ def generate(
     return "".join(pieces)
 
 
-def figures(text: str, last: GenerationResponse) -> dict[str, Any]:
+def figures(text: str, last: Response) -> dict[str, Any]:
     """The figures that `generate --json` prints, under mlx-lm's names and in its units: tokens per second, GB.
 
     Args:
@@ -294,9 +345,7 @@ def check_options(
 ) -> None:
     """Raise UsageError if an option of `stream_generate` or `generate_batch` is out of range."""
     check_option("max_tokens", max_tokens >= 1, "at least 1", max_tokens)
-    check_option("temp", 0 <= temp < float("inf"), "0 or more", temp)
-    check_option("top_p", 0 < top_p <= 1, "in (0, 1]", top_p)
-    check_option("seed", seed is None or 0 <= seed < 2**64, "in [0, 2**64)", seed)
+    Sampling(temp=temp, top_p=top_p, seed=seed)
     check_option("prefill_step_size", prefill_step_size >= 1, "at least 1", prefill_step_size)
     check_option("kv_bits", kv_bits in (None, 4, 8), "4 or 8", kv_bits)
     check_option("batch_size", batch_size >= 1, "at least 1", batch_size)

@@ -1,0 +1,85 @@
+"""The engine of `chat` and `server`: opened with a context that memory holds, and with the on-disk KV cache."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .output import stderr
+
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..generation import Engine, PromptCache
+
+LEAST = 1024  # new tokens of a text that is worth the wear of writing it to disk
+
+
+def open_engine(
+    checkpoint: Checkpoint,
+    *,
+    context: int | None,
+    kv_bits: int | None,
+    prefill_step_size: int,
+    memory: int | None,
+    force: bool,
+    prompt_cache: Path | None,
+    prompt_cache_size: int,
+    no_prompt_cache: bool,
+) -> Engine:
+    """Plan the memory, say what was planned, then load the model.
+
+    Args:
+        checkpoint: an opened one.
+        context: maximum tokens of prompt and answer; None for the checkpoint's, or as many as memory holds.
+        kv_bits, prefill_step_size: as of the engine.
+        memory, force: as in `plan_context`.
+        prompt_cache: folder of the on-disk KV cache; None for one in the user's cache folder.
+        prompt_cache_size: its maximum size in bytes.
+        no_prompt_cache: keep none on disk.
+
+    Raises:
+        UsageError: the options contradict each other or the checkpoint, or the memory holds no context.
+    """
+    from ..generation import Engine
+    from ..generation.engine import plan_context
+
+    kept = None
+    if not no_prompt_cache:
+        kept = open_cache(checkpoint, kv_bits, prompt_cache, prompt_cache_size)
+    options = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size}
+    tokens, plan = plan_context(checkpoint, context, force, **options)
+    if plan is not None:
+        stderr.print(_planned(checkpoint, plan.context, plan.total, plan.limit), soft_wrap=True)
+    model = checkpoint.load()
+    return Engine(
+        model,
+        checkpoint.tokenizer,
+        kv_bits=kv_bits,
+        prefill_step_size=prefill_step_size,
+        disk_cache=kept,
+        context=tokens,
+    )
+
+
+def open_cache(checkpoint: Checkpoint, kv_bits: int | None, folder: Path | None, size: int) -> PromptCache | None:
+    """The on-disk KV cache; None, said in a line, if the angles change with the length of a text."""
+    from ..generation import PromptCache, cache_key
+    from ..generation.prompt_cache import cache_name, default_folder
+
+    if checkpoint.rope.depends_on_length:
+        why = f"the angles of {checkpoint.rope.rope_type} change with the length of a text"
+        stderr.print(f"no KV cache on disk: {why}", soft_wrap=True)
+        return None
+    key = cache_key(checkpoint, kv_bits)
+    return PromptCache(folder or default_folder(), key, size, least=LEAST, name=cache_name(checkpoint))
+
+
+def _planned(checkpoint: Checkpoint, context: int, total: int, limit: int) -> str:
+    from ..sizes import format_size
+
+    own = checkpoint.rope.context_length
+    fewer = f" of the checkpoint's {own:,}, as many as fit" if own is not None and context < own else ""
+    return (
+        f"{checkpoint.name}: {context:,} tokens of context{fewer}; "
+        f"{format_size(total)} of {format_size(limit)} of memory"
+    )
