@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import typer
 
@@ -27,9 +29,7 @@ def command(context: typer.Context) -> None:
     # transformers would warn about the rope type of each of our config.json files, which it never uses.
     logging.getLogger("transformers.modeling_rope_utils").setLevel(logging.ERROR)
     if context.args[:1] == ["server"]:
-        from .server import harden_server
-
-        harden_server()
+        refuse_batches()
     sys.argv = [" ".join(["mlx-resonance lm", *context.args[:1]]), *context.args]
     try:
         cli.main()
@@ -37,6 +37,35 @@ def command(context: typer.Context) -> None:
         if "[write]" in str(error) or "[save" in str(error):
             raise OSError(f"the result cannot be written, is the disk full? {error}") from None
         raise
+
+
+def refuse_batches() -> None:
+    """Make mlx-lm's server, which answers several texts at once, refuse angles that change with a text's length.
+
+    It loads its model on a thread: if that fails, end the process, which would answer nothing.
+    """
+    from mlx_lm.server import ModelProvider
+
+    from ..generation.prompt_cache import refuse_changing_angles
+
+    load, load_default = ModelProvider.load, ModelProvider.load_default
+
+    def checked(self: Any, *args: Any, **options: Any) -> Any:
+        model, tokenizer = load(self, *args, **options)
+        rope = getattr(getattr(model, "args", None), "rope", None)
+        if rope is not None:
+            refuse_changing_angles(rope, "a server that answers several at once cannot use them")
+        return model, tokenizer
+
+    def checked_default(self: Any) -> None:
+        try:
+            load_default(self)
+        except Exception as error:
+            sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+            sys.stderr.flush()
+            os._exit(2)
+
+    ModelProvider.load, ModelProvider.load_default = checked, checked_default
 
 
 def refuse_empty(arguments: Sequence[str]) -> None:
