@@ -1,0 +1,271 @@
+"""What is promised for a text holds on every way to one: generate, chat, server, a batch, Python, several machines.
+
+Ways × promises: each cell is a test on the tiny checkpoint, and on SmolLM2 those that need a model with an answer.
+Several machines cannot chat or serve (a chat reads the terminal of one process): that they say so is tested, too.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mlx_resonance import Checkpoint, generation, stream_generate
+from mlx_resonance.cli.engine import open_engine
+from mlx_resonance.errors import UsageError
+from mlx_resonance.generation import PromptCache, cache_key, prompt_tokens, require_memory
+from mlx_resonance.generation.prefill import Pace
+
+import pytest
+from mlx_lm.models.cache import QuantizedKVCache
+
+from .checkpoints import source
+from .serving import CHAT, serving
+from .test_conversation import TEMPLATE
+from .test_distributed import MAIN, start
+
+NEW = 16  # tokens of an answer
+
+
+@dataclass
+class Said:
+    """What a way says: a text, or why there is none; and how many of the prompt's tokens were cached, if it tells."""
+
+    text: str = ""
+    error: str = ""
+    cached: int | None = None
+
+
+@dataclass
+class Way:
+    """A way to a text. `ask` is given a prompt and options under the library's names, which become flags."""
+
+    folder: Path
+    factor: int
+    run: Any
+    work: Path
+    name: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.name = type(self).__name__
+
+    def flags(self, **options: Any) -> list[str]:
+        """The options as flags of a command."""
+        options = {"factor": self.factor} | options
+        return [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+
+    def ask(self, text: str, **options: Any) -> Said:
+        raise NotImplementedError
+
+
+class Generate(Way):
+    def ask(self, text: str, **options: Any) -> Said:
+        arguments = ("generate", "-m", self.folder, "-p", text, "--max-tokens", NEW, "--json", *self.flags(**options))
+        code, out, err = self.run(*arguments)
+        if code:
+            return Said(error=err.splitlines()[-1])
+        result = json.loads(out)
+        return Said(result["text"], cached=result.get("cached_tokens"))
+
+
+class Chat(Way):
+    def ask(self, text: str, **options: Any) -> Said:
+        kept = [] if "prompt_cache" in options else ["--no-prompt-cache"]
+        flags = [*self.flags(**options), *kept, "--max-tokens", NEW]
+        code, out, err = self.run("chat", "-m", self.folder, *flags, stdin=text + "\n")
+        if code:
+            return Said(error=err.splitlines()[-1])
+        cached = [line for line in err.splitlines() if "prompt tokens from the cache" in line]
+        return Said(out[:-1], cached=int(cached[-1].split()[0].replace(",", "")) if cached else 0)
+
+
+class Server(Way):
+    def ask(self, text: str, **options: Any) -> Said:
+        if "memory" in options:
+            _, _, err = self.run("server", "-m", self.folder, "--port", 0, *self.flags(**options))
+            return Said(error=err.splitlines()[-1])
+        defaults: dict[str, Any] = {"context": None, "kv_bits": None, "prefill_step_size": 2048, "memory": None}
+        defaults |= {"force": False, "prompt_cache": None, "prompt_cache_size": 10**10}
+        opened = defaults | options | {"no_prompt_cache": "prompt_cache" not in options}
+        with serving(lambda: open_engine(Checkpoint.open(self.folder, factor=self.factor), **opened)) as served:
+            asked = {"messages": [{"role": "user", "content": text}], "max_tokens": NEW, "temperature": 0}
+            status, answer = served.ask(CHAT, asked)
+        if status != 200:
+            return Said(error=answer["error"]["message"])
+        cached = answer["usage"]["prompt_tokens_details"]["cached_tokens"]
+        return Said(answer["choices"][0]["message"]["content"], cached=cached)
+
+
+class Batch(Way):
+    def ask(self, text: str, **options: Any) -> Said:
+        prompts, output = self.work / "prompts.jsonl", self.work / "answers.jsonl"
+        output.unlink(missing_ok=True)
+        others = ["import os\n", "def main(argv):\n    return"]  # it is not alone
+        lines = [{"id": number, "prompt": prompt} for number, prompt in enumerate([text, *others])]
+        prompts.write_text("".join(json.dumps(line) + "\n" for line in lines))
+        flags = ["--prompts-file", prompts, "--output", output, "--max-tokens", NEW, *self.flags(**options)]
+        code, _, err = self.run("generate", "-m", self.folder, *flags)
+        if code:
+            return Said(error=err.splitlines()[-1])
+        answers = [json.loads(line) for line in output.read_text().splitlines()[1:]]
+        return Said(next(answer["text"] for answer in answers if answer["id"] == 0))
+
+
+class Python(Way):
+    def ask(self, text: str, **options: Any) -> Said:
+        memory, kept = options.pop("memory", None), options.pop("prompt_cache", None)
+        try:
+            checkpoint = Checkpoint.open(self.folder, factor=self.factor)
+            tokens = prompt_tokens(checkpoint.tokenizer, text, chat=True)
+            if memory is not None:
+                require_memory(checkpoint, len(tokens) + NEW, memory=10**9)
+            if kept is not None:
+                options["disk_cache"] = PromptCache(kept, cache_key(checkpoint, options.get("kv_bits")))
+            model = checkpoint.load()
+            responses = list(stream_generate(model, checkpoint.tokenizer, tokens, max_tokens=NEW, **options))
+        except UsageError as error:
+            return Said(error=str(error))
+        return Said("".join(response.text for response in responses), cached=responses[-1].cached_tokens)
+
+
+class Machines(Way):
+    """Two processes, as mlx.launch starts them on two Macs."""
+
+    def ask(self, text: str, **options: Any) -> Said:
+        arguments = ["-p", text, "--max-tokens", NEW, "--json", *self.flags(**options)]
+        (code, out, err), other = start([[*MAIN, "generate", "-m", self.folder, *arguments]] * 2, self.work)
+        assert other[0] == code and not other[1]
+        if code:
+            return Said(error=next(line for line in err.splitlines() if line.startswith("error: ")))
+        result = json.loads(out)
+        return Said(result["text"], cached=result.get("cached_tokens"))
+
+
+WAYS = [Generate, Chat, Server, Batch, Python, Machines]
+
+
+@pytest.fixture(scope="module")
+def tiny(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("promises") / "model"
+    shutil.copytree(checkpoint, target)
+    (target / "chat_template.jinja").write_text(TEMPLATE)
+    return target
+
+
+@pytest.fixture(params=WAYS, ids=lambda way: way.__name__.lower())
+def way(request: Any, tiny: Path, run: Any, tmp_path: Path) -> Way:
+    return request.param(tiny, 4, run, tmp_path)
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The tokens of every chunk that this process reads."""
+    seen: list[int] = []
+    reading = Pace.reading
+
+    def counted(self: Pace, tokens: int, done: int) -> Any:
+        seen.append(tokens)
+        return reading(self, tokens, done)
+
+    monkeypatch.setattr(Pace, "reading", counted)
+    return seen
+
+
+@pytest.fixture
+def quantized(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
+    """The bits of the KV caches that this process writes to."""
+    bits: set[int] = set()
+    update = QuantizedKVCache.update_and_fetch
+
+    def seen(self: Any, keys: Any, values: Any) -> Any:
+        bits.add(self.bits)
+        return update(self, keys, values)
+
+    monkeypatch.setattr(QuantizedKVCache, "update_and_fetch", seen)
+    yield bits
+
+
+TEXT = " ".join(source()[4000:5200].split())  # a line of a pipe is a question to the chat
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: Path) -> dict[int | None, str]:
+    """The greedy answer by KV bits, without any engine: mlx-lm's own functions."""
+    from mlx_resonance.generation.cache import make_cache
+
+    import mlx_lm
+
+    checkpoint = Checkpoint.open(tiny, factor=4)
+    model, tokens = checkpoint.load(), prompt_tokens(checkpoint.tokenizer, TEXT, chat=True)
+    texts = {}
+    for bits in (None, 8, 4):
+        options = {"prompt_cache": make_cache(model, len(tokens) + NEW, bits), "max_tokens": NEW}
+        texts[bits] = mlx_lm.generate(model, checkpoint.tokenizer, tokens, **options)
+    assert texts[None] and texts[4] != texts[None]
+    return texts
+
+
+def test_the_same_greedy_text(way: Way, expected: dict[int | None, str]) -> None:
+    assert way.ask(TEXT).text == expected[None]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_kv_bits(way: Way, expected: dict[int | None, str], quantized: set[int], bits: int) -> None:
+    assert way.ask(TEXT, kv_bits=bits).text == expected[bits]
+    assert quantized == {bits} or way.name in ("Machines", "Batch")  # other processes, a cache for batches
+
+
+def test_the_context_is_checked(way: Way) -> None:
+    said = way.ask(" ".join(source()[:9000].split()))
+    assert not said.text and "2,048" in said.error and "context" in said.error
+
+
+def test_the_memory_is_planned(way: Way) -> None:
+    """1 GB is less than what is left to everything else."""
+    said = way.ask(TEXT, memory="1GB")
+    assert not said.text and "the limit is 0.0 MB" in said.error
+
+
+def test_the_chunk_rule(way: Way, expected: dict[int | None, str], launches: list[int]) -> None:
+    said = way.ask(TEXT, prefill_step_size=64)
+    assert said.text == expected[None]
+    rows = 3 if way.name == "Batch" else 1  # the pace is that of all rows together
+    assert way.name == "Machines" or (max(launches) == 64 * rows and len(launches) >= 5)
+
+
+def test_the_disk_cache(
+    way: Way, tiny: Path, run: Any, tmp_path: Path, expected: dict[int | None, str], launches: list[int]
+) -> None:
+    """What one way has read another need not read; several machines keep a part each, which only they can use."""
+    folder = tmp_path / "kept"
+    first = way if way.name == "Machines" else Generate(tiny, 4, run, tmp_path)
+    assert first.ask(TEXT, prompt_cache=folder).text == expected[None]
+    launches.clear()
+    said = way.ask(TEXT, prompt_cache=folder)
+    assert said.text == expected[None]
+    if said.cached is None:  # a batch does not tell; its other prompts are short
+        assert sum(launches) < 100
+    else:
+        assert said.cached > 280
+
+
+@pytest.mark.parametrize("command", ["chat", "server"])
+def test_several_machines_neither_chat_nor_serve(tiny: Path, tmp_path: Path, command: str) -> None:
+    ends = start([[*MAIN, command, "-m", tiny]] * 2, tmp_path)
+    assert {code for code, *_ in ends} == {2}
+    lines = {line for *_, err in ends for line in err.splitlines() if line.startswith("error: ")}
+    assert len(lines) == 1 and "process" in lines.pop()
+
+
+def test_every_public_way_is_here() -> None:
+    """A new way to a text has to be added above."""
+    from mlx_resonance.cli import app
+
+    commands = {command.name for command in app.registered_commands}
+    writes = {"generate", "chat", "server"}
+    others = {"convert", "verify", "inspect", "plan", "finetune", "demo", "lm"}  # lm: mlx-lm's own, with our angles
+    assert commands == writes | others
+    assert {name for name in generation.__all__ if "generate" in name} == {"generate", "stream_generate"}
