@@ -1,11 +1,11 @@
 """Tokens per second of ours and of stock mlx-lm on the same weights; a second question with the on-disk KV cache.
 
-    python benchmarks/generate.py [--model build/smollm2-32k] [--repeats 5]
+    python benchmarks/generate.py [--model build/smollm2-32k] [--repeats 5] [--document 4096] [--questions-only]
 
 Without --model: the tiny checkpoint, stretched to 16 times its context, and a random LLaMA of 100 M parameters. A model
 is converted to unrounded angles, which both read, in float32 on a CPU and float16 on a GPU. Ours and mlx-lm's take
-turns; figures are medians. Then the first token of a second question on a document of 4 k tokens, with and without the
-on-disk KV cache. Last line: one JSON object.
+turns; figures are medians. Then the first token of a second question on a document, with and without the on-disk KV
+cache, and the bytes that the two questions write to it. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from reporting import exit_with, markdown
 DTYPE = "float32" if mx.default_device() == mx.cpu else "float16"
 RANDOM = (768, 2048, 13, 12, 12, 8192, mx.float32)  # hidden, feed-forward, layers, heads, key heads, vocabulary
 PROMPT, NEW = 1024, 64  # tokens
-DOCUMENT, QUESTION = 4096, 32
+QUESTION = 32
 
 
 def speeds(generate: Any, model: Any, tokenizer: Any) -> tuple[float, float]:
@@ -71,19 +71,27 @@ def first_token(model: Any, tokenizer: Any, tokens: list[int], kept: PromptCache
     return seconds
 
 
-def second_question(folder: Path, repeats: int) -> dict[str, float]:
-    """Seconds to the first token of a question on a document, without the on-disk KV cache and with it."""
+def size(folder: str) -> int:
+    """Bytes of the KV caches in a folder."""
+    return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
+
+
+def second_question(folder: Path, length: int, repeats: int) -> dict[str, float]:
+    """Seconds to the first token of a question on a document, without the on-disk KV cache and with it; its bytes."""
     model, tokenizer = load(folder)
-    document = [i % 2000 + 10 for i in range(DOCUMENT)]
+    document = [i % 2000 + 10 for i in range(length)]
     times: dict[str, list[float]] = {"uncached": [], "cached": []}
     with tempfile.TemporaryDirectory() as kept:
         first_token(model, tokenizer, [*document, *range(20, 20 + QUESTION)], PromptCache(kept, "key"))
+        first = size(kept)
         for turn in range(repeats):
             tokens = [*document, *range(100 * turn + 100, 100 * turn + 100 + QUESTION)]
             times["uncached"].append(first_token(model, tokenizer, tokens, None))
             times["cached"].append(first_token(model, tokenizer, tokens, PromptCache(kept, "key")))
+        later = (size(kept) - first) / repeats
     medians = {name: statistics.median(values) for name, values in times.items()}
     rounded = {f"{name}_seconds": round(value, 4) for name, value in medians.items()}
+    rounded |= {"first_written_mb": round(first / 1e6, 1), "second_written_mb": round(later / 1e6, 1)}
     return rounded | {"times_sooner": round(medians["uncached"] / medians["cached"], 1)}
 
 
@@ -99,6 +107,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="folder of a checkpoint; default: the tiny one and a random one")
     parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--document", type=int, default=4096, help="tokens of the document")
+    parser.add_argument("--questions-only", action="store_true", help="leave out the comparison with mlx-lm")
     args = parser.parse_args()
     repeats = args.repeats
     report: dict[str, Any] = {
@@ -110,15 +120,19 @@ def main() -> None:
         folder = Path(temporary)
         for name, (source, scaling) in sources(args.model, folder).items():
             convert(source, folder / name, resonance=False, dtype=DTYPE, **scaling)
-            report[name] = compare(folder / name, repeats)
-            rows += [(name, kind, *report[name][kind].values()) for kind in ("prompt", "answer")]
-            report[name]["second_question"] = second_question(folder / name, repeats)
+            report[name] = {} if args.questions_only else compare(folder / name, repeats)
+            rows += [(name, kind, *speed.values()) for kind, speed in report[name].items()]
+            report[name]["second_question"] = second_question(folder / name, args.document, repeats)
             questions.append((name, *report[name]["second_question"].values()))
-    print(markdown(("model", "", "ours, tokens/s", "mlx-lm, tokens/s", "ratio", "median of ratios"), rows), end="\n\n")
+    if rows:
+        columns: tuple[str, ...] = ("model", "", "ours, tokens/s", "mlx-lm, tokens/s", "ratio", "median of ratios")
+        print(markdown(columns, rows), end="\n\n")
     columns = (
-        f"first token of a second question on {DOCUMENT:,} tokens",
+        f"first token of a second question on {args.document:,} tokens",
         "seconds",
         "with the on-disk KV cache",
+        "written for the first, MB",
+        "for each later one, MB",
         "times sooner",
     )
     print(markdown(columns, questions))
