@@ -23,6 +23,7 @@ from mlx_resonance.generation.prompt_cache import entries
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -151,6 +152,23 @@ def test_the_same_text_whatever_the_chunks(loaded: Any, kv_bits: int | None, mon
         assert greedy(loaded, tokens, kv_bits=kv_bits, prefill_step_size=step) == expected, step
     monkeypatch.setattr(attention, "BUDGET", 9_000)
     assert greedy(loaded, tokens, kv_bits=kv_bits) == expected
+
+
+def test_chunks_change_the_logits_by_rounding_only(loaded: Any) -> None:
+    """So the likeliest token can only change between two that are as likely, up to that."""
+    model, tokenizer = loaded
+    tokens = mx.array(prompt(tokenizer, 500, start=700))
+    whole = np.array(model(tokens[None])[0].astype(mx.float32))
+    runners_up = np.sort(whole, axis=-1)[:, -2:]
+    lead = runners_up[:, 1] - runners_up[:, 0]
+    for step in (1, 7, 64, 256):
+        cache = make_cache(model, len(tokens))
+        parts = [model(tokens[at : at + step][None], cache=cache)[0] for at in range(0, len(tokens), step)]
+        logits = np.array(mx.concatenate(parts).astype(mx.float32))
+        differences = np.abs(logits - whole).max(axis=-1)
+        assert differences.max() <= 1e-4 * np.abs(whole).max() and (differences.max() > 0 or step > 7), step
+        same = logits.argmax(axis=-1) == whole.argmax(axis=-1)
+        assert same[lead > 2 * differences].all() and same.mean() > 0.99, step
 
 
 def test_an_interrupt_keeps_whole_chunks(loaded: Any, tmp_path: Path) -> None:
