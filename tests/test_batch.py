@@ -15,7 +15,14 @@ from typing import Any
 
 from mlx_resonance import load, plan_memory, stream_generate
 from mlx_resonance.errors import UsageError
-from mlx_resonance.generation.batch import Request, answer_requests, generate_batch, open_answers, read_requests
+from mlx_resonance.generation.batch import (
+    Request,
+    answer_requests,
+    generate_batch,
+    open_answers,
+    read_requests,
+    sequences,
+)  # fmt: skip
 from mlx_resonance.generation.beginnings import by_beginning
 from mlx_resonance.generation.engine import Engine
 from mlx_resonance.generation.prefill import LAYER_SECONDS, Pace
@@ -431,11 +438,12 @@ def test_the_plan_counts_the_whole_batch(checkpoint: Path, loaded: Any, count: i
     gc.collect()
     mx.clear_cache()
     mx.reset_peak_memory()
+    before = mx.get_active_memory()
     prompts = [Request(i, [5 + i] * length, "") for i in range(count)]
     list(generate_batch(*loaded, prompts, max_tokens=8))
-    planned = plan_memory(checkpoint, length + 8, sequences=count).total
+    plan = plan_memory(checkpoint, length + 8, sequences=count)
     # mlx-lm's batch caches grow by copying and by extension, so the plan is less exact than for a single prompt.
-    assert planned == pytest.approx(mx.get_peak_memory(), rel=0.2)
+    assert plan.total - plan.weights == pytest.approx(mx.get_peak_memory() - before, rel=0.2)
 
 
 def test_a_batch_that_does_not_fit_is_refused_with_a_size_that_does(run: Any, checkpoint: Path, tmp_path: Path) -> None:
@@ -475,3 +483,24 @@ def test_an_answer_without_text_is_refused(tmp_path: Path) -> None:
 def test_a_byte_order_mark_and_blank_lines(tmp_path: Path) -> None:
     (tmp_path / "lines").write_bytes(b"\xef\xbb\xbf[1]\r\n\n{}")
     assert list(json_lines(tmp_path / "lines")) == [(1, [1]), (3, {})]
+
+
+def test_an_answer_keeps_its_first_space_on_every_way(checkpoint: Path, run: Any, tmp_path: Path) -> None:
+    """What continues a prompt begins with a space, and a stop string may begin with it."""
+    text = "import os\nclass"
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"id": 0, "prompt": text}) + "\n")
+    for stop in ((), ("--stop", " ")):
+        options = ("--max-tokens", 6, *stop)
+        single = json.loads(run("generate", "-m", checkpoint, "-p", text, "--json", *options)[1])
+        output = tmp_path / f"answers{len(stop)}.jsonl"
+        files = ("--prompts-file", tmp_path / "prompts.jsonl", "--output", output)
+        assert run("generate", "-m", checkpoint, *files, *options)[0] == 0
+        (answer,) = answers_of(output)
+        assert answer["text"] == single["text"] and answer["finish_reason"] == single["finish_reason"]
+        assert single["text"] == "" if stop else single["text"].startswith(" ")
+
+
+def test_a_shared_beginning_is_one_more_sequence() -> None:
+    long = list(range(600))
+    assert [sequences(prompts, 8) for prompts in ([[1]], [[1], [2]], [[*long, 1], [*long, 2]])] == [1, 2, 3]
+    assert sequences([[*long, i] for i in range(40)], 8) == 9 and sequences([], 8) == 1

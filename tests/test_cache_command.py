@@ -137,7 +137,7 @@ def test_list_and_clear(checkpoint: Path, random_llama: Path, tmp_path: Path, ru
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ([], ["exceed the checkpoint's context of 512", "--factor 3"]),
+        ([], ["exceed the checkpoint's context of 512", "--factor 2"]),
         (["--factor", 8, "--memory", "20MB"], ["need", "the limit is"]),
         (["--factor", 8, "--prompt-cache-size", "1MB"], ["the limit is 1.0 MB", "--prompt-cache-size"]),
         (["--factor", 8, "--system-prompt", "Be brief."], ["chat template", "--system-prompt"]),

@@ -165,11 +165,13 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_2(
         (("generate",), "--model"),
         (("generate", "--model", "{model}", "--prompt", ""), "prompt is empty"),
         (("generate", "--model", "{model}", "--prompt-file", "{new}"), "no such file (--prompt-file)"),
-        (("generate", "--model", "{model}", "--prompt", "a", "--prompt-file", "{model}"), "no such file"),
+        (("generate", "--model", "{model}", "--prompt", "a", "--prompt-file", "{model}"), "is a folder"),
         (("generate", "--model", "{model}", "-f", "-", "-f", "-"), "standard input can be read once"),
         (("generate", "--model", "{model}", "-p", "a", "--system-prompt", "b"), "without a chat template"),
         (("generate", "--model", "{model}", "-p", "a", "--stop", ""), "a stop string is empty"),
         (("generate", "--model", "{model}", "-p", "a", "--temp", "1", "--top-k", "2048"), "less than the vocabulary"),
+        (("generate", "--model", "{model}", "-p", "a", "--batch-size", "3"), "give --prompts-file"),
+        (("generate", "--model", "{model}", "-p", "a", "--prompt-cache-size", "5GB"), "give --prompt-cache"),
         (("generate", "--model", "{model}", "-p", "a", "--repetition-penalty", "0"), "repetition_penalty must be"),
         (("generate", "--model", "{model}"), "prompt is empty"),
         (("generate", "--model", "{model}", "--prompt", "pass\n" * 400), "context of 512"),
@@ -233,3 +235,19 @@ def test_the_installed_command_prints_its_version_and_help() -> None:
     text = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
     assert all(name in text for name in ("convert", "inspect", "generate", "demo"))
     assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        (("plan", "{model}"), ("plan", "-m", "{model}")),
+        (("inspect", "{model}"), ("inspect", "--model={model}")),
+        (
+            ("generate", "{model}", "-p", "a", "--max-tokens", "1"),
+            ("generate", "--prompt=a", "-m", "{model}", "--max-tokens=1"),
+        ),
+    ],
+)
+def test_a_model_is_an_argument_or_an_option(run: Any, extended: Path, before: Any, after: Any) -> None:
+    ends = [run(*(part.format(model=extended) for part in line)) for line in (before, after)]
+    assert ends[0][:2] == ends[1][:2] and ends[0][0] == 0 and ends[0][1]

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import Checkpoint, load, stream_generate
-from mlx_resonance.errors import UsageError
-from mlx_resonance.generation import Engine, PromptCache, Sampling, engine
+from mlx_resonance.errors import DeviceError, UsageError
+from mlx_resonance.generation import Engine, PromptCache, Sampling, engine, stream
 from mlx_resonance.generation.engine import plan_context
 
 import mlx.core as mx
@@ -132,6 +132,38 @@ def test_another_engine_reads_from_disk_what_this_one_read(loaded: Any, tmp_path
     assert reader.tokens == longer[:-1]
     got, cached = told(Engine(*loaded, disk_cache=PromptCache(tmp_path, "key")), longer, 8)
     assert cached == len(longer) - 1 and got == alone(loaded, longer, 8)
+
+
+def test_what_the_gpu_did_not_carry_out_is_not_kept(
+    loaded: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After a failed chunk, or a failed token, the next text is right, from memory and from disk."""
+    tokens = prompt(loaded[1], 400)
+    expected = alone(loaded, tokens, 8)
+    running = Engine(*loaded, prefill_step_size=128, disk_cache=PromptCache(tmp_path, "key"))
+    calls, evaluate = 0, mx.eval
+
+    def fail(*arrays: Any) -> None:
+        nonlocal calls
+        calls += 1
+        if calls == 2:
+            raise RuntimeError("[METAL] Command buffer execution failed: Impacting Interactivity")
+        evaluate(*arrays)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(mx, "eval", fail)
+        with pytest.raises(DeviceError, match="did not read 128 tokens"):
+            list(running.stream(tokens, 8))
+    assert running.tokens == tokens[:128] and running.disk_cache.known(tokens) == 128
+    answer = running.stream(tokens, 8)
+    next(answer)
+    with monkeypatch.context() as patch:
+        patch.setattr(stream.AnswerText, "add", lambda *_: (_ for _ in ()).throw(RuntimeError("GPU Timeout Error")))
+        with pytest.raises(DeviceError, match="did not write a token"):
+            list(answer)
+    assert running.tokens == tokens[:399]
+    assert told(running, tokens, 8)[0] == expected
+    assert told(Engine(*loaded, disk_cache=PromptCache(tmp_path, "key")), tokens, 8)[0] == expected
 
 
 SCALINGS = {

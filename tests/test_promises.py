@@ -6,6 +6,7 @@ Several machines cannot chat or serve (a chat reads the terminal of one process)
 
 from __future__ import annotations
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from mlx_resonance import Checkpoint, generation, stream_generate
 from mlx_resonance.cli.engine import open_engine
 from mlx_resonance.errors import UsageError
 from mlx_resonance.generation import PromptCache, cache_key, prompt_tokens, require_memory
+from mlx_resonance.generation.batch_cache import BatchQuantizedKVCache
 from mlx_resonance.generation.prefill import Pace
 
 import pytest
@@ -120,7 +122,7 @@ class Python(Way):
         try:
             checkpoint = Checkpoint.open(self.folder, factor=self.factor)
             tokens = prompt_tokens(checkpoint.tokenizer, text, chat=True)
-            if memory is not None:
+            if memory is not None:  # a library's caller plans before it loads
                 require_memory(checkpoint, len(tokens) + NEW, memory=10**9)
             if kept is not None:
                 options["disk_cache"] = PromptCache(kept, cache_key(checkpoint, options.get("kv_bits")))
@@ -185,6 +187,13 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
         return update(self, keys, values)
 
     monkeypatch.setattr(QuantizedKVCache, "update_and_fetch", seen)
+    of_batches = BatchQuantizedKVCache.update_and_fetch
+
+    def seen_in_a_batch(self: Any, keys: Any, values: Any) -> Any:
+        bits.add(self.bits)
+        return of_batches(self, keys, values)
+
+    monkeypatch.setattr(BatchQuantizedKVCache, "update_and_fetch", seen_in_a_batch)
     yield bits
 
 
@@ -215,7 +224,7 @@ def test_the_same_greedy_text(way: Way, expected: dict[int | None, str]) -> None
 @pytest.mark.parametrize("bits", [8, 4])
 def test_kv_bits(way: Way, expected: dict[int | None, str], quantized: set[int], bits: int) -> None:
     assert way.ask(TEXT, kv_bits=bits).text == expected[bits]
-    assert quantized == {bits} or way.name in ("Machines", "Batch")  # other processes, a cache for batches
+    assert quantized == {bits} or way.name == "Machines"  # other processes
 
 
 def test_the_context_is_checked(way: Way) -> None:
@@ -236,16 +245,38 @@ def test_the_chunk_rule(way: Way, expected: dict[int | None, str], launches: lis
     assert way.name == "Machines" or (max(launches) == 64 * rows and len(launches) >= 5)
 
 
+def test_the_chunk_rule_of_a_gpu(
+    way: Way, expected: dict[int | None, str], launches: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a clock on which every chunk takes a layer a second, chunks become as small as they may."""
+    if way.name == "Machines":
+        pytest.skip("the clock of other processes is theirs: tests/test_prefill.py has their agreement")
+    made, now = Pace.__init__, itertools.count()
+
+    def slow(self: Pace, *args: Any, **options: Any) -> None:
+        made(self, *args, **options | {"gpu": True, "clock": lambda: 5.0 * next(now)})
+
+    monkeypatch.setattr(Pace, "__init__", slow)
+    assert way.ask(TEXT).text == expected[None]
+    assert launches[0] <= 256 and min(launches[1:-1]) <= 64 < launches[0]
+
+
 def test_the_disk_cache(
-    way: Way, tiny: Path, run: Any, tmp_path: Path, expected: dict[int | None, str], launches: list[int]
+    way: Way, tiny: Path, run: Any, tmp_path: Path, expected: dict[int | None, str], launches: list[int], caplog: Any
 ) -> None:
     """What one way has read another need not read; several machines keep a part each, which only they can use."""
     folder = tmp_path / "kept"
     first = way if way.name == "Machines" else Generate(tiny, 4, run, tmp_path)
-    assert first.ask(TEXT, prompt_cache=folder).text == expected[None]
+    half = TEXT[: len(TEXT) // 2]
+    for text in (half, TEXT):  # the second one continues the first one's file
+        said = first.ask(text, prompt_cache=folder)
+    assert said.text == expected[None]
+    written = list(folder.glob("*.safetensors"))
+    assert len(written) >= 2
     launches.clear()
     said = way.ask(TEXT, prompt_cache=folder)
     assert said.text == expected[None]
+    assert all(path.exists() for path in written) and "damaged" not in caplog.text
     if said.cached is None:  # a batch does not tell; its other prompts are short
         assert sum(launches) < 100
     else:

@@ -43,10 +43,11 @@ def test_each_value_leaves_the_tokens_that_it_says() -> None:
 
 @pytest.mark.parametrize("dtype", [mx.float16, mx.bfloat16, mx.float32])
 def test_a_low_temperature_is_nearly_greedy_in_every_type(dtype: mx.Dtype) -> None:
-    """1e-6 of a 16-bit log-probability would overflow: every token would be as likely."""
-    sample = Sampling(temp=1e-6).sampler()
-    logprobs = mx.log(mx.array([[0.1, 0.2, 0.6, 0.1]])).astype(dtype)
-    assert {int(sample(logprobs).item()) for _ in range(50)} == {2}
+    """The inverse of 1e-6 overflows in 16 bits, that of 1e-39 in 32: every token would be as likely."""
+    for temp in (1e-6, 2e-5, 1e-39, 1e-300):
+        sample = Sampling(temp=temp).sampler()
+        logprobs = mx.log(mx.array([[0.1, 0.2, 0.6, 0.1]])).astype(dtype)
+        assert {int(sample(logprobs).item()) for _ in range(50)} == {2}
 
 
 def test_the_penalty_is_on_the_last_tokens() -> None:
@@ -95,6 +96,9 @@ def test_the_checkpoints_defaults_count_where_nothing_is_given(random_llama: Pat
         ({"do_sample": False, "temperature": 0.6}, {}),
         ({"do_sample": True}, {"temp": 1.0}),
         ({"do_sample": True, "temperature": None, "top_k": 50, "top_p": 1.0}, {"temp": 1.0, "top_k": 50}),
+        ({"do_sample": True, "top_k": 50.0}, {"temp": 1.0, "top_k": 50}),
+        ({"do_sample": True, "top_k": 2048}, {"temp": 1.0}),  # all tokens
+        ({"do_sample": True, "temperature": 0, "top_p": 0.9}, {}),
     ],
 )
 def test_only_what_the_file_says_counts(
@@ -106,9 +110,11 @@ def test_only_what_the_file_says_counts(
 @pytest.mark.parametrize(
     ("config", "says"),
     [
-        ({"do_sample": True, "temperature": "hot"}, "temperature must be a number, got 'hot'"),
+        ({"do_sample": True, "temperature": "hot"}, "temperature must be a number, at most 100, got 'hot'"),
         ({"do_sample": True, "top_p": 2.0}, r"top_p must be in \(0, 1\], got 2.0"),
-        ({"do_sample": True, "top_k": 1.5}, "top_k must be a number, got 1.5"),
+        ({"do_sample": True, "top_k": 1.5}, "top_k must be an integer, got 1.5"),
+        ({"do_sample": True, "temperature": 10**400}, "temperature must be a number, at most 100, got 1000"),
+        ({"do_sample": "yes"}, "do_sample must be true or false, got 'yes'"),
         ({"repetition_penalty": True}, "repetition_penalty must be a number"),
     ],
 )

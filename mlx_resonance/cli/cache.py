@@ -24,7 +24,7 @@ from .prompts import read_text
 
 app = typer.Typer(help="On-disk KV cache of prompts: read documents beforehand, list, clear.", no_args_is_help=True)
 
-ROOM = 512  # tokens of context for a question and its answer
+ROOM = 512  # tokens of context for a question and its answer, or an eighth of a small context
 Folder = Annotated[
     Path | None,
     Option("--folder", "--prompt-cache", **path_option, metavar="DIR", help="Default: in the user's cache folder."),
@@ -47,11 +47,12 @@ def add(
 ) -> None:
     """Read documents beforehand: questions about them then start at once. A run that was killed resumes."""
     from ..checkpoint import Checkpoint
-    from ..generation import PromptCache, cache_key, check_length, require_memory
+    from ..generation import PromptCache, cache_key, require_memory
     from ..generation.documents import read_document
     from ..generation.memory import kv_per_token
     from ..generation.messages import document_tokens
     from ..generation.prompt_cache import cache_name, default_folder
+    from ..scaling import check_context
 
     folder = prompt_cache or default_folder()
     check_output_folder(folder, "prompt_cache")
@@ -59,7 +60,9 @@ def add(
     checkpoint = Checkpoint.open(model, factor=factor)
     documents = [document_tokens(checkpoint.tokenizer, [text], system_prompt, True) for text in texts]
     lengths = [len(tokens) for tokens in documents]
-    check_length(checkpoint.rope, max(lengths), ROOM)
+    room = min(ROOM, (checkpoint.rope.context_length or ROOM * 8) // 8)
+    longest = max(lengths) + room
+    check_context(checkpoint.rope, longest, f"{max(lengths):,} tokens and room for a question of {room:,}")
     keys = [cache_key(checkpoint, kv_bits, length) for length in lengths]
     if (size := sum(lengths) * kv_per_token(checkpoint.dimensions, kv_bits)) > prompt_cache_size:
         raise UsageError(
@@ -68,7 +71,7 @@ def add(
         )
     if not force:
         options: dict[str, Any] = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size}
-        require_memory(checkpoint, max(lengths) + ROOM, **options)
+        require_memory(checkpoint, longest, **options)
     results, loaded = [], None
     for path, tokens, key in zip(files, documents, keys, strict=True):
         kept, new = PromptCache(folder, key, prompt_cache_size, name=cache_name(checkpoint)), 0

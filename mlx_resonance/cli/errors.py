@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 from typing import Any, NoReturn
 
 from typer.core import TyperCommand
 
 from ..errors import ANOTHER, Remedy, UsageError
+from .output import stderr
 
 logger = logging.getLogger("mlx_resonance")
 
@@ -22,6 +24,10 @@ def fail(error: object, code: int) -> NoReturn:
 class Command(TyperCommand):
     """A command that reports a user's mistake in one line that names this command's flags and no others."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the command line; a model may be an argument or follow -m, whatever the command declares."""
+        return super().parse_args(ctx, _model_either_way(args, self))
+
     def invoke(self, ctx: Any) -> Any:
         """Run it; warnings of the library go to stderr, a line each; the exit code of a UsageError."""
         warnings = _Warnings(self)
@@ -34,6 +40,29 @@ class Command(TyperCommand):
             logger.removeHandler(warnings)
 
 
+def _model_either_way(arguments: list[str], command: Any) -> list[str]:
+    """A command line that gives the model as the command declares it: as its argument, or with -m or --model.
+
+    Args:
+        arguments: of the command.
+        command: one that may have the parameter `model`.
+    """
+    model = next((parameter for parameter in command.params if parameter.name == "model"), None)
+    if model is None:
+        return arguments
+    if model.param_type_name == "option":
+        others = any(parameter.param_type_name == "argument" for parameter in command.params)
+        named = any(re.match(r"-m|--model(=|$)", part) for part in arguments)
+        first = bool(arguments) and not arguments[0].startswith("-")
+        return ["--model", *arguments] if first and not (named or others) else arguments
+    for place, part in enumerate(arguments):
+        if part in ("-m", "--model") and place + 1 < len(arguments):
+            return [*arguments[:place], arguments[place + 1], *arguments[place + 2 :]]
+        if part.startswith("--model="):
+            return [*arguments[:place], part.partition("=")[2], *arguments[place + 1 :]]
+    return arguments
+
+
 class _Warnings(logging.Handler):
     """Prints each warning once, with the flags of a command for its remedies."""
 
@@ -42,12 +71,12 @@ class _Warnings(logging.Handler):
         self.command, self.said = command, set[str]()
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Print a line."""
+        """Print a line; a terminal's are wrapped at words."""
         error = UsageError(record.getMessage(), remedies=getattr(record, "remedies", ()))
         line = " ".join(in_words(error, self.command).split())
         if line not in self.said:
             self.said.add(line)
-            print("warning:", line, file=sys.stderr)
+            stderr.print(f"warning: {line}", emoji=False, soft_wrap=not stderr.is_terminal)
 
 
 def in_words(error: UsageError, command: Any) -> str:

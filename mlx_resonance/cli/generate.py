@@ -12,7 +12,6 @@ from ..storage import check_output_folder
 from .options import (
     LARGEST,
     CacheFolder,
-    CacheSize,
     Factor,
     Files,
     Force,
@@ -31,6 +30,7 @@ from .options import (
     TopP,
     file,
     path,
+    size,
 )  # fmt: skip
 from .output import check_outputs, count_bar, print_json, progress_bar, stderr
 from .processes import Processes, processes, together
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..generation import Engine, PromptCache, Sampling
     from ..generation.batch import Request
+
+LARGEST_CACHE = 10**10  # bytes, unless another size is given
 
 
 @together
@@ -62,7 +64,7 @@ def command(
     kv_bits: KvBits = None,
     prefill_step_size: PrefillStep = 2048,
     prompt_cache: CacheFolder = None,
-    prompt_cache_size: CacheSize = "10GB",  # type: ignore[assignment]
+    prompt_cache_size: Annotated[int | None, Option(**size, help="Maximum size of DIR. Default: 10GB.")] = None,
     memory: Memory = None,
     force: Force = False,
     prompts_file: Annotated[
@@ -72,7 +74,9 @@ def command(
         Path | None,
         Option(**path, metavar="JSONL", help="Run log for their answers; a second run adds missing ones."),
     ] = None,
-    batch_size: Annotated[int, Option(min=1, max=LARGEST, help="Answers generated at once for --prompts-file.")] = 32,
+    batch_size: Annotated[
+        int | None, Option(min=1, max=LARGEST, help="Answers generated at once for --prompts-file. Default: 32.")
+    ] = None,
     ignore_chat_template: Annotated[bool, Option("--ignore-chat-template", help="Use the prompt as it is.")] = False,
     json: Annotated[bool, Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
@@ -80,6 +84,10 @@ def command(
     group, documents = processes(), prompt_file or []
     given = {"prompt": prompt, "prompt_file": documents or None, "system_prompt": system_prompt}
     check_combination(given, prompts_file, output, group.size)
+    if prompt_cache_size is not None and prompt_cache is None:
+        raise UsageError("the size of a prompt cache needs its folder", remedies=[{"prompt_cache": None}])
+    if batch_size is not None and prompts_file is None:
+        raise UsageError("a batch size is for a file of prompts", remedies=[{"prompts_file": None}])
     check_outputs(output if group.rank == 0 else None)
     if prompt_cache is not None:
         check_output_folder(prompt_cache, "prompt_cache")
@@ -87,12 +95,12 @@ def command(
 
     from ..checkpoint import Checkpoint
     from ..generation import Engine, check_length, require_memory
-    from ..generation.batch import read_requests
+    from ..generation.batch import BATCH, read_requests, sequences
     from ..generation.messages import question_tokens
     from ..generation.sampling import sampling_for
     from ..generation.stop import StopStrings
 
-    stops = stop or []
+    stops, batch = stop or [], batch_size or BATCH
     StopStrings(stops)  # refused now
     checkpoint = Checkpoint.open(model, factor=factor)
     sampling, defaults = sampling_for(
@@ -110,16 +118,17 @@ def command(
     longest = max((len(request.tokens) for request in requests), default=len(tokens))
     check_length(checkpoint.rope, longest, max_tokens)
     if not force:
-        parts: dict[str, Any] = {"processes": group.size, "sequences": max(1, min(batch_size, len(requests)))}
+        parts: dict[str, Any] = {"processes": group.size, "sequences": sequences([r.tokens for r in requests], batch)}
         parts |= {"memory": memory, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits}
         require_memory(checkpoint, longest + max_tokens, **parts)
     kept = None
     if prompt_cache is not None:
-        kept = open_cache(group, checkpoint, kv_bits, (longest + max_tokens, longest), prompt_cache, prompt_cache_size)
+        size_of_it = prompt_cache_size or LARGEST_CACHE
+        kept = open_cache(group, checkpoint, kv_bits, (longest + max_tokens, longest), prompt_cache, size_of_it)
     options: dict[str, Any] = {"kv_bits": kv_bits, "prefill_step_size": prefill_step_size, "disk_cache": kept}
     options["agree"] = group.least if group.size > 1 else None
     if output is not None:
-        options |= {"max_tokens": max_tokens, "sampling": sampling, "stop": stops, "batch_size": batch_size}
+        options |= {"max_tokens": max_tokens, "sampling": sampling, "stop": stops, "batch_size": batch}
         template = chat and tokenizer.has_chat_template
         answer(group, checkpoint, requests, output, template, json, defaults, **options)
         return

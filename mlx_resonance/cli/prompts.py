@@ -43,7 +43,11 @@ def read_text(path: Path) -> str:
         MissingFileError: there is no such file.
     """
     name = "standard input" if path == STDIN else str(path)
-    if path != STDIN and (path.is_dir() or not path.exists()):
+    if path == STDIN and sys.stdin is None:
+        raise UsageError("standard input is closed", option="prompt_file")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder: a file is needed", option="prompt_file")
+    if path != STDIN and not path.exists():
         raise MissingFileError(f"{path}: no such file", option="prompt_file")
     # A device or a pipe may never end; the locale may have another encoding.
     with nullcontext(sys.stdin.buffer) if path == STDIN else path.open("rb") as source:

@@ -18,7 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint import Checkpoint
 from ..generation import stream_generate
-from ..generation.messages import text_of
+from ..generation.text import text_of
 from ..run_log import Record, RunLog
 from .prompts import Limits, Prompt, fit
 

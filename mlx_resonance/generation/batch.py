@@ -114,6 +114,12 @@ def generate_batch(
         batch.generator.close()
 
 
+def sequences(prompts: Sequence[Sequence[int]], batch_size: int) -> int:
+    """How many sequences a batch holds at once: its rows, and a beginning that they share."""
+    shares = any(shared for _, shared in by_beginning([list(prompt) for prompt in prompts], SHARED))
+    return max(1, min(batch_size, len(prompts))) + shares
+
+
 def open_answers(
     output: Path, requests: Sequence[Request], settings: Record, model: str
 ) -> tuple[RunLog, set[str | int]]:

@@ -6,12 +6,13 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import generation_stream, wired_limit
+from mlx_lm.generate import generation_stream
 
 from ..rope import expect
 from .cache import make_cache
 from .prefill import STEP, Pace, Progress, prefill
 from .prompt_cache import PromptCache
+from .stream import wired
 
 CHUNKS = 4  # read before a file is written
 MOST_FILES = 32  # of a document
@@ -53,7 +54,7 @@ def read_document(
     for i in range(count):
         end = known + (total - known) * (i + 1) // count
         try:
-            with wired_limit(model, [generation_stream]), mx.stream(generation_stream):
+            with wired(model), mx.stream(generation_stream):
                 prefill(model, [*tokens[:end], 0], cache, pace=pace, prompt_progress_callback=tell)
         finally:
             done = cache[0].offset

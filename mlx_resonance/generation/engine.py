@@ -27,6 +27,7 @@ from .stream import Response, check_length, wired, write
 
 ENOUGH = 256  # tokens more that an entry on disk must hold than the cache in memory, to be read instead
 GROWTH = 256  # tokens that a cache grows by, at least
+LONGEST_ROOM = 4096  # tokens that it has room for after a prompt; a longer answer lets it grow again
 ROOM = 1024  # tokens that a cache has room for after a beginning, so that the first question does not copy it
 
 
@@ -165,7 +166,7 @@ class Engine:
             self.clear()
         for layer in self.cache:
             layer.trim(layer.offset - known)
-            layer.step = max(GROWTH, len(prompt) + new - known)  # what it grows by, if it has to
+            layer.step = max(GROWTH, len(prompt) + min(new, LONGEST_ROOM) - known)  # what it grows by, if it has to
         self.tokens, self._prompt = prompt[:known], len(prompt)
         expect(self.model, len(prompt))
         return self.cache
@@ -195,7 +196,7 @@ def plan_context(
         options: `kv_bits`, `memory`, `prefill_step_size`, as in `plan_memory`.
 
     Returns:
-        The tokens, None for no limit, and the plan for them; None if there is none.
+        The tokens, None for no limit, and the plan for them; both may be None with `force`.
 
     Raises:
         UsageError: the context asked for exceeds the checkpoint's or the memory, or memory holds none at all.
@@ -203,8 +204,9 @@ def plan_context(
     if context is not None:
         check_context(checkpoint.rope, context)
     wanted = context if context is not None else checkpoint.rope.context_length
-    if force or wanted is None:
+    if force:
         return wanted, None
+    wanted = wanted if wanted is not None else LONGEST
     plan = plan_memory(checkpoint, wanted, **options)
     if context is None and not _safe(plan):
         low, high = 0, wanted

@@ -1,4 +1,4 @@
-"""From texts, documents and conversations to the token ids of a prompt, and from an answer's to its text."""
+"""From texts, documents and conversations to the token ids of a prompt."""
 
 from __future__ import annotations
 
@@ -137,8 +137,3 @@ def document_tokens(
     """The token ids that every question about some documents begins with. Arguments as in `question_tokens`."""
     one, other = (question_tokens(tokenizer, texts, question, system_prompt, chat) for question in ("A", "7 b"))
     return one[: common_prefix(one, other)]
-
-
-def text_of(tokenizer: TokenizerWrapper, tokens: Sequence[int]) -> str:
-    """The text of an answer. Unlike that of a streaming detokenizer, it has the space that it may begin with."""
-    return str(tokenizer.decode(list(tokens)))

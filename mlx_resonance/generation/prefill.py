@@ -68,26 +68,26 @@ class Pace:
             DeviceError: the GPU was kept too long, or a buffer is too large for it; a remedy is a smaller step.
         """
         start = self.clock()
-        try:
+        with device_errors(tokens):
             yield
-        except RuntimeError as error:
-            raise _killed(error, tokens) or error from None
         if self.by_time:
             seconds = max((self.clock() - start) / self.layers, 1e-9)
             self._products = LAYER_SECONDS / seconds * tokens * (done + tokens)
             self._longest = min(self.step, 2 * max(tokens, min(FIRST, self.step)))
 
 
-def _killed(error: RuntimeError, tokens: int) -> DeviceError | None:
-    """What to say if the GPU did not carry out a chunk."""
-    said = " ".join(str(error).split())
-    if not any(words in said for words in KILLED):
-        return None
-    return DeviceError(
-        f"the GPU did not read {tokens:,} tokens in one pass: {said}",
-        option="prefill_step_size",
-        remedies=[{"prefill_step_size": max(1, tokens // 2)}],
-    )
+@contextmanager
+def device_errors(tokens: int = 1) -> Iterator[None]:
+    """Around work on `tokens` tokens at once: what Metal says if it does not carry it out becomes a DeviceError."""
+    try:
+        yield
+    except RuntimeError as error:
+        said = " ".join(str(error).split())
+        if not any(words in said for words in KILLED):
+            raise
+        smaller = [{"prefill_step_size": max(1, tokens // 2)}] if tokens > 1 else []
+        what = f"read {tokens:,} tokens in one pass" if smaller else "write a token"
+        raise DeviceError(f"the GPU did not {what}: {said}", remedies=[*smaller, {"kv_bits": 8}]) from None
 
 
 def prefill(
@@ -127,7 +127,11 @@ def prefill(
             with pace.reading(size, before + done):
                 model(mx.array(list(tokens[done : done + size]))[None], cache=cache)
                 done += size  # before eval: an interrupt is raised only after eval has returned
-                mx.eval([layer.state for layer in cache])  # not the logits: this skips the head
+                try:
+                    mx.eval([layer.state for layer in cache])  # not the logits: this skips the head
+                except Exception:
+                    done -= size  # the GPU failed: there is no telling what the new keys are
+                    raise
             mx.clear_cache()
             if prompt_progress_callback is not None:
                 prompt_progress_callback(done, total)

@@ -85,8 +85,11 @@ class PromptCache:
         """
         for layer in cache:  # fail before anything is read, not when it is stored
             named(layer)
-        held = 0
-        for segment, count in self._files.longest(tokens[:-1], self.key).parts():
+        held, known = 0, self._files.longest(tokens[:-1], self.key)
+        steps = [layer.step for layer in cache]
+        for layer in cache:  # allocated once, for all segments
+            layer.step = max(layer.step, known.tokens)
+        for segment, count in known.parts():
             try:
                 read_into(segment, cache, count)
                 os.utime(segment.path)
@@ -96,8 +99,8 @@ class PromptCache:
                 self._files.drop(segment.path, error)
                 break
             held = segment.start + count
-        for layer in cache:
-            layer.offset = held
+        for layer, step in zip(cache, steps, strict=True):
+            layer.offset, layer.step = held, step
             if not held:
                 layer.keys = layer.values = None
         return held

@@ -139,7 +139,8 @@ class PromptFolder:
         heapq.heapify(leaves)
         while total > max_bytes and leaves:
             _, size, name = heapq.heappop(leaves)
-            _delete(self.folder / name)
+            if not _delete(self.folder / name):
+                continue
             total -= size
             before = parents.get(name, "")
             children[before] -= 1
@@ -199,7 +200,10 @@ class PromptFolder:
 
     def _files(self, name: re.Pattern[str]) -> list[Path]:
         try:
-            return [path for path in self.folder.iterdir() if name.fullmatch(path.name)]
+            paths = [path for path in self.folder.iterdir() if name.fullmatch(path.name)]
+            return [
+                path for path in paths if path.is_file() and not path.is_symlink()
+            ]  # reading a pipe might never end
         except FileNotFoundError:
             return []
 
@@ -246,9 +250,11 @@ def _written(text: str, today: str) -> int:
         return 0
 
 
-def _delete(path: Path) -> None:
+def _delete(path: Path) -> bool:
     with contextlib.suppress(OSError):
-        path.unlink()
+        path.unlink(missing_ok=True)
+        return True
+    return False
 
 
 def common_prefix(one: Sequence[int] | NDArray[Any], other: Sequence[int] | NDArray[Any]) -> int:

@@ -191,7 +191,8 @@ def _parsed(path: Path, entries: dict[str, Any], data: int, size: int) -> Segmen
     if data + at != size:
         raise ValueError("it is not complete")
     start, parent, model = int(said["start"]), said["parent"], said["model"]
-    if not (len(tokens) and isinstance(parent, str) and isinstance(model, str) and (start > 0) == bool(parent)):
+    has_place = isinstance(parent, str) and isinstance(model, str) and (start > 0 if parent else start == 0)
+    if not (len(tokens) and has_place):
         raise ValueError("its place in the text is not clear")
     return Segment(path, model, parent, start, tokens.astype(np.int32), arrays, data, size)
 

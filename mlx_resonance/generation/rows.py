@@ -13,11 +13,11 @@ from ..errors import DeviceError
 from .batch_cache import beginning, row_caches, shareable
 from .beginnings import SHARED
 from .engine import Engine
-from .messages import text_of
-from .prefill import PREFILL_BATCH, Pace
+from .prefill import PREFILL_BATCH, Pace, device_errors
 from .prompt_cache import common_prefix
 from .sampling import Sampling
 from .stop import StopStrings
+from .text import AnswerText, text_of
 
 if TYPE_CHECKING:
     from .batch import Request
@@ -30,7 +30,7 @@ class Row:
     Args:
         request: the prompt.
         known: how many of its tokens came from a cache.
-        stops, detokenizer: look for stop strings.
+        stops, text: look for stop strings.
         read: how many tokens of the prompt were read, the known ones included.
         answering: whether all were.
         tokens: the answer so far.
@@ -39,7 +39,7 @@ class Row:
     request: Request
     known: int
     stops: StopStrings
-    detokenizer: Any
+    text: AnswerText
     read: int = 0
     answering: bool = False
     tokens: list[int] = field(default_factory=list)
@@ -105,7 +105,7 @@ class Batch:
             logits_processors=[self.sampling.processors()],
         )
         stops = StopStrings(self.stop)
-        self.rows[uid] = Row(request, known, stops, engine.tokenizer.detokenizer, read=known)
+        self.rows[uid] = Row(request, known, stops, AnswerText(engine.tokenizer), read=known)
 
     def _begin(self, tokens: list[int], shared: int) -> tuple[list[Any], int]:
         """Caches with a prompt's first tokens, and how many these are."""
@@ -137,7 +137,8 @@ class Batch:
         """The generator's step: what it read and what it generated."""
         reading = [row for row in self.rows.values() if row.unread > 0]
         if not reading:
-            return self.generator.next()
+            with device_errors():
+                return self.generator.next()
         done = max(row.read for row in reading)
         size = max(1, min(self.step_size, self.pace.size(done) // len(reading)))
         self.generator.prefill_step_size = size
@@ -157,8 +158,7 @@ class Batch:
             return "stop"
         row.tokens.append(response.token)
         if self.stop:
-            row.detokenizer.add_token(response.token)
-            row.stops.add(row.detokenizer.last_segment)
+            row.stops.add(row.text.add(response.token))
             if row.stops.found and reason is None:
                 self.generator.remove([response.uid])
                 return "stop"

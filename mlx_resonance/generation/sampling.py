@@ -19,7 +19,8 @@ LogitsProcessor = Callable[[mx.array, mx.array], mx.array]
 GENERATION_CONFIG = "generation_config.json"
 # transformers' names in generation_config.json, and its value where the file asks to sample and does not say.
 KEYS = {"temp": "temperature", "top_p": "top_p", "top_k": "top_k", "min_p": "min_p"}
-LEAST_P = 1e-6
+LEAST_P, LEAST_TEMP = 1e-6, 1e-6
+LARGEST = {"temp": 100, "repetition_penalty": 100}  # in the file; of flags, too
 PENALTY_CONTEXT = 20  # tokens that a penalty looks back at, as in mlx-lm
 
 
@@ -62,8 +63,9 @@ class Sampling:
     def sampler(self) -> Sampler:
         """mlx-lm's sampler. It gets log-probabilities in 32 bits: divided by a low temperature, 16 bits overflow."""
         top_p = max(self.top_p, LEAST_P) if self.top_p < 1 else 0.0  # 0, or what 32 bits round to it, is no limit
-        sample = make_sampler(temp=self.temp, top_p=top_p, top_k=self.top_k, min_p=self.min_p)
-        return sample if self.temp == 0 else lambda logprobs: sample(logprobs.astype(mx.float32))
+        temp = self.temp if self.temp >= LEAST_TEMP else 0.0  # its inverse would be infinite in 32 bits
+        sample = make_sampler(temp=temp, top_p=top_p, top_k=self.top_k, min_p=self.min_p)
+        return sample if temp == 0 else lambda logprobs: sample(logprobs.astype(mx.float32))
 
     def processors(self) -> list[LogitsProcessor]:
         """mlx-lm's logits processors."""
@@ -105,7 +107,9 @@ def sampling_for(checkpoint: Checkpoint, **given: Any) -> tuple[Sampling, dict[s
     except UsageError as error:
         where = f"{checkpoint.folder / GENERATION_CONFIG}: {error.message}"
         raise UsageError(where, remedies=[{error.option or "temp": None}]) from None
-    return Sampling(**(own | known)), own
+    sampling = Sampling(**(own | known))
+    sampling.check(checkpoint.config["vocab_size"])
+    return sampling, own
 
 
 def own_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -117,13 +121,23 @@ def own_defaults(checkpoint: Checkpoint) -> dict[str, Any]:
     if not path.is_file():
         return {}
     config = read_json(path, MAX_CONFIG)
+    if config.get("do_sample") not in (None, True, False):
+        raise UsageError(f"{path}: do_sample must be true or false, got {config['do_sample']!r:.40}")
     keys = {"repetition_penalty": "repetition_penalty"} | (KEYS if config.get("do_sample") is True else {})
     found = {name: config[key] for name, key in keys.items() if config.get(key) is not None}
     if config.get("do_sample") is True:
         found = {"temp": 1.0} | found
     for name, value in found.items():
+        if name == "top_k" and isinstance(value, float) and value.is_integer():
+            value = found[name] = int(value)
         kind: Any = int if name == "top_k" else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kind):
-            raise UsageError(f"{path}: {keys[name]} must be a number, got {value!r}", remedies=[{name: None}])
+        right = isinstance(value, kind) and not isinstance(value, bool)
+        if not right or (name in LARGEST and value > LARGEST[name]):
+            wanted = "an integer" if name == "top_k" else f"a number, at most {LARGEST.get(name, 1)}"
+            raise UsageError(f"{path}: {keys[name]} must be {wanted}, got {value!r:.40}", remedies=[{name: None}])
+    if found.get("temp") == 0:
+        found = {name: value for name, value in found.items() if name == "repetition_penalty"}
+    if found.get("top_k", 0) >= checkpoint.config["vocab_size"]:
+        del found["top_k"]  # all tokens, as in transformers
     defaults = Sampling()
     return {name: value for name, value in found.items() if value != getattr(defaults, name)}

@@ -15,16 +15,17 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from ..errors import UsageError, check_option
+from ..errors import DeviceError, UsageError, check_option
 from ..rope import expect
 from ..rope_config import RopeConfig
 from ..scaling import check_context
 from .cache import cached_tokens, check_format, make_cache, quantize
 from .messages import prompt_tokens
-from .prefill import STEP, Pace, Progress, prefill
+from .prefill import STEP, Pace, Progress, device_errors, prefill
 from .prompt_cache import PromptCache, refuse_changing_angles
 from .sampling import LogitsProcessor, Sampler, Sampling
 from .stop import StopStrings
+from .text import AnswerText
 
 logger = logging.getLogger("mlx_resonance")
 REFUSED = {  # arguments of mlx-lm's
@@ -118,7 +119,7 @@ def stream_generate(
     if seed is not None:
         mx.random.seed(seed)
     before, pace = cache[0].offset, Pace(len(model.layers), prefill_step_size)
-    return write(model, tokenizer, tokens, cache, before=before, pace=pace, **options)
+    return write(model, tokenizer, tokens, cache, before=before, pace=pace, first_space=False, **options)
 
 
 def write(
@@ -133,6 +134,7 @@ def write(
     logits_processors: Sequence[LogitsProcessor] | None = None,
     stop: StopStrings | None = None,
     before: int = 0,
+    first_space: bool = True,
     stream: mx.Stream | mx.ThreadLocalStream = generation_stream,
     disk_cache: PromptCache | None = None,
     progress: Progress | None = None,
@@ -145,6 +147,7 @@ def write(
         cache: one per layer: a text of `before` tokens that the prompt continues, then the prompt's first tokens.
         pace: decides how many tokens of the prompt are read at once.
         stop: ends the text; None for nothing that does.
+        first_space: keep a space that the answer begins with; mlx-lm's own functions drop it.
         disk_cache: if the caches are empty, filled from it; the text is added to it.
         progress: called with the number of prompt tokens done and their total.
     """
@@ -157,10 +160,10 @@ def write(
     options["logits_processors"] = [after(tokens[:-1], processor) for processor in logits_processors or ()]
     if stream is not generation_stream:
         options["stream"] = stream  # mlx-lm 0.31 has no such argument
-    crossing = _Crossing(model.args.rope, before + len(tokens))
-    detokenizer, speed, first = tokenizer.detokenizer, 0.0, 0.0
+    crossing, answer = _Crossing(model.args.rope, before + len(tokens)), AnswerText(tokenizer, first_space)
+    speed = first = 0.0
     try:
-        with wired(model, stream):
+        with wired(model, stream), device_errors():
             with mx.stream(stream):
                 prefill(model, tokens, cache, pace=pace, before=before, prompt_progress_callback=progress)
             for count, (token, logprobs) in enumerate(generate_step(mx.array(tokens[-1:]), model, **options), 1):
@@ -173,11 +176,10 @@ def write(
                 written.append(token)
                 crossing.check(before + len(written))
                 ended = token in tokenizer.eos_token_ids
-                if not ended:
-                    detokenizer.add_token(token)
+                piece = "" if ended else answer.add(token)
                 if ended or count == max_tokens:
-                    detokenizer.finalize()
-                text = stop.add(detokenizer.last_segment)
+                    piece += answer.finish()
+                text = stop.add(piece)
                 if (ended or count == max_tokens) and not stop.found:
                     text += stop.finish()
                 reason = "stop" if ended or stop.found else "length" if count == max_tokens else None
@@ -196,6 +198,10 @@ def write(
                 )
                 if reason is not None:
                     return
+    except DeviceError:
+        for layer in cache:  # there is no telling what the keys of the last tokens are
+            layer.trim(max(0, layer.offset - before - (len(tokens) - 1)))
+        raise
     finally:
         if disk_cache is not None:
             disk_cache.store(written, cache)
