@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import math
 import re
-import time
 from itertools import pairwise
 
 from mlx_resonance.cli import markdown
@@ -53,13 +53,12 @@ End."""
 
 
 @pytest.mark.parametrize("size", [1, 3, 1000])
-def test_markdown_however_it_is_cut(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_markdown_however_it_is_cut(size: int) -> None:
     """Without pictures of unfinished blocks, the same lines; nothing of the model's reaches the terminal as control."""
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=60, height=20, color_system="standard")
-    monkeypatch.setattr(markdown, "REDRAW", 1e9)
     rendered = Rendered(console)
-    rendered._drawn = time.monotonic()
+    rendered._next = math.inf
     for at in range(0, len(MARKDOWN), size):
         rendered.write(MARKDOWN[at : at + size])
     rendered.finish()
@@ -74,6 +73,7 @@ def test_unfinished_blocks_fit_the_screen(monkeypatch: pytest.MonkeyPatch) -> No
     out = io.StringIO()
     console = Console(file=out, force_terminal=True, width=40, height=10, color_system="standard")
     monkeypatch.setattr(markdown, "REDRAW", 0)
+    monkeypatch.setattr(markdown, "SHARE", 0)
     rendered = Rendered(console)
     for number in range(30):
         rendered.write(f"line {number}\n")
@@ -84,6 +84,25 @@ def test_unfinished_blocks_fit_the_screen(monkeypatch: pytest.MonkeyPatch) -> No
     rendered.finish()
     assert out.getvalue().rstrip().endswith("next")
     assert out.getvalue().count("\x1b[?25l") == out.getvalue().count("\x1b[?25h")  # the cursor is there again
+
+
+@pytest.mark.parametrize("seconds, wait", [(0.001, 0.05), (0.2, 2.0)])
+def test_slow_pictures_are_rare(seconds: float, wait: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    now, drawn = 100.0, list[float]()
+
+    def draw(_: Rendered, picture: object) -> None:
+        nonlocal now
+        now += seconds
+        drawn.append(now)
+
+    monkeypatch.setattr(Rendered, "_draw", draw)
+    monkeypatch.setattr(markdown.time, "monotonic", lambda: now)
+    rendered = Rendered(Console(file=io.StringIO()))
+    for _ in range(10_000):
+        rendered.write("x")
+        now += 0.001
+    between = [two - seconds - one for one, two in pairwise(drawn)]
+    assert len(between) > 3 and all(wait <= pause < wait + 0.002 for pause in between)
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import load
-from mlx_resonance.errors import UsageError
+from mlx_resonance.errors import DeviceError, UsageError
 from mlx_resonance.generation import Engine, PromptCache
 from mlx_resonance.generation.conversation import ContextFullError, Conversation
+from mlx_resonance.generation.messages import chat_tokens
 
 import pytest
 
@@ -87,7 +88,6 @@ def test_files_stand_before_the_next_question(loaded: Any) -> None:
     prompts = prompts_of(conversation)
     conversation.put(FILE + "\n\n")
     conversation.put("a = 1")
-    conversation.read()
     read = len(conversation.engine.tokens)
     (last,) = ask(conversation, "What is a?")[-1:]
     content = f"{FILE}\n\na = 1\n\nWhat is a?"
@@ -166,6 +166,53 @@ def test_a_file_drops_turns_too_and_their_files_move_to_it(loaded: Any) -> None:
     assert error.value.remedies == () and conversation.files == ["a = 1", FILE]
 
 
+@pytest.mark.parametrize("failure", [KeyboardInterrupt, DeviceError("the GPU gave up"), SystemExit])
+def test_a_file_that_cannot_be_read_leaves_the_conversation_as_it_was(loaded: Any, failure: Any) -> None:
+    conversation = talk(loaded, context=300, overflow="drop-oldest", max_tokens=2)
+    conversation.put("a = 1")
+    for question in ("import os", "import re " * 30):
+        ask(conversation, question)
+    conversation.put("b = 2")
+    before = conversation.messages, list(conversation.files)
+
+    def fail(done: int, total: int) -> None:
+        assert conversation.turns == []  # dropped for the file
+        raise failure
+
+    with pytest.raises(failure if isinstance(failure, type) else type(failure)):
+        conversation.put(FILE, progress=fail)
+    assert (conversation.messages, conversation.files) == before
+    fresh = Engine(*loaded).stream(conversation.prepare("x").tokens, 2)
+    assert [response.token for response in ask(conversation, "x")] == [response.token for response in fresh]
+
+
+def test_a_conversation_is_not_tokenized_again_until_it_changes(loaded: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    conversation = talk(loaded, system_prompt="Be brief.", max_tokens=2)
+    questions: list[str] = []
+
+    def counted(tokenizer: Any, messages: Any) -> list[int]:
+        questions.append(messages[-1]["content"])
+        return chat_tokens(tokenizer, messages)
+
+    monkeypatch.setattr("mlx_resonance.generation.conversation.chat_tokens", counted)
+
+    def times(change: Any) -> int:
+        """How often a change tokenizes, with what shows how much of the context is used."""
+        questions.clear()
+        change()
+        assert [len(conversation.beginning) for _ in range(2)]
+        return len(questions)
+
+    assert times(lambda: conversation.put(FILE)) == 2  # two questions, to see what any two have in common
+    assert times(lambda: ask(conversation, "x")) == 1 + 2
+    assert times(lambda: conversation.set_system_prompt("Be long.")) == 2
+    assert times(lambda: None) == 0
+    assert times(conversation.clear) == 2
+    assert (
+        conversation.beginning == template(loaded, ("system", "Be long."), ("user", "x"))[: len(conversation.beginning)]
+    )
+
+
 def test_an_answer_ends_with_the_context(loaded: Any) -> None:
     conversation = talk(loaded, context=64, max_tokens=None)
     question = conversation.prepare("import os")
@@ -189,7 +236,7 @@ def test_an_interrupt_in_a_prompt_drops_the_question_and_keeps_what_was_read(loa
     disk = PromptCache(tmp_path, "key")
     engine = Engine(*loaded, prefill_step_size=64, disk_cache=disk)
     conversation = Conversation(engine, max_tokens=2)
-    conversation.put("a = 1")
+    conversation.files = ["a = 1"]
 
     def interrupt(done: int, _: int) -> None:
         if done >= 128:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from contextlib import redirect_stdout
+from signal import SIGHUP, SIGTERM
 from typing import Annotated, Any, Literal
 
 from typer import Context as Invocation
@@ -15,6 +16,7 @@ from . import options as shared
 from .options import LARGEST, Factor, Force, KvBits, Memory, MinP, Model, Penalty, PrefillStep, Seed, Temp, TopK, TopP
 from .processes import processes, together
 from .prompts import STDIN, read_text
+from .signals import ended_by
 
 
 @together
@@ -78,7 +80,7 @@ def command(
     how: dict[str, Any] = {"overflow": overflow, "max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
     conversation = Conversation(engine, system_prompt=system_prompt, **how)
     out = sys.stdout
-    with redirect_stdout(sys.stderr):  # mlx-lm prints warnings
+    with redirect_stdout(sys.stderr), ended_by(SIGTERM, SIGHUP):  # mlx-lm prints warnings
         chat = Dialogue(conversation, out, invocation.command, defaults)
         chat.start(checkpoint.name, [str(path) for path in files], texts)
         chat.run()

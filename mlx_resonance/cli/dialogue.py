@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import logging
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, TextIO
 
-from ..errors import FileInTheWayError, UsageError
+from ..errors import FileInTheWayError, MissingFileError, UsageError
 from ..files import user_path
 from ..generation.conversation import ContextFullError, Conversation, Question
 from ..generation.stream import Response
@@ -20,18 +21,20 @@ from .answer import summary
 from .errors import in_words
 from .markdown import printer
 from .output import stderr
-from .prompts import read_text
-from .terminal import Interrupts, Lines, Reading, is_terminal, warnings_held
+from .prompts import STDIN, read_text
+from .terminal import Interrupts, Lines, Reading, is_terminal, piped_lines, warnings_held
+
+logger = logging.getLogger("mlx_resonance")
 
 HELP = {
     "/file": "PATH   put a text before the next question",
-    "/system": "[TEXT]   show the system prompt, or change it",
+    "/system": "[TEXT]   show the system prompt, or change it; - removes it",
     "/clear": "forget turns and files; the system prompt stays",
     "/save": "PATH   write the conversation as JSON",
     "/stats": "tokens, speeds, memory, KV cache",
     "/help": "this list",
 }
-LONGEST_LINE = 2**28  # bytes of a question from a pipe
+ALONE = ("/clear", "/stats", "/help")  # nothing follows them
 
 
 class Dialogue:
@@ -63,10 +66,11 @@ class Dialogue:
         say(self._rule())
         if self.terminal:
             say("/help lists the commands; Ctrl-C stops an answer, Ctrl-D leaves")
-        for text in texts:
-            self.conversation.put(text)
         if texts:
-            self._read(names[0] if len(names) == 1 else f"{len(names)} files")
+            self._put(names[0] if len(names) == 1 else f"{len(names)} files", texts)
+        self._refresh()
+
+    def _refresh(self) -> None:
         self.prompt = f"{self._used()} > "
 
     def _rule(self) -> str:
@@ -82,22 +86,22 @@ class Dialogue:
     def run(self) -> None:
         """Handle lines until there are no more. On a terminal, an error is a line; elsewhere it ends the chat."""
         if not self.terminal:
-            for line in _piped():
+            for line in piped_lines():
                 self.handle(line)
             return
         with self.interrupts:
             for line in self._typed():
-                self._work(line)
+                self._attempt(self.handle, line)
+                self._attempt(self._refresh)
 
-    def _work(self, line: str) -> None:
+    def _attempt(self, work: Callable[..., None], *arguments: str) -> None:
         try:
             with self.interrupts.working():
-                self.handle(line)
-        except (UsageError, OSError) as error:
+                work(*arguments)
+        except Exception as error:  # whatever it is, the conversation is worth more than a traceback
             self._complain(error)
         except KeyboardInterrupt:
             say("stopped")
-        self.prompt = f"{self._used()} > "
 
     def _typed(self) -> Iterator[str]:
         lines = Lines(HELP, self.out if self.out.isatty() else sys.stderr)
@@ -111,10 +115,14 @@ class Dialogue:
             else:
                 yield line
 
-    def _complain(self, error: UsageError | OSError) -> None:
-        line = str(error)
-        if isinstance(error, UsageError):  # without the flag that it is about: nobody gave it now
-            line = in_words(UsageError(error.message, remedies=error.remedies), self.invoked)
+    def _complain(self, error: Exception) -> None:
+        if isinstance(error, UsageError):
+            line = in_words(error, self.invoked)
+        else:
+            line = str(error) if isinstance(error, OSError) else f"{type(error).__name__}: {error}"
+            logger.debug("a line of the chat failed", exc_info=error)
+        if isinstance(error, RuntimeError):  # of MLX: what is in the KV cache may be unusable
+            self.conversation.engine.clear()
         way = "; /clear forgets turns and files" if isinstance(error, ContextFullError) else ""
         say(f"error: {' '.join(line.split())}{way}")
 
@@ -122,18 +130,24 @@ class Dialogue:
         """Carry out a command, or answer a question; a blank line is neither.
 
         Raises:
-            UsageError, OSError: it cannot be done; the conversation is as before.
+            UsageError, OSError: it cannot be done; the conversation is as before, but for an answer that was begun.
         """
         if not line.strip():
             return
         if not line.startswith("/"):
             self.ask(line.strip())
             return
-        name, _, rest = line.strip().partition(" ")
+        name, rest = (*line.split(maxsplit=1), "")[:2]
         if name not in HELP:
             commands = ", ".join(HELP)
             raise UsageError(f"{name} is not a command, but {commands} are; a question may begin with a space")
-        getattr(self, name[1:])(rest.strip())
+        if name in ALONE and rest:
+            raise UsageError(f"nothing may follow {name}")
+        try:
+            getattr(self, name[1:])(rest.strip())
+        except UsageError as error:
+            error.option = None  # the command is what was given, no flag
+            raise
 
     def ask(self, text: str) -> None:
         """Answer a question. After Ctrl-C the turn has what was written till then; if nothing was, there is no turn."""
@@ -165,10 +179,10 @@ class Dialogue:
             return
         parts = [summary(last, self.defaults)]
         self.last, self.defaults = last, {}  # said once
-        if stopped:
-            parts.append("stopped: the conversation keeps what was written")
-        elif last.finish_reason == "length":
+        if last.finish_reason == "length":
             parts.append("the context is full" if question.fills else f"cut at {question.new:,} tokens")
+        elif stopped and last.finish_reason is None:
+            parts.append("stopped: the conversation keeps what was written")
         if not self.terminal:
             parts.append(f"{self._used()} of context used")
         say("; ".join(parts))
@@ -183,19 +197,20 @@ class Dialogue:
         if turns:
             say(f"the context is full: dropped {_count(turns, 'turn')}, from the oldest on")
 
-    def _read(self, name: str) -> None:
+    def _put(self, name: str, texts: Sequence[str]) -> None:
         with Reading(f"reading {name}", self.interrupts) as reading:
-            self.conversation.read(reading)
+            dropped = self.conversation.put(*texts, progress=reading)
+        self._say_dropped(dropped)
         say(f"{name}: read, before the next question")
 
     def file(self, rest: str) -> None:
         """`/file PATH`: read a text now; after Ctrl-C it is not part of the conversation."""
         path = path_of(rest, "/file")
-        self._say_dropped(self.conversation.put(read_text(path)))
+        if path == STDIN:
+            raise UsageError("questions come from standard input: /file needs a file")
         try:
-            self._read(str(path))
+            self._put(str(path), [read_text(path)])
         except KeyboardInterrupt:
-            self.conversation.files.pop()
             if not self.terminal:
                 raise
             say(f"stopped: {path} is not part of the conversation")
@@ -203,7 +218,7 @@ class Dialogue:
     def system(self, rest: str) -> None:
         """`/system [TEXT]`."""
         if rest:
-            self._say_dropped(self.conversation.set_system_prompt(rest))
+            self._say_dropped(self.conversation.set_system_prompt(None if rest == "-" else rest))
             say("changed: the conversation is read anew with the next question")
         else:
             say(self.conversation.system_prompt or "no system prompt")
@@ -219,6 +234,8 @@ class Dialogue:
         if not self.conversation.turns:
             raise UsageError("there is nothing to save yet")
         check_output(path)
+        if not path.parent.is_dir():
+            raise MissingFileError(f"{path.parent}: no such folder")
         if path.exists():
             raise FileInTheWayError(f"{path} exists: choose another name")
         messages = [dict(message) for message in self.conversation.messages]
@@ -249,7 +266,7 @@ class Dialogue:
 
 def say(line: str) -> None:
     """Print a line on stderr."""
-    stderr.print(line, style="dim", soft_wrap=not stderr.is_terminal)
+    stderr.print(line, style="dim", emoji=False, soft_wrap=not stderr.is_terminal)
 
 
 def _count(number: int, what: str) -> str:
@@ -260,6 +277,8 @@ def path_of(text: str, command: str) -> Path:
     """The path after a command; it may be quoted as in a shell. Raises UsageError if there is none."""
     if not text:
         raise UsageError(f"{command} needs a path")
+    if "\0" in text:
+        raise UsageError("no path has a NUL character in it")
     if (path := user_path(text)).exists():
         return path
     try:
@@ -267,14 +286,3 @@ def path_of(text: str, command: str) -> Path:
     except ValueError:  # several words, or a quote that does not end: a name with spaces
         return path
     return user_path(word)
-
-
-def _piped() -> Iterator[str]:
-    """The lines of standard input."""
-    while sys.stdin is not None and (line := sys.stdin.buffer.readline(LONGEST_LINE + 1)):
-        if len(line) > LONGEST_LINE:
-            raise UsageError(f"a question has more than {LONGEST_LINE} bytes")
-        try:
-            yield line.decode("utf-8")
-        except UnicodeDecodeError as error:
-            raise UsageError(f"standard input is not UTF-8 text: {error}") from None

@@ -49,7 +49,7 @@ def open_engine(
     options = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size}
     tokens, plan = plan_context(checkpoint, context, force, **options)
     if plan is not None:
-        stderr.print(_planned(checkpoint, plan.context, plan.total, plan.limit), soft_wrap=True)
+        stderr.print(_planned(checkpoint, plan.context, plan.total, plan.limit), soft_wrap=not stderr.is_terminal)
     model = checkpoint.load()
     return Engine(
         model,
@@ -68,7 +68,7 @@ def open_cache(checkpoint: Checkpoint, kv_bits: int | None, folder: Path | None,
 
     if checkpoint.rope.depends_on_length:
         why = f"the angles of {checkpoint.rope.rope_type} change with the length of a text"
-        stderr.print(f"no KV cache on disk: {why}", soft_wrap=True)
+        stderr.print(f"no KV cache on disk: {why}", soft_wrap=not stderr.is_terminal)
         return None
     key = cache_key(checkpoint, kv_bits)
     return PromptCache(folder or default_folder(), key, size, least=LEAST, name=cache_name(checkpoint))

@@ -15,6 +15,7 @@ from rich.segment import Segment
 from .answer import CONTROL, Printer
 
 REDRAW = 0.05  # seconds, at least, between two pictures of an unfinished block
+SHARE = 10  # times the drawing of a picture, at least, between it and the next: a long table takes long to draw
 FENCE = re.compile(r" {0,3}(```+|~~~+)")
 ITEM = re.compile(r" {0,3}([-*+]|[0-9]{1,9}[.)])\s")
 MAYBE_ITEM = re.compile(r"[-*+]|[0-9]{1,9}[.)]?")
@@ -32,7 +33,7 @@ class Rendered:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._text, self._first, self._drawn = "", True, 0.0
+        self._text, self._first, self._next = "", True, 0.0
         self._live: Live | None = None
 
     def write(self, text: str) -> None:
@@ -43,9 +44,11 @@ class Rendered:
             self._print(block)
             self._text = rest
             block, rest = first_block(rest)
-        if time.monotonic() - self._drawn >= REDRAW and self._text.strip():
-            self._drawn = time.monotonic()
+        start = time.monotonic()
+        if start >= self._next and self._text.strip():
             self._draw(_Block(self._text, self._first, self.console.height - 2))
+            end = time.monotonic()
+            self._next = end + max(REDRAW, SHARE * (end - start))
 
     def finish(self) -> None:
         """Print what is left."""

@@ -1,4 +1,4 @@
-"""What a chat needs of a terminal: lines with history, Ctrl-C as a request, a bar while a prompt is read."""
+"""What a chat needs of a terminal, or of a pipe: lines with history, Ctrl-C as a request, a bar while it reads."""
 
 from __future__ import annotations
 
@@ -24,8 +24,12 @@ from prompt_toolkit.output import create_output
 from prompt_toolkit.utils import is_dumb_terminal
 from rich.progress import TaskID
 
+from ..errors import UsageError
+from ..storage import atomic_file
 from .output import progress_bar
 
+LONGEST_HISTORY = 10_000  # lines of the file
+LONGEST_LINE = 2**28  # bytes of a question from a pipe
 NOTICEABLE = 512  # tokens to read that are worth a progress bar
 
 logger = logging.getLogger("mlx_resonance")
@@ -41,15 +45,29 @@ class History(FileHistory):
     def load_history_strings(self) -> Iterable[str]:
         """The lines, the newest first."""
         try:
+            self._shorten()
             return list(super().load_history_strings())
         except OSError:
             return []
+
+    def _shorten(self) -> None:
+        lines = self.path.read_bytes().splitlines(keepends=True)
+        if len(lines) > LONGEST_HISTORY:
+            kept = lines[-LONGEST_HISTORY:]
+            begin = next((place for place, line in enumerate(kept) if line.startswith(b"#")), 0)  # a whole entry
+            with atomic_file(self.path) as partial:
+                partial.touch(0o600)
+                partial.write_bytes(b"".join(kept[begin:]))
 
     def store_string(self, string: str) -> None:
         """Append a line."""
         with contextlib.suppress(OSError, UnicodeError):
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            os.close(os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600))
+            file = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o600)
+            try:
+                os.fchmod(file, 0o600)  # it may be an older one
+            finally:
+                os.close(file)
             super().store_string(string)
 
 
@@ -109,23 +127,32 @@ class Interrupts:
     def working(self) -> Iterator[None]:
         """Around work that Ctrl-C ends. What is typed meanwhile is not shown, since it would stand in the text."""
         self.asked, self._at_work = False, True
-        self._echo(False)
         try:
-            yield
+            with _no_echo():
+                yield
         finally:
             self._at_work = False
-            self._echo(True)
 
     def _note(self, _: int, __: FrameType | None) -> None:
         if self.asked and self._at_work:
             raise KeyboardInterrupt
         self.asked = True
 
-    def _echo(self, on: bool) -> None:
-        with contextlib.suppress(termios.error, OSError, ValueError):
-            settings = termios.tcgetattr(sys.stdin)
-            settings[3] = settings[3] | termios.ECHO if on else settings[3] & ~termios.ECHO
-            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, settings)
+
+@contextlib.contextmanager
+def _no_echo() -> Iterator[None]:
+    no_terminal = contextlib.suppress(termios.error, OSError, ValueError)
+    before = None
+    try:
+        with no_terminal:
+            before = termios.tcgetattr(sys.stdin)
+            quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+            termios.tcsetattr(sys.stdin, termios.TCSADRAIN, quiet)
+        yield
+    finally:
+        with no_terminal:
+            if before is not None:
+                termios.tcsetattr(sys.stdin, termios.TCSADRAIN, before)
 
 
 class Reading:
@@ -158,8 +185,10 @@ class Reading:
             self._bar.update(self._task, completed=done)
 
     def stop(self) -> None:
-        """Remove the bar: text follows."""
-        self._bar.stop()
+        """Remove the bar, if there is one: text follows."""
+        if self._task is not None:  # or else Rich prints an empty line where it cannot draw
+            self._bar.stop()
+            self._task = None
 
 
 @contextlib.contextmanager
@@ -183,3 +212,14 @@ def warnings_held() -> Iterator[None]:
 def is_terminal() -> bool:
     """Whether a person types on standard input."""
     return sys.stdin is not None and sys.stdin.isatty()
+
+
+def piped_lines() -> Iterator[str]:
+    """The lines of standard input. Raises UsageError if one is too long, or not UTF-8."""
+    while sys.stdin is not None and (line := sys.stdin.buffer.readline(LONGEST_LINE + 1)):
+        if len(line) > LONGEST_LINE:
+            raise UsageError(f"a question has more than {LONGEST_LINE} bytes")
+        try:
+            yield line.decode("utf-8")
+        except UnicodeDecodeError as error:
+            raise UsageError(f"standard input is not UTF-8 text: {error}") from None

@@ -6,6 +6,7 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from typing import Any
 
 from ..errors import Remedy, UsageError, check_option
 from ..scaling import check_context
@@ -91,6 +92,7 @@ class Conversation:
         self.system_prompt: str | None = None
         self.turns: list[Turn] = []
         self.files: list[str] = []  # for the next question
+        self._begun: tuple[Any, list[int]] | None = None  # what `_tokens` returned last without a question, and of what
         if system_prompt is not None:
             self.set_system_prompt(system_prompt)
 
@@ -111,24 +113,30 @@ class Conversation:
         self._drop(dropped)
         return dropped
 
-    def put(self, text: str) -> int:
-        """Put a file's text before the next question.
+    def put(self, *texts: str, progress: Progress | None = None) -> int:
+        """Put the texts of files before the next question, and read them. After any exception there is no trace of it.
+
+        Args:
+            texts: one for each file.
+            progress: called with the number of tokens read and their total.
 
         Returns:
-            The number of turns dropped to make room for it.
+            The number of turns dropped to make room for them.
 
         Raises:
-            ContextFullError: it does not fit; remedies are an overflow rule or a factor that would help.
+            ContextFullError: they do not fit; remedies are an overflow rule or a factor that would help.
         """
-        _, dropped = self._fit(self.system_prompt, [*self.files, text], None)
-        self._drop(dropped)
-        self.files.append(text)
+        before = self.turns, self.files
+        try:
+            _, dropped = self._fit(self.system_prompt, [*self.files, *texts], None)
+            self._drop(dropped)
+            self.files = [*self.files, *texts]
+            if tokens := self.beginning:
+                self.engine.read(tokens, progress)
+        except BaseException:
+            self.turns, self.files = before
+            raise
         return dropped
-
-    def read(self, progress: Progress | None = None) -> None:
-        """Read what there is, so that the next question need not wait for it."""
-        if tokens := self.beginning:
-            self.engine.read(tokens, progress)
 
     def clear(self) -> None:
         """Forget turns and files."""
@@ -211,11 +219,14 @@ class Conversation:
 
     def _tokens(self, system: str | None, dropped: int, files: Sequence[str], question: str | None) -> list[int]:
         """The prompt of a question; without one, the tokens that the prompts of any two have in common."""
+        turns, moved = without_oldest(self.turns, files, dropped)
         if question is None:
-            one, other = (self._tokens(system, dropped, files, text) for text in ("A", "7 b"))
-            return one[: common_prefix(one, other)]
-        turns, files = without_oldest(self.turns, files, dropped)
-        return chat_tokens(self.engine.tokenizer, [*_messages(turns, system), *question_messages(files, question)])
+            what = system, turns, moved
+            if self._begun is None or self._begun[0] != what:
+                one, other = (self._tokens(system, dropped, files, text) for text in ("A", "7 b"))
+                self._begun = what, one[: common_prefix(one, other)]
+            return self._begun[1]
+        return chat_tokens(self.engine.tokenizer, [*_messages(turns, system), *question_messages(moved, question)])
 
     def _drop(self, turns: int) -> None:
         self.turns, self.files = without_oldest(self.turns, self.files, turns)
