@@ -12,7 +12,7 @@ from ..test_promises import WAYS, Generate, Way
 
 pytestmark = [pytest.mark.real, pytest.mark.long]
 CAPITAL = "What is the capital of France? Answer in one sentence."
-LONG = " ".join(source()[:6000].split()) + " " + CAPITAL  # about 1600 tokens
+LONG = " ".join(source()[:6000].split()) + " " + CAPITAL  # about 1300 tokens
 
 
 @pytest.fixture(params=WAYS, ids=lambda way: way.__name__.lower())
@@ -34,7 +34,7 @@ def test_kv_bits(way: Way) -> None:
 
 
 def test_the_context_is_checked(way: Way) -> None:
-    said = way.ask("import os " * 20_000)
+    said = way.ask("1 " * 40_000)  # of 80 kB: an argument may have 128
     assert not said.text and "32,768" in said.error
 
 
@@ -51,4 +51,4 @@ def test_the_chunk_rule_and_the_disk_cache(way: Way, smollm2_32k: Path, run: Any
     folder = tmp_path / "kept"
     first = Generate(smollm2_32k, 4, run, tmp_path).ask(LONG, prompt_cache=folder, prefill_step_size=512)
     said = way.ask(LONG, prompt_cache=folder, prefill_step_size=100)
-    assert said.text == first.text and (said.cached is None or said.cached > 1500)
+    assert said.text == first.text and (said.cached is None or said.cached > 1200)
