@@ -18,7 +18,6 @@ from typing import Any
 
 from mlx_resonance.generation.stream import Response
 from mlx_resonance.server.app import create_app
-from mlx_resonance.server.gate import LARGEST_BODY
 from mlx_resonance.server.service import Service
 from mlx_resonance.server.worker import Worker
 
@@ -83,7 +82,7 @@ def ask(port: int, method: str, path: str, body: Any = None, headers: Any = None
 
 @contextmanager
 def serving(
-    make_engine: Callable[[], Any], key: str | None = None, largest_body: int = LARGEST_BODY, **options: Any
+    make_engine: Callable[[], Any], key: str | None = None, largest_body: int | None = None, **options: Any
 ) -> Iterator[Served]:
     """A server; its engine is made on the thread that owns it."""
     made: list[Worker] = []
@@ -101,7 +100,11 @@ def serving(
     with socket.create_server(("127.0.0.1", 0), backlog=128) as listener:
         logging.getLogger("uvicorn").setLevel(logging.CRITICAL)
         config = uvicorn.Config(
-            create_app(service, key, largest_body), log_config=None, lifespan="off", http="h11", access_log=False
+            create_app(service, key, "127.0.0.1", largest_body),
+            log_config=None,
+            lifespan="off",
+            http="h11",
+            access_log=False,
         )
         server = uvicorn.Server(config)
         http_thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]}, daemon=True)
@@ -129,6 +132,7 @@ class Scripted:
         self.tokenizer, self.texts, self.steps = tokenizer, iter(texts), steps
         self.model = SimpleNamespace(args=SimpleNamespace(vocab_size=2048))
         self.context, self.prompts, self.written, self.closed = 512, list[list[int]](), 0, threading.Event()
+        self.lengths: list[int | None] = []
 
     def check(self, tokens: list[int], max_tokens: int | None = None) -> int:
         return max_tokens or 100
@@ -138,6 +142,7 @@ class Scripted:
 
     def stream(self, tokens: list[int], max_tokens: int | None = None, **options: Any) -> Iterator[Response]:
         self.prompts.append(tokens)
+        self.lengths.append(max_tokens)
         return self._stream(tokens, next(self.texts))
 
     def _stream(self, tokens: list[int], text: Any) -> Iterator[Response]:

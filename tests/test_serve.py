@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance import generate, load
 from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.generation import Engine, PromptCache, Sampling, cache_key
+from mlx_resonance.server.answers import TextAnswer
+from mlx_resonance.server.responses import TokenLogprob
+from mlx_resonance.server.worker import Piece
 
 import mlx.core as mx
 import pytest
@@ -106,6 +110,29 @@ def test_log_probabilities_are_the_models(client: Any, chatty: Path) -> None:
     assert best == text.logprobs.token_logprobs and all(len(top) == 2 for top in text.logprobs.top_logprobs)
 
 
+def test_parts_of_characters_have_names_bytes_and_places(server: Served, tokenizer: Any) -> None:
+    def bias(*ids: int) -> dict[str, Any]:
+        return {"logit_bias": {str(number): 100 for number in ids}, "max_tokens": 3, "temperature": 0}
+
+    text = "\u6f22"
+    parts = tokenizer.encode(text, add_special_tokens=False)
+    assert len(parts) == 3  # none of them has a text
+    first = {"prompt": "x", "logprobs": 2} | bias(parts[0], parts[1])
+    done = server.ask(TEXT, first)[1]["choices"][0]["logprobs"]
+    names = {"bytes:\\xe6", "bytes:\\xbc"}
+    assert all(set(top) == names for top in done["top_logprobs"]) and set(done["tokens"]) <= names
+    chat = {"messages": [{"role": "user", "content": "x"}], "logprobs": True} | bias(parts[0])
+    entry = server.ask(CHAT, chat)[1]["choices"][0]["logprobs"]["content"][0]
+    assert (entry["token"], entry["bytes"]) == ("bytes:\\xe6", [0xE6])
+    piece = Piece(0, "", None, 1, 0, 1, None)
+    answer = TextAnswer("m", 1, 0)
+    tokens = [("a", b"a"), *((f"bytes:{byte}", bytes([byte])) for byte in text.encode()), ("b", b"b")]
+    for name, found in tokens:
+        logprob = TokenLogprob(token=name, logprob=0.0, bytes=list(found), top_logprobs=[])
+        list(answer.add(replace(piece, text=text if name == "b" else "", logprob=logprob)))
+    assert answer.whole().choices[0].logprobs.text_offset == [0, 1, 1, 1, 2]
+
+
 def test_kv_bits_and_the_cache_on_disk(checkpoint: Path, tmp_path: Path, tokenizer: Any) -> None:
     model, _ = load(checkpoint)
     tokens = prompt(tokenizer, 300)
@@ -151,18 +178,25 @@ def load_tokens(server: Served, text: str) -> list[int]:
     return list(server.service.worker.engine.tokenizer.encode(text, add_special_tokens=False))
 
 
-def test_null_is_the_default(server: Served) -> None:
+@pytest.fixture(scope="module")
+def small(chatty: Path) -> Iterator[Served]:
+    """A server of it with a context of 64 tokens, which one answer fills in no time."""
+    with serving(lambda: Engine(*load(chatty), context=64)) as served:
+        yield served
+
+
+def test_null_is_the_default(small: Served) -> None:
     for path, asked in ((CHAT, {"messages": [{"role": "user", "content": PROMPT}]}), (TEXT, {"prompt": PROMPT})):
-        schema = json.loads(ask(server.port, "GET", "/openapi.json")[1])
+        schema = json.loads(ask(small.port, "GET", "/openapi.json")[1])
         reference = schema["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
         fields = schema["components"]["schemas"][reference.rpartition("/")[2]]["properties"]
         nulls = dict.fromkeys(set(fields) - set(asked))
         assert len(nulls) > 20
-        status, done = server.ask(path, nulls | asked)
+        status, done = small.ask(path, nulls | asked)
         assert status == 200, done
         # To the end of the context, or of the text.
         used = done["usage"]["total_tokens"]
-        assert used == 512 if done["choices"][0]["finish_reason"] == "length" else used < 512
+        assert used == 64 if done["choices"][0]["finish_reason"] == "length" else used < 64
 
 
 def test_defaults_of_the_server(checkpoint: Path) -> None:
@@ -176,10 +210,10 @@ def test_defaults_of_the_server(checkpoint: Path) -> None:
         assert served.ask(TEXT, {"prompt": [5] * 511})[1]["usage"]["completion_tokens"] == 1  # what there is room for
 
 
-def test_the_context_is_checked_with_the_longest_prompt_that_fits(server: Served) -> None:
-    status, answer = server.ask(TEXT, {"prompt": [5] * 600, "max_tokens": 100})
+def test_the_context_is_checked_with_the_longest_prompt_that_fits(small: Served) -> None:
+    status, answer = small.ask(TEXT, {"prompt": [5] * 80, "max_tokens": 10})
     assert status == 400 and answer["error"]["code"] == "context_length_exceeded"
-    assert "a prompt of up to 412 fits" in answer["error"]["message"]
-    assert server.ask(TEXT, {"prompt": [5] * 412, "max_tokens": 100})[0] == 200
-    assert server.ask(TEXT, {"prompt": [5] * 413, "max_tokens": 100})[0] == 400
-    assert server.ask(TEXT, {"prompt": [5] * 512})[1]["error"]["code"] == "context_length_exceeded"
+    assert "a prompt of up to 54 fits" in answer["error"]["message"]
+    assert small.ask(TEXT, {"prompt": [5] * 54, "max_tokens": 10})[0] == 200
+    assert small.ask(TEXT, {"prompt": [5] * 55, "max_tokens": 10})[0] == 400
+    assert small.ask(TEXT, {"prompt": [5] * 64})[1]["error"]["code"] == "context_length_exceeded"

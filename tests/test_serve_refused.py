@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -61,9 +60,10 @@ WRONG: dict[str, tuple[str, bytes | str]] = {
         ("temperature", "hot"), ("temperature", -1), ("top_p", 0), ("top_p", 1.1), ("top_k", -1), ("top_k", 2048),
         ("min_p", 2), ("repetition_penalty", 0), ("presence_penalty", 3), ("frequency_penalty", "1"),
         ("stream", "yes"), ("stream_options", 5), ("stream_options", {"other": 1}), ("stop", 5), ("stop", [5]),
-        ("stop", ""), ("stop", ["x"] * 65), ("seed", 2**80), ("seed", 1.5), ("n", 2), ("n", 0),
+        ("stop", ["x"] * 65), ("seed", 2**80), ("seed", 1.5), ("n", 2), ("n", 0),
         ("logit_bias", {"a": 1}), ("logit_bias", {"1": None}), ("logit_bias", {"2048": 1}), ("logit_bias", {"1": 101}),
-        ("logprobs", 1), ("top_logprobs", 21), ("response_format", {"type": "json_object"}),
+        ("logprobs", 1), ("top_logprobs", 21), ("top_logprobs", 1), ("stream_options", {"include_usage": True}),
+        ("max_tokens", 1.5), ("response_format", {"type": "json_object"}),
         ("tools", [{"type": "search"}]), ("tools", 5), ("tool_choice", "required"), ("functions", []), ("wrong", 1),
     ]
 }  # fmt: skip
@@ -91,6 +91,21 @@ def test_messages_name_the_place(server: Served) -> None:
     assert message(tools=[{"type": "function", "function": {}}]).endswith("'tools[0].function.name'")
     image = [{"role": "user", "content": [{"type": "text", "text": "x"}, {"type": "image_url", "image_url": {}}]}]
     assert "reads text only, got a part of type 'image_url'" in message(messages=image)
+    assert message(messages=None) == "Missing required parameter: 'messages'"
+    empty, missing = (server.ask(*asked(prompt=prompt))[1]["error"]["message"] for prompt in ([], None))
+    assert (empty, missing) == ("prompt: the prompt is empty", "Missing required parameter: 'prompt'")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"reasoning_effort": "low"}, {"verbosity": "high"}, {"stop": ""}, {"stop": ["", "zzzz"]}, {"max_tokens": 1.0},
+        {"messages": [{"role": "user", "content": None}, {"role": "user", "content": "x"}]}, {"top_logprobs": 0},
+    ],
+)  # fmt: skip
+def test_what_ordinary_clients_send_is_accepted(server: Served, changes: dict[str, Any]) -> None:
+    status, answer = server.ask(*asked(CHAT, **changes))
+    assert status == 200 and answer["usage"]["completion_tokens"] <= 2, answer
 
 
 def test_paths_methods_models_and_types(server: Served) -> None:
@@ -103,6 +118,35 @@ def test_paths_methods_models_and_types(server: Served) -> None:
     assert server.ask(CHAT)[0] == server.ask("/health", b"")[0] == 405
     status, text = ask(server.port, "POST", *asked(), {"Content-Type": "text/plain"})  # what a web page may send
     assert status == 400 and b"Content-Type: application/json" in text
+    assert ask(server.port, "HEAD", "/health") == (200, b"")
+    assert server.ask("/v1/models/")[0] == server.ask(CHAT + "/", b"{}")[0] == 404  # not sent to another host
+
+
+@pytest.mark.parametrize(
+    ("host", "origin", "status"),
+    [
+        ("127.0.0.1:80", None, 200), ("LOCALHOST", None, 200), ("[::1]:8080", "http://[::1]:3000", 200),
+        ("localhost", "http://localhost:3000", 200), ("evil.example:8080", "http://evil.example:8080", 421),
+        ("localhost.evil.example", None, 421), ("127.0.0.1:80", "http://evil.example", 403), ("", None, 421),
+        ("localhost", "null", 403),
+    ],
+)  # fmt: skip
+def test_pages_of_other_sites_reach_nothing(server: Served, host: str, origin: str | None, status: int) -> None:
+    headers = {"Host": host} | ({} if origin is None else {"Origin": origin})
+    for path, body in (("/v1/models", None), asked()):
+        assert server.ask(path, body, **headers)[0] == status
+
+
+def test_a_model_without_a_context_and_its_names(tokenizer: Any) -> None:
+    def unbounded() -> Any:
+        engine = Scripted(tokenizer, ["x", "y"])
+        engine.context = None  # type: ignore[assignment]
+        return engine
+
+    with serving(unbounded, other_name="a/folder") as served:
+        assert served.ask(*asked(max_tokens=None, model="a/folder"))[1]["model"] == NAME
+        assert served.ask(*asked(max_tokens=5, model=NAME))[0] == 200
+        assert served.service.worker.engine.lengths == [4096, 5]  # type: ignore[attr-defined]
 
 
 def test_a_key(checkpoint: Path) -> None:
@@ -113,22 +157,3 @@ def test_a_key(checkpoint: Path) -> None:
                 assert (status, answer["error"]["code"]) == (401, "invalid_api_key")
         assert served.ask("/v1/models", Authorization="Bearer s3cret")[0] == 200
         assert served.ask("/health")[0] == 200
-
-
-def test_a_large_body(checkpoint: Path, tokenizer: Any) -> None:
-    with serving(lambda: Scripted(tokenizer, ["x"]), largest_body=1000) as served:
-        status, answer = served.ask(*asked(prompt="x" * 1000))
-        assert (status, answer["error"]["code"]) == (413, "body_too_large")
-        chunked = (part.encode() for part in ["x" * 600] * 3)
-        connection_status, _ = ask_chunked(served.port, chunked)
-        assert connection_status == 413
-        assert served.ask(*asked())[0] == 200
-
-
-def ask_chunked(port: int, parts: Any) -> tuple[int, bytes]:
-    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=120)
-    connection.request("POST", TEXT, parts, {"Content-Type": "application/json"}, encode_chunked=True)
-    answer = connection.getresponse()
-    status, text = answer.status, answer.read()
-    connection.close()
-    return status, text

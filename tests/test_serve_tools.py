@@ -75,7 +75,7 @@ def test_what_is_not_a_call_is_content(chatty: Path, text: str) -> None:
 
 def test_several_calls_and_their_results(chatty: Path) -> None:
     two = CALL + CALL
-    with scripted(chatty, two, "Fine.") as served:
+    with scripted(chatty, two, "Fine.", two, two) as served:
         message = served.ask(CHAT, ASK)[1]["choices"][0]["message"]
         assert len({call["id"] for call in message["tool_calls"]}) == 2
         results = [{"role": "tool", "tool_call_id": call["id"], "content": "sun"} for call in message["tool_calls"]]
@@ -83,6 +83,10 @@ def test_several_calls_and_their_results(chatty: Path) -> None:
         assert status == 200 and answer["choices"][0]["message"]["content"] == "Fine."
         engine = served.service.worker.engine
         assert "<tool_call>weather Zürich</tool_call>" in engine.tokenizer.decode(engine.prompts[1])
+        single = ASK | {"parallel_tool_calls": False}
+        (call,) = served.ask(CHAT, single)[1]["choices"][0]["message"]["tool_calls"]
+        events = [event["choices"][0]["delta"] for event in served.events(CHAT, single)[:-1]]
+        assert call["type"] == "function" and sum("tool_calls" in delta for delta in events) == 1
 
 
 def test_tools_of_a_model_that_has_none(checkpoint: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import time
 from collections.abc import Iterator
 from typing import Any, Protocol
@@ -72,13 +73,21 @@ class ChatAnswer:
         sections: divides what the model writes.
         tools: those that it may call.
         logprobs: whether they were asked for.
+        one_call: pass on only the first call.
     """
 
     def __init__(
-        self, model: str, tokenizer: TokenizerWrapper, sections: Sections, tools: list[dict[str, Any]], logprobs: bool
+        self,
+        model: str,
+        tokenizer: TokenizerWrapper,
+        sections: Sections,
+        tools: list[dict[str, Any]],
+        logprobs: bool,
+        one_call: bool = False,
     ) -> None:
         self.head, self.usage = _head("chatcmpl", model), _no_usage()
         self._tokenizer, self._sections, self._tools = tokenizer, sections, tools
+        self._one_call = one_call
         self._logprobs: list[TokenLogprob] | None = [] if logprobs else None
         self._sent = 0  # log-probabilities
         self._texts: dict[str, str] = {}
@@ -107,10 +116,13 @@ class ChatAnswer:
         kind, text = section.kind, section.text
         if kind == "tool":
             if calls := parse_calls(self._tokenizer, text, self._tools):
+                if self._one_call:
+                    calls = calls[: 1 - len(self._calls)]
                 for call in calls:
                     call.index = len(self._calls)
                     self._calls.append(call)
-                yield self._chunk(ChatMessage(tool_calls=calls))
+                if calls:
+                    yield self._chunk(ChatMessage(tool_calls=calls))
                 return
             kind, text = "content", section.raw
         self._texts[kind] = self._texts.get(kind, "") + text
@@ -151,7 +163,7 @@ class TextAnswer:
         self.head, self.usage, self._alternatives = _head("cmpl", model), _no_usage(), alternatives
         self._choices = [self._choice(index) for index in range(prompts)]  # whole
         self._next = [self._choice(index) for index in range(prompts)]  # what the next event has
-        self._characters = [0] * prompts  # of the tokens so far
+        self._tokens = [_Characters() for _ in range(prompts)]
 
     def _choice(self, index: int) -> TextChoice:
         logprobs = None
@@ -171,8 +183,9 @@ class TextAnswer:
             choice.text += piece.text
             choice.finish_reason = piece.finish_reason
             if choice.logprobs is not None and piece.logprob is not None:
-                _append(choice.logprobs, piece.logprob, self._characters[piece.index])
-        self._characters[piece.index] += len(piece.logprob.token) if piece.logprob else 0
+                _append(choice.logprobs, piece.logprob, self._tokens[piece.index].place(whole.text))
+        if piece.logprob is not None:
+            self._tokens[piece.index].add(piece.logprob)
         if piece.finish_reason is not None:
             _add_usage(self.usage, piece)
         if event.text or event.finish_reason is not None:
@@ -186,6 +199,23 @@ class TextAnswer:
     def whole(self) -> Text:
         """All completions."""
         return Text(**self.head, choices=self._choices, usage=self.usage)
+
+
+class _Characters:
+    """Counts the characters of tokens, some of which are only part of one."""
+
+    def __init__(self) -> None:
+        self._decoder, self._text, self._count = codecs.getincrementaldecoder("utf-8")("replace"), "", 0
+
+    def add(self, token: TokenLogprob) -> None:
+        """Take the next token."""
+        found = token.token if token.bytes is None else self._decoder.decode(bytes(token.bytes))
+        self._text = self._text or found[:1]
+        self._count += len(found)
+
+    def place(self, text: str) -> int:
+        """Where the next token begins in the completion, of which this is the beginning: mlx-lm drops a first space."""
+        return self._count - (self._text == " " and not text.startswith(" "))
 
 
 def _append(logprobs: TextLogprobs, token: TokenLogprob, offset: int) -> None:

@@ -5,60 +5,56 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, get_type_hints
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.routing import APIRoute
 from starlette.exceptions import HTTPException
 
 from .. import __version__
 from ..errors import UsageError
-from .body import parse_json
-from .errors import Refusal, refusal_of, refusal_of_fields
+from .body import Bodies, largest_body
+from .errors import Refusal, refusal_of
 from .exchange import Exchange
-from .gate import LARGEST_BODY, Gate, response_of
+from .gate import Gate, response_of
 from .requests import ChatRequest, CompletionRequest
 from .responses import ERRORS, Chat, Health, Model, Models, Text, documented
-from .service import DEFAULT_NAME, Service
+from .service import Service
+
+OTHERS = 64  # requests at once that are not in the queue: bodies on their way, questions for the model's name
 
 
-class StrictRequest(Request):
-    """A request whose body is read by `parse_json`."""
-
-    async def json(self) -> Any:
-        """The body. Raises Refusal."""
-        return parse_json(await self.body())
-
-
-class StrictRoute(APIRoute):
-    """A route of such requests."""
+class BodyRoute(APIRoute):
+    """A route whose request is read by `Bodies`: FastAPI would parse it on the event loop."""
 
     def get_route_handler(self) -> Callable[[Request], Any]:
-        """FastAPI's, with them."""
-        handle = super().get_route_handler()
+        """FastAPI's, for those that have no request in their arguments."""
+        kind = get_type_hints(self.endpoint).get("asked")
+        if kind is None:
+            return super().get_route_handler()
 
-        async def handle_strictly(request: Request) -> Response:
-            try:
-                return await handle(StrictRequest(request.scope, request.receive))
-            except HTTPException as error:  # FastAPI's, of an error in `json`
-                raise error.__cause__ if isinstance(error.__cause__, Refusal) else error from None
+        async def handle(request: Request) -> Response:
+            response: Response = await self.endpoint(await request.app.state.bodies.read(request, kind))
+            return response
 
-        return handle_strictly
+        return handle
 
 
-def create_app(service: Service, key: str | None = None, largest_body: int = LARGEST_BODY) -> FastAPI:
+def create_app(
+    service: Service, key: str | None = None, host: str | None = None, largest: int | None = None
+) -> FastAPI:
     """The server's application.
 
     Args:
         service: of the model.
-        key: that clients must send; None for all clients.
-        largest_body: maximum bytes of a request's body.
+        key, host: as of `Gate`.
+        largest: maximum bytes of a request's body; None for what the context has room for.
     """
-    app = FastAPI(title="mlx-resonance", version=__version__, docs_url=None, redoc_url=None)
-    app.router.route_class = StrictRoute
-    app.add_middleware(Gate, key=key, largest_body=largest_body)
-    for kind in (Refusal, UsageError, RequestValidationError, HTTPException, Exception):
+    app = FastAPI(title="mlx-resonance", version=__version__, docs_url=None, redoc_url=None, redirect_slashes=False)
+    app.router.route_class = BodyRoute
+    app.state.bodies = Bodies(largest or largest_body(service.worker.engine.context))
+    app.add_middleware(Gate, key=key, host=host, most=service.queue + OTHERS)
+    for kind in (Refusal, UsageError, HTTPException, Exception):
         app.add_exception_handler(kind, _explain)
     threads = ThreadPoolExecutor(1, thread_name_prefix="tokenize")
     model = Model(id=service.name, created=int(time.time()))
@@ -76,9 +72,10 @@ def create_app(service: Service, key: str | None = None, largest_body: int = LAR
     @app.get("/v1/models/{name:path}", responses=ERRORS)
     async def one_model(name: str) -> Model:
         """The model, by its name."""
-        if name not in (service.name, DEFAULT_NAME):
-            raise Refusal(404, f"The model '{name}' does not exist", code="model_not_found", param="model")
+        service.check_name(name)
         return model
+
+    app.head("/health", include_in_schema=False)(health)  # load balancers ask so
 
     @app.post("/v1/chat/completions", response_model=None, responses=documented(Chat))
     async def chat(asked: ChatRequest) -> Response:
@@ -95,8 +92,6 @@ def create_app(service: Service, key: str | None = None, largest_body: int = LAR
 
 async def _explain(request: Request, error: Exception) -> Response:
     """The response to a request that cannot be answered."""
-    if isinstance(error, RequestValidationError):
-        return response_of(refusal_of_fields(error.errors(), error.body))
     if isinstance(error, HTTPException):
         words = {404: "there is no such path", 405: "the path has no such method"}
         message = words.get(error.status_code, str(error.detail))

@@ -57,7 +57,7 @@ def refusal_of_fields(errors: Sequence[Any], body: Any) -> Refusal:
     """What pydantic found wrong in a request: of several things, the one deepest in it.
 
     Args:
-        errors: pydantic's; their places begin with "body".
+        errors: pydantic's.
         body: the request, or whatever was sent.
     """
     if not isinstance(body, dict):
@@ -66,7 +66,7 @@ def refusal_of_fields(errors: Sequence[Any], body: Any) -> Refusal:
     place, error = max(zip(places, errors, strict=True), key=lambda found: len(found[0]))
     name = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place).removeprefix(".")
     param = str(place[0]) if place else None
-    if error["type"] == "missing":
+    if error["type"] == "missing" or (len(place) == 1 and body.get(param) is None):
         return Refusal(400, f"Missing required parameter: '{name}'", code="missing_required_parameter", param=param)
     if error["type"] == "extra_forbidden":
         return Refusal(400, f"Unrecognized request argument supplied: {name}", code="unknown_parameter", param=param)
@@ -76,7 +76,7 @@ def refusal_of_fields(errors: Sequence[Any], body: Any) -> Refusal:
 def _place(error: Any, body: Any) -> list[Any]:
     """Keys and indices to the faulty value, without the names of types that pydantic puts between them."""
     place: list[Any] = []
-    *path, last = error["loc"][1:] or [None]
+    *path, last = error["loc"] or [None]
     for part in path:
         if (isinstance(body, dict) and part in body) or (isinstance(body, list) and isinstance(part, int)):
             place.append(part)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 from collections.abc import Callable, Iterable
 from concurrent.futures import Executor
@@ -10,7 +11,7 @@ from typing import Any
 
 from fastapi.responses import JSONResponse, Response
 from pydantic import BaseModel
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 
 from .answers import Answer, ChatAnswer, TextAnswer
 from .errors import refusal_of
@@ -20,6 +21,7 @@ from .service import Service, offered_tools
 from .worker import Work
 
 PATIENCE = 10.0  # seconds after which a stream without news gets a comment, so that nobody takes it for dead
+SENDING = 60.0  # seconds that a client may take none of its answer
 HEADERS = [(b"content-type", b"text/event-stream; charset=utf-8"), (b"cache-control", b"no-cache")]
 FIGURES = "mlx_resonance.figures"  # in the scope of a request: for the log
 
@@ -27,7 +29,7 @@ FIGURES = "mlx_resonance.figures"  # in the scope of a request: for the log
 class Exchange(Response):
     """The response to a request: it waits in the queue, then sends what the engine writes.
 
-    A client that hangs up ends it: at once in the queue, within a token in the engine.
+    A client that hangs up ends it: at once in the queue, within a token in the engine. So does one that takes nothing.
 
     Args:
         service: of the model.
@@ -46,14 +48,19 @@ class Exchange(Response):
             gone = asyncio.create_task(_hang_up(receive))
 
             def tell(event: Any) -> None:
-                if not loop.is_closed():
+                with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                     loop.call_soon_threadsafe(events.put_nowait, event)
+
+            async def send_in_time(message: Message) -> None:
+                await asyncio.wait_for(send(message), SENDING)
 
             try:
                 work = await loop.run_in_executor(self.threads, self._submit, gone, tell)
                 if work is not None:
                     gone.add_done_callback(lambda _: self.service.worker.withdraw(work))
-                    await self._answer(work, events, scope, send)
+                    await self._answer(work, events, scope, send_in_time)
+            except asyncio.TimeoutError:  # uvicorn closes the connection, since the response is not complete
+                pass
             finally:
                 gone.cancel()  # withdraws it, too
 
@@ -91,7 +98,8 @@ class Exchange(Response):
         if not isinstance(asked, ChatRequest):
             return TextAnswer(name, len(work.prompts), work.alternatives)
         tokenizer, sections = self.service.worker.engine.tokenizer, self.service.sections(asked, work)
-        return ChatAnswer(name, tokenizer, sections, offered_tools(asked), work.alternatives is not None)
+        one_call = asked.parallel_tool_calls is False
+        return ChatAnswer(name, tokenizer, sections, offered_tools(asked), work.alternatives is not None, one_call)
 
     async def _finish(self, answer: Answer, stream: Stream | None, scope: Scope, send: Send) -> None:
         scope.setdefault(FIGURES, {})["usage"] = answer.usage

@@ -5,14 +5,23 @@ from __future__ import annotations
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic_core import PydanticCustomError
+
+from .errors import Refusal
 
 MOST_PROMPTS = 64  # of a request
 MOST_LOGPROBS = 20  # alternatives per token
 LARGEST = 2**31 - 1
 
+
+def _integral(value: Any) -> Any:
+    """To JSON Schema, and to clients that have no integers, 10.0 is one."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Integer = Annotated[int, BeforeValidator(_integral)]
 TokenId = Annotated[int, Field(ge=0, le=LARGEST)]
 Tokens = Annotated[list[TokenId], Field(fail_fast=True)]
-StopString = Annotated[str, Field(min_length=1)]
 BiasedToken = Annotated[str, Field(pattern=r"^[0-9]{1,10}$")]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 Penalty = Annotated[float, Field(ge=-2, le=2)]
@@ -46,7 +55,7 @@ class SystemMessage(Strict):
     """What the conversation is about; `developer` is OpenAI's newer name for `system`."""
 
     role: Literal["system", "developer"]
-    content: Content
+    content: Content | None
     name: str | None = None
 
 
@@ -54,7 +63,7 @@ class UserMessage(Strict):
     """What the user says."""
 
     role: Literal["user"]
-    content: Content
+    content: Content | None
     name: str | None = None
 
 
@@ -93,7 +102,7 @@ class ToolMessage(Strict):
     """What a tool returned."""
 
     role: Literal["tool"]
-    content: Content
+    content: Content | None
     tool_call_id: str | None = None
     name: str | None = None
 
@@ -134,27 +143,33 @@ class Asked(Strict):
     """The fields that chats and completions have in common. Penalties look back at 20 tokens."""
 
     model: str | None = None
-    max_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    max_tokens: Integer | None = Field(None, ge=1, le=LARGEST)
     temperature: float | None = Field(None, ge=0, le=100)
     top_p: float | None = Field(None, gt=0, le=1)
-    top_k: int | None = Field(None, ge=0, le=LARGEST)
+    top_k: Integer | None = Field(None, ge=0, le=LARGEST)
     min_p: float | None = Field(None, ge=0, le=1)
     repetition_penalty: float | None = Field(None, gt=0, le=100)
     frequency_penalty: Penalty | None = None
     presence_penalty: Penalty | None = None
     logit_bias: dict[BiasedToken, Bias] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=64, fail_fast=True)] | None = None
-    seed: int | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: str | Annotated[list[str], Field(max_length=64, fail_fast=True)] | None = None
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**64)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Literal[1] | None = None
-    # Without effect, as they may be in OpenAI's API: they are about its accounts.
+    # Without effect. In OpenAI's API, too, what they change is not what the answer says. `strict` of a function has
+    # none either: clients set it without being asked, and what the model writes is not constrained.
     user: str | None = None
     metadata: dict[str, Any] | None = None
     store: bool | None = None
     service_tier: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
+
+    def check(self) -> None:
+        """Refuse options that have no effect without another. Raises Refusal."""
+        if self.stream_options is not None and not self.stream:
+            raise Refusal(400, "stream_options needs stream: true", param="stream_options")
 
     def limit(self) -> int | None:
         """Maximum number of tokens to generate; None if the request does not say."""
@@ -169,14 +184,22 @@ class ChatRequest(Asked):
     """A request for the next message of a conversation."""
 
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
-    max_completion_tokens: int | None = Field(None, ge=1, le=LARGEST)
+    max_completion_tokens: Integer | None = Field(None, ge=1, le=LARGEST)
     logprobs: bool | None = None
-    top_logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+    top_logprobs: Integer | None = Field(None, ge=0, le=MOST_LOGPROBS)
     tools: list[Tool] | None = Field(None, max_length=128)
     tool_choice: Literal["auto", "none"] | None = None
     parallel_tool_calls: bool | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
+    reasoning_effort: str | None = Field(None, max_length=32)  # a variable of the chat template, which may know it
+    verbosity: str | None = Field(None, max_length=32)  # without effect
+
+    def check(self) -> None:
+        """See above."""
+        super().check()
+        if self.top_logprobs and not self.logprobs:
+            raise Refusal(400, "top_logprobs needs logprobs: true", param="top_logprobs")
 
     def limit(self) -> int | None:
         """OpenAI's newer name counts, if both are given."""
@@ -187,16 +210,23 @@ class ChatRequest(Asked):
         return (self.top_logprobs or 0) if self.logprobs else None
 
 
+def _not_empty(prompt: Any) -> Any:
+    if prompt in ([], [[]]):
+        raise PydanticCustomError("empty", "the prompt is empty")
+    return prompt
+
+
 class CompletionRequest(Asked):
     """A request for what follows a text, or each of several."""
 
-    prompt: (
+    prompt: Annotated[
         str
         | Annotated[list[str], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
         | Annotated[Tokens, Field(min_length=1)]
-        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)]
-    )
-    logprobs: int | None = Field(None, ge=0, le=MOST_LOGPROBS)
+        | Annotated[list[Tokens], Field(min_length=1, max_length=MOST_PROMPTS, fail_fast=True)],
+        BeforeValidator(_not_empty),
+    ]
+    logprobs: Integer | None = Field(None, ge=0, le=MOST_LOGPROBS)
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
     suffix: Literal[""] | None = None

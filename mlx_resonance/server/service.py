@@ -9,6 +9,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ..errors import UsageError
+from ..generation.conversation import LONGEST_ANSWER
 from ..generation.messages import chat_tokens, prompt_tokens
 from ..generation.sampling import Sampling
 from .errors import Refusal
@@ -18,6 +19,12 @@ from .worker import Piece, Work, Worker
 
 DEFAULT_NAME = "default"
 RETRY_AFTER = 1  # seconds
+
+
+def busy(message: str) -> Refusal:
+    """What a client hears that should come back."""
+    headers = {"Retry-After": str(RETRY_AFTER)}
+    return Refusal(503, f"{message}: try again later", code="queue_full", headers=headers)
 
 
 @dataclass
@@ -30,6 +37,7 @@ class Service:
         sampling: of requests that do not say.
         max_tokens: of requests that do not say; None for what the context has room for.
         queue: maximum number of requests that wait while another is answered.
+        other_name: another name of the model.
     """
 
     worker: Worker
@@ -37,17 +45,27 @@ class Service:
     sampling: Sampling = field(default_factory=Sampling)
     max_tokens: int | None = None
     queue: int = 16
+    other_name: str | None = None
 
     def __post_init__(self) -> None:
         self._inside, self._lock = 0, threading.Lock()
+        engine = self.worker.engine
+        longest = max(map(len, engine.tokenizer.get_vocab()))
+        self._characters = None if engine.context is None else engine.context * longest  # that the context may hold
+        if engine.context is None and self.max_tokens is None:
+            self.max_tokens = LONGEST_ANSWER
+
+    def check_name(self, name: str | None) -> None:
+        """Refuse a name that is not the model's."""
+        if name not in (None, DEFAULT_NAME, self.name, self.other_name):
+            raise Refusal(404, f"The model '{name}' does not exist", code="model_not_found", param="model")
 
     @contextmanager
     def place(self) -> Iterator[None]:
         """A place for a request, from its arrival to its end. Raises Refusal if there is none."""
         with self._lock:
             if self._inside > self.queue:
-                message = f"{self.queue} requests are waiting: try again later"
-                raise Refusal(503, message, code="queue_full", headers={"Retry-After": str(RETRY_AFTER)})
+                raise busy(f"{self.queue} requests are waiting")
             self._inside += 1
         try:
             yield
@@ -61,8 +79,8 @@ class Service:
         Raises:
             Refusal, UsageError: it cannot be answered as it is.
         """
-        if asked.model not in (None, DEFAULT_NAME, self.name):
-            raise Refusal(404, f"The model '{asked.model}' does not exist", code="model_not_found", param="model")
+        self.check_name(asked.model)
+        asked.check()
         engine = self.worker.engine
         vocabulary = engine.model.args.vocab_size
         sampling = self._sampling(asked)
@@ -80,7 +98,7 @@ class Service:
             max_tokens=max_tokens if max_tokens is not None else self.max_tokens,
             sampling=sampling,
             tell=tell,
-            stop=[asked.stop] if isinstance(asked.stop, str) else asked.stop or [],
+            stop=[word for word in ([asked.stop] if isinstance(asked.stop, str) else asked.stop or []) if word],
             penalties=_penalties(asked, vocabulary),
             alternatives=alternatives,
         )
@@ -103,11 +121,24 @@ class Service:
             if tools and not tokenizer.has_tool_calling:
                 raise Refusal(400, "the model's chat template has no tools", param="tools")
             variables: dict[str, Any] = {"tools": tools} if tools else {}
-            return [chat_tokens(tokenizer, [_for_template(message) for message in asked.messages], **variables)]
+            if asked.reasoning_effort is not None:
+                variables["reasoning_effort"] = asked.reasoning_effort
+            messages = [_for_template(message) for message in asked.messages]
+            self._check_characters(sum(len(message["content"]) for message in messages), "messages")
+            return [chat_tokens(tokenizer, messages, **variables)]
         assert isinstance(asked, CompletionRequest)
         single = isinstance(asked.prompt, str) or isinstance(asked.prompt[0], int)
         prompts: Any = [asked.prompt] if single else asked.prompt
+        for prompt in prompts:
+            self._check_characters(len(prompt) if isinstance(prompt, str) else 0, "prompt")
         return [prompt_tokens(tokenizer, prompt) for prompt in prompts]
+
+    def _check_characters(self, characters: int, param: str) -> None:
+        """Refuse a text that cannot fit, however long its tokens are: to tokenize it takes minutes."""
+        if self._characters is not None and characters > self._characters:
+            context = self.worker.engine.context
+            message = f"a prompt of {characters:,} characters exceeds the context of {context:,} tokens"
+            raise Refusal(400, message, code="context_length_exceeded", param=param)
 
     def _check_length(self, prompt: list[int], max_tokens: int | None) -> None:
         engine = self.worker.engine

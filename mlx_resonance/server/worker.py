@@ -10,19 +10,16 @@ from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any
 
-import mlx.core as mx
 from mlx_lm.sample_utils import make_logits_processors
-from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..errors import DeviceError, UsageError
 from ..generation.engine import Engine
 from ..generation.sampling import Sampling
-from ..generation.stream import Response
 from .errors import Refusal
-from .responses import Alternative, TokenLogprob
+from .logprobs import logprob_of
+from .responses import TokenLogprob
 
 logger = logging.getLogger("mlx_resonance.server")
-LEAST = -9999.0  # what OpenAI says for the log-probability of a token that cannot come
 
 
 @dataclass(frozen=True)
@@ -77,6 +74,7 @@ class Worker:
         self.engine = engine
         self._waiting: deque[Work] = deque()
         self._changed = threading.Condition()
+        self._running: Work | None = None
         self._stopped = False
 
     def submit(self, work: Work) -> None:
@@ -98,16 +96,17 @@ class Worker:
         work.tell(None)
 
     def stop(self) -> None:
-        """End the loop once the answer in progress is written; requests that wait get none."""
+        """End the loop within a token, or a chunk of a prompt; every client hears at once that there is no answer."""
         with self._changed:
             self._stopped, left = True, list(self._waiting)
+            left += [] if self._running is None else [self._running]
             self._waiting.clear()
             self._changed.notify()
         for work in left:
             _tell_off(work)
 
     def run(self) -> None:
-        """Answer requests until `stop`, or an interrupt, which ends the answer in progress."""
+        """Answer requests until `stop`, or an exception that is not an `Exception`."""
         try:
             while (work := self._next()) is not None:
                 self._answer(work)
@@ -116,9 +115,11 @@ class Worker:
 
     def _next(self) -> Work | None:
         with self._changed:
+            self._running = None
             while not (self._waiting or self._stopped):
                 self._changed.wait()
-            return self._waiting.popleft() if self._waiting else None
+            self._running = self._waiting.popleft() if self._waiting else None
+            return self._running
 
     def _answer(self, work: Work) -> None:
         try:
@@ -134,8 +135,8 @@ class Worker:
             logger.exception("an answer could not be written")
             work.tell(error)
             self.engine.clear()
-        except BaseException:  # an interrupt
-            work.tell(_stopping())
+        except BaseException:
+            _tell_off(work)
             raise
         finally:
             work.tell(None)
@@ -165,32 +166,7 @@ class Worker:
                 check()
 
 
-def logprob_of(tokenizer: TokenizerWrapper, response: Response, alternatives: int) -> TokenLogprob:
-    """A token's log-probability, and as many of the likeliest tokens'."""
-    row = response.logprobs.reshape(-1).astype(mx.float32)
-    ids: Any = [] if not alternatives else mx.argpartition(-row, kth=alternatives - 1)[:alternatives].tolist()
-    values: Any = row[mx.array([response.token, *ids])].tolist()
-    best = sorted(zip(ids, values[1:], strict=True), key=lambda found: -found[1])
-    others = [_alternative(tokenizer, number, value) for number, value in best]
-    own = _alternative(tokenizer, response.token, values[0])
-    return TokenLogprob(token=own.token, logprob=own.logprob, bytes=own.bytes, top_logprobs=others)
-
-
-def _alternative(tokenizer: TokenizerWrapper, number: int, logprob: float) -> Alternative:
-    text = tokenizer.decode([number])
-    token = tokenizer.convert_ids_to_tokens(number)
-    if token is not None and token.startswith("▁") and not text.startswith(" "):
-        text = f" {text}"  # sentencepiece drops a space at the beginning of a text
-    whole = "\ufffd" not in text
-    return Alternative(
-        token=text, logprob=logprob if logprob > LEAST else LEAST, bytes=list(text.encode()) if whole else None
-    )
-
-
-def _stopping() -> Refusal:
-    return Refusal(503, "the server stops")
-
-
 def _tell_off(work: Work) -> None:
-    work.tell(_stopping())
+    work.cancelled = True  # pieces that come later are not sent
+    work.tell(Refusal(503, "the server stops"))
     work.tell(None)
