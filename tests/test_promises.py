@@ -9,8 +9,11 @@ from __future__ import annotations
 import itertools
 import json
 import shutil
+import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -27,9 +30,15 @@ from mlx_lm.models.cache import QuantizedKVCache
 from .checkpoints import source
 from .serving import CHAT, serving
 from .test_conversation import TEMPLATE
-from .test_distributed import MAIN, start
+from .test_distributed import COMMANDS, MAIN, start
 
 NEW = 16  # tokens of an answer
+TEXT = " ".join(source()[4000:5200].split())  # a line of a pipe is a question to the chat
+HALF, TOO_LONG = TEXT[: len(TEXT) // 2], " ".join(source()[:9000].split())
+ASKED: list[tuple[str, dict[str, Any]]] = [  # of several machines, in this order
+    (TEXT, {}), (TEXT, {"kv_bits": 8}), (TEXT, {"kv_bits": 4}), (TOO_LONG, {}), (TEXT, {"memory": "1GB"}),
+    (TEXT, {"prefill_step_size": 64}), (HALF, {"prompt_cache": None}), (TEXT, {"prompt_cache": None}),
+]  # fmt: skip
 
 
 @dataclass
@@ -134,16 +143,34 @@ class Python(Way):
 
 
 class Machines(Way):
-    """Two processes, as mlx.launch starts them on two Macs."""
+    """Two processes, as mlx.launch starts them on two Macs. Starting them takes long: they carry out all asks at once.
+
+    The folder of a prompt cache is theirs, and what is asked is in `ASKED`.
+    """
 
     def ask(self, text: str, **options: Any) -> Said:
-        arguments = ["-p", text, "--max-tokens", NEW, "--json", *self.flags(**options)]
-        (code, out, err), other = start([[*MAIN, "generate", "-m", self.folder, *arguments]] * 2, self.work)
+        number = ASKED.index((text, options | ({"prompt_cache": None} if "prompt_cache" in options else {})))
+        (code, out, err, _), other = (process[number] for process in machines(self.folder, self.factor))
         assert other[0] == code and not other[1]
         if code:
             return Said(error=next(line for line in err.splitlines() if line.startswith("error: ")))
         result = json.loads(out)
         return Said(result["text"], cached=result.get("cached_tokens"))
+
+
+@cache
+def machines(folder: Path, factor: int) -> list[list[Any]]:
+    """How each of two processes carried out what is asked: exit code, stdout, stderr."""
+    with tempfile.TemporaryDirectory() as name:
+        work, commands = Path(name), []
+        for text, options in ASKED:
+            given = {"factor": factor} | {key: value or work / "kept" for key, value in options.items()}
+            flags = [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+            commands.append([["-m", str(folder), "-p", text, "--max-tokens", str(NEW), "--json", *flags]] * 2)
+        (work / "commands.json").write_text(json.dumps(commands))
+        both = start([[sys.executable, "-c", COMMANDS, work / "commands.json"]] * 2, work)
+    assert [code for code, *_ in both] == [0, 0], both
+    return [json.loads(out) for _, out, _ in both]
 
 
 WAYS = [Generate, Chat, Server, Batch, Python, Machines]
@@ -197,9 +224,6 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
     yield bits
 
 
-TEXT = " ".join(source()[4000:5200].split())  # a line of a pipe is a question to the chat
-
-
 @pytest.fixture(scope="module")
 def expected(tiny: Path) -> dict[int | None, str]:
     """The greedy answer by KV bits, without any engine: mlx-lm's own functions."""
@@ -228,7 +252,7 @@ def test_kv_bits(way: Way, expected: dict[int | None, str], quantized: set[int],
 
 
 def test_the_context_is_checked(way: Way) -> None:
-    said = way.ask(" ".join(source()[:9000].split()))
+    said = way.ask(TOO_LONG)
     assert not said.text and "2,048" in said.error and "context" in said.error
 
 
@@ -267,10 +291,12 @@ def test_the_disk_cache(
     """What one way has read another need not read; several machines keep a part each, which only they can use."""
     folder = tmp_path / "kept"
     first = way if way.name == "Machines" else Generate(tiny, 4, run, tmp_path)
-    half = TEXT[: len(TEXT) // 2]
-    for text in (half, TEXT):  # the second one continues the first one's file
+    for text in (HALF, TEXT):  # the second one continues the first one's file
         said = first.ask(text, prompt_cache=folder)
     assert said.text == expected[None]
+    if way.name == "Machines":  # the second ask has found the first one's file, in each of them
+        assert said.cached is not None and said.cached > 100
+        return
     written = list(folder.glob("*.safetensors"))
     assert len(written) >= 2
     launches.clear()

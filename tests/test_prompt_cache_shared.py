@@ -265,9 +265,10 @@ def test_only_headers_are_read_to_know(tmp_path: Path, monkeypatch: pytest.Monke
     assert kept.known(text(0, 100) + text(500, 60)) == 150
 
 
-@pytest.mark.parametrize(
-    ("dtype", "bits"), [(mx.bfloat16, None), (mx.float32, None), (mx.bfloat16, 8), (mx.bfloat16, 4)]
-)
+MORE = [pytest.param(mx.float32, None, marks=pytest.mark.long), pytest.param(mx.bfloat16, 8, marks=pytest.mark.long)]
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [(mx.bfloat16, None), (mx.bfloat16, 4), *MORE])
 def test_no_second_copy_in_memory(tmp_path: Path, dtype: mx.Dtype, bits: int | None) -> None:
     """The peak of MLX's memory while storing and fetching 60 000 tokens."""
     length, layers = 60_000, 6
