@@ -9,7 +9,7 @@ from mlx_resonance.cli.answer import Printer, summary
 from mlx_resonance.generation.stream import Response
 
 import mlx.core as mx
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 
@@ -30,6 +30,7 @@ def test_a_pipe_gets_every_byte(pieces: list[str]) -> None:
 
 
 @given(st.lists(st.text(alphabet="abc \n", max_size=12), max_size=20), st.integers(5, 30))
+@example([" a", "a", "aaa"], 5)
 def test_a_terminal_gets_every_word_and_no_line_too_long(pieces: list[str], width: int) -> None:
     text, shown = "".join(pieces), printed(pieces, width)
     assert shown.split() == text.split()

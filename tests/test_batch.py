@@ -90,7 +90,7 @@ def test_answers_equal_those_of_one_at_a_time(
     assert batched(loaded, requests, batch_size=batch_size, prefill_step_size=step) == expected
 
 
-@pytest.mark.parametrize("kv_bits", [8, 4])
+@pytest.mark.parametrize("kv_bits", [pytest.param(8, marks=pytest.mark.long), 4])
 def test_quantized_answers_equal_those_of_one_at_a_time(loaded: Any, requests: list[Request], kv_bits: int) -> None:
     wanted = alone(loaded, requests, kv_bits=kv_bits)
     assert batched(loaded, requests, kv_bits=kv_bits, batch_size=3, prefill_step_size=50) == wanted

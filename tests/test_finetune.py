@@ -114,7 +114,13 @@ cli.main()
 """
 
 
-@pytest.mark.parametrize("more", [("--accumulate", 2), ("--q-bits", 4, "--length", 16)], ids=["full", "qlora"])
+@pytest.mark.parametrize(
+    "more",
+    [
+        pytest.param(("--accumulate", 2), id="full", marks=pytest.mark.long),
+        pytest.param(("--q-bits", 4, "--length", 16), id="qlora"),
+    ],
+)
 def test_a_killed_run_resumes_bit_identical(
     run: Any, checkpoint: Path, texts: Path, tmp_path: Path, more: tuple[object, ...]
 ) -> None:

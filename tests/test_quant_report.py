@@ -31,7 +31,7 @@ def log_probabilities(model: Any, tokens: np.ndarray) -> np.ndarray:
     return logits - np.log(np.exp(logits).sum(-1, keepdims=True))
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("kind", [pytest.param("Llama", marks=pytest.mark.long), "Qwen3"])
 def test_it_equals_the_whole_models(stdlib_llama: Path, tmp_path: Path, text: Path, kind: str) -> None:
     source = stdlib_llama
     if kind == "Qwen3":
@@ -74,6 +74,7 @@ def test_it_equals_the_whole_models(stdlib_llama: Path, tmp_path: Path, text: Pa
     assert found["kl_divergence"]["mean"] > 1e-5
 
 
+@pytest.mark.long
 def test_more_bits_diverge_less(stdlib_llama: Path, tmp_path: Path, text: Path) -> None:
     found = [
         convert(stdlib_llama, tmp_path / str(bits), quantize=True, q_bits=bits, quant_report=text).quant_report

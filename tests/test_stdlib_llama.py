@@ -77,7 +77,12 @@ def test_held_out_loss_is_the_recorded_one(stdlib_llama: Path) -> None:
 
 @pytest.mark.parametrize(
     ("rope", "length", "least", "most"),
-    [("default", 512, 0.6, 1), ("default", 2048, 0, 0), ("yarn", 2048, 0.6, 1), ("resonance_yarn", 2048, 0.6, 1)],
+    [
+        ("default", 512, 0.6, 1),
+        ("default", 2048, 0, 0),
+        pytest.param("yarn", 2048, 0.6, 1, marks=pytest.mark.long),
+        ("resonance_yarn", 2048, 0.6, 1),
+    ],
 )
 def test_it_finds_a_key(rope: str, length: int, least: float, most: float, checkpoint: Path, tmp_path: Path) -> None:
     """Within its context with its own angles, past it only with others."""

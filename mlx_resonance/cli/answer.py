@@ -59,8 +59,8 @@ class Printer:
         if not self._word:
             return
         length = cell_len(self._word)
-        if self._column and self._column + len(self._space) + length > self.width:
-            self.out.write("\n" + self._word)
+        if self._column + len(self._space) + length > self.width:
+            self.out.write(("\n" if self._column else "") + self._word)
             self._column = length
         else:
             self.out.write(self._space + self._word)
