@@ -171,6 +171,11 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_2(
         (("generate", "--model", "{model}", "-p", "a", "--stop", ""), "a stop string is empty"),
         (("generate", "--model", "{model}", "-p", "a", "--temp", "1", "--top-k", "2048"), "less than the vocabulary"),
         (("generate", "--model", "{model}", "-p", "a", "--batch-size", "3"), "give --prompts-file"),
+        (("chat", "-m", "{model}", "--no-prompt-cache", "--prompt-cache", "kept"), "contradicts keeping none"),
+        (
+            ("server", "-m", "{model}", "--port=0", "--no-prompt-cache", "--prompt-cache", "kept"),
+            "contradicts keeping none",
+        ),
         (("generate", "--model", "{model}", "-p", "a", "--prompt-cache-size", "5GB"), "give --prompt-cache"),
         (("generate", "--model", "{model}", "-p", "a", "--repetition-penalty", "0"), "repetition_penalty must be"),
         (("generate", "--model", "{model}"), "prompt is empty"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..errors import UsageError
 from .output import stderr
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ def open_engine(
     from ..generation import Engine
     from ..generation.engine import plan_context
 
+    if no_prompt_cache and prompt_cache is not None:
+        raise UsageError("a folder for the KV cache contradicts keeping none on disk", option="prompt_cache")
     kept = None
     if not no_prompt_cache:
         kept = open_cache(checkpoint, kv_bits, prompt_cache, prompt_cache_size)
