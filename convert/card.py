@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance.files import file_of
+from mlx_resonance.release import REPOSITORY, install_command
 from mlx_resonance.rope_config import RopeConfig
 
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,15 +17,14 @@ MAX_CARD = 2**20  # bytes
 TEXT = """
 # {name}
 
-{source} converted to MLX with mlx-resonance.
+{source} converted to MLX with {tool}.
 
 | rope type | base | factor | context before scaling | context |
 | --- | --- | --- | --- | --- |
 | `{rope_type}` | {base:g} | {factor:g} | {trained} | {context} |
 
 ```
-pip install mlx-resonance
-mlx-resonance generate --model {name} --prompt "…"
+{install}mlx-resonance generate --model {name} --prompt "…"
 ```
 {resonance}"""
 
@@ -78,11 +78,13 @@ def write_card(folder: Path, source: str, is_hub_id: bool, card: dict[str, Any],
     text = TEXT.format(
         name=folder.name.removesuffix(".partial"),
         source=source if is_hub_id else f"`{source}`",
+        tool=f"[mlx-resonance]({REPOSITORY})" if REPOSITORY else "mlx-resonance",
         rope_type=rope.rope_type,
         base=rope.base,
         factor=rope.parameters.get("factor") or _quotient(rope.context_length, rope.trained_length),
         trained=rope.trained_length or "unknown",
         context=rope.context_length or "unknown",
+        install=f"{install_command(repository=REPOSITORY)}\n" if REPOSITORY else "",  # not all readers have a clone
         resonance=RESONANCE.format(rope_type=rope.rope_type) if rope.is_resonant else "",
     )
     ModelCard(f"---\n{data.to_yaml()}\n---\n{text}").save(folder / "README.md")

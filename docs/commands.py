@@ -14,6 +14,10 @@ import typer
 HEAD = """# Commands and flags
 
 Written by `python docs/commands.py docs/commands.md`; a test compares the two.
+
+`mlx-resonance --install-completion` makes bash, zsh or fish complete commands, flags, their choices and paths (in zsh
+the first Tab of a session only loads it); `--show-completion` prints the script that does it. `mlx-resonance --version`
+prints the versions and the device, for reports of faults.
 """
 
 

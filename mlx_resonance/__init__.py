@@ -19,15 +19,16 @@ from .frequencies import (  # noqa: E402
     ntk_frequencies,
     yarn_frequencies,
 )
-from .rope import ResonanceRoPE  # noqa: E402
+from .release import VERSION  # noqa: E402
 from .rope_config import RopeConfig  # noqa: E402
 
 if TYPE_CHECKING:
     from .checkpoint import Checkpoint, load
     from .generation import generate, plan_memory, stream_generate
     from .mlx_lm_models import install
+    from .rope import ResonanceRoPE
 
-__version__ = "0.1.0"
+__version__ = VERSION
 __all__ = [
     "Checkpoint",
     "ResonanceRoPE",
@@ -48,8 +49,10 @@ __all__ = [
     "yarn_frequencies",
 ]
 
-# These import mlx-lm and transformers, which takes three seconds; the rotary op and `--help` need neither.
+# These import MLX, and all but the first mlx-lm and transformers, which takes three seconds: a shell that completes a
+# command, and `--help`, need neither.
 _LATER = {
+    "ResonanceRoPE": "rope",
     "Checkpoint": "checkpoint",
     "load": "checkpoint",
     "install": "mlx_lm_models",

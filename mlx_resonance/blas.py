@@ -10,6 +10,7 @@ import sys
 VARIABLE = "MLX_RESONANCE_BLAS"
 KEPT = 256 * 2**20  # bytes: the largest array that malloc reuses, and the most free memory that it keeps
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # from glibc's malloc.h
+COMPLETING = "_MLX_RESONANCE_COMPLETE"  # set by a shell that asks how a command may continue: nothing is computed
 CORE_TYPE = "OPENBLAS_CORETYPE"
 NAMES = ("libopenblas.so.0", "libopenblas.so")
 
@@ -26,7 +27,7 @@ def load_blas() -> str | None:
         The name of the loaded library, or None; unless that was asked for, one log line says why.
     """
     wanted = os.environ.get(VARIABLE, "")
-    if sys.platform != "linux" or wanted.lower() in ("off", "0", "no"):
+    if sys.platform != "linux" or wanted.lower() in ("off", "0", "no") or COMPLETING in os.environ:
         return None
     if "mlx.core" in sys.modules:
         logger.warning("MLX was imported before mlx_resonance: matrix products use MLX's own BLAS")

@@ -94,6 +94,12 @@ def test_demo_generates_past_the_training_length(run: Any) -> None:
     assert "resonance_yarn" in out and result["text"][:200] in out
 
 
+def test_demo_json_is_one_object(run: Any) -> None:
+    code, out, err = run("demo", "--json", "--max-tokens", 4)
+    assert (code, out.count("\n"), list(json.loads(out))) == (0, 1, GENERATION_KEYS)
+    assert "resonance_yarn" in err and json.loads(out)["text"] in err
+
+
 def damaged(kind: str, stdlib_llama: Path, tmp_path: Path) -> Path:
     """A checkpoint with one thing wrong."""
     import shutil
@@ -236,7 +242,7 @@ def test_no_arguments_show_the_help(run: Any) -> None:
 def test_the_installed_command_prints_its_version_and_help() -> None:
     command = Path(sys.executable).with_name("mlx-resonance")
     version = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
-    assert version.stdout.strip() == __import__("mlx_resonance").__version__
+    assert version.stdout.split()[:2] == ["mlx-resonance", __import__("mlx_resonance").__version__]
     text = subprocess.run([command, "--help"], capture_output=True, text=True, check=True).stdout
     assert all(name in text for name in ("convert", "inspect", "generate", "demo"))
     assert max(map(len, text.splitlines())) <= 80

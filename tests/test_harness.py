@@ -302,4 +302,4 @@ def test_without_lm_eval(run: Any, checkpoint: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.delitem(sys.modules, "mlx_resonance.evaluation.harness", raising=False)
     code, out, err = run("eval", "harness", "--model", checkpoint, "--tasks", "any")
     assert (code, out) == (2, "")
-    assert err == "error: lm_eval is missing: pip install 'mlx-resonance[eval]'\n"
+    assert err == "error: lm_eval is missing: pip install '.[eval]' in a clone of mlx-resonance\n"

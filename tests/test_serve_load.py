@@ -263,7 +263,7 @@ def test_what_cannot_be_served_is_one_line(run: Any, checkpoint: Path, monkeypat
     monkeypatch.delenv("MLX_RANK")
     monkeypatch.setitem(sys.modules, "fastapi", None)
     code, out, err = run("server", "-m", checkpoint)
-    assert (code, out, err.count("\n")) == (2, "", 1) and 'pip install "mlx-resonance[server]"' in err
+    assert (code, out, err.count("\n")) == (2, "", 1) and "pip install '.[server]'" in err
 
 
 def test_a_host_that_others_reach_without_a_key_is_said(run: Any, checkpoint: Path) -> None:

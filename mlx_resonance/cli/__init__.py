@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import Annotated
 
 import typer
 
-from .. import __version__
 from . import cache, chat, convert, demo, eval, finetune, generate, inspect, lm, plan, posgen, serve, verify
 from .errors import Command, fail
 
 app = typer.Typer(
     name="mlx-resonance",
     help="Run LLaMA-family models far past the context they were trained on: Resonance-YaRN for MLX.",
-    add_completion=False,
     rich_markup_mode=None,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
@@ -34,26 +33,26 @@ app.command("lm", cls=Command, context_settings=lm.CONTEXT)(lm.command)
 WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
-        print(__version__)
-        raise typer.Exit()
-
-
-@app.callback()
+@app.callback(invoke_without_command=True)
 def _options(
-    version: bool = typer.Option(
-        False, "--version", callback=_version, is_eager=True, help="Show the version and exit."
-    ),
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Show the versions and the device, and exit.")] = False,
 ) -> None:
-    pass
+    if version and context.invoked_subcommand:
+        fail(f"--version takes no command, got {context.invoked_subcommand}", 2)
+    if version:
+        from .version import version_line
+
+        print(version_line())
+    elif not context.invoked_subcommand:
+        fail("no command: --help lists them", 2)
 
 
 def main() -> None:
     """Entry point. Exit code 0: done; 1: the work failed; 2: the request was wrong; 130: interrupted."""
     arguments = sys.argv[1:] or ["--help"]
     try:
-        code = app(arguments, standalone_mode=False)
+        code = app(arguments, prog_name="mlx-resonance", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
     # NotImplementedError: `lm generate --kv-bits` cannot quantize the keys of layers with a sliding window.

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import sys
 import sysconfig
 import tempfile
+from contextlib import nullcontext, redirect_stdout
 from dataclasses import replace
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from typer import Option
 
-from .options import LARGEST
+from .options import LARGEST, Json
 from .output import print_json, stdout
 
 FACTOR, PROMPT_TOKENS, NEW_TOKENS, PREFILL = 8, 640, 256, 128
@@ -22,8 +24,16 @@ def command(
     max_tokens: Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of tokens to generate.")] = NEW_TOKENS,
     temp: Annotated[float, Option(min=0, max=100, help="Sampling temperature.")] = 0.6,
     seed: Annotated[int, Option(min=0, max=2**64 - 1, help="Sampling seed.")] = 1,
+    json: Json = False,
 ) -> None:
     """Convert, inspect and run a tiny LLaMA past its context."""
+    with redirect_stdout(sys.stderr) if json else nullcontext():
+        result = _demo(max_tokens, temp, seed)
+    print_json(result)
+
+
+def _demo(max_tokens: int, temp: float, seed: int) -> dict[str, Any]:
+    """The steps, each after its command line; returns the figures of the text."""
     import mlx.core as mx
 
     from ..checkpoint import Checkpoint
@@ -54,8 +64,7 @@ def command(
         tokens = prompt_tokens(tokenizer, text)[:PROMPT_TOKENS]
         stdout.print(f"… {name}, {len(tokens)} tokens of it; the checkpoint was trained on 512", style="dim")
         stdout.print(tokenizer.decode(tokens[-60:]), style="dim", end="")
-        result = run(engine, tokens, max_tokens, Sampling(temp=temp, seed=seed))
-    print_json(result)
+        return run(engine, tokens, max_tokens, Sampling(temp=temp, seed=seed))
 
 
 def _say(line: str) -> None:

@@ -41,7 +41,7 @@ def command(
 ) -> None:
     """Tasks of lm-eval, which downloads their data, or your own tasks.
 
-    It needs mlx-resonance[eval].
+    It needs the extra `eval`.
     """
     from ..checkpoint import Checkpoint
     from ..evaluation.context import choose_context

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -52,6 +52,11 @@ def _names(text: str) -> list[str]:
     if not all(names):
         raise BadParameter(f"expected names separated by commas, got {text!r}")
     return names
+
+
+def completed_from(names: Collection[str]) -> Callable[[], list[str]]:
+    """For Typer: what a shell may complete a value to."""
+    return lambda: list(names)
 
 
 def _kv_bits(text: str) -> int:
@@ -105,7 +110,8 @@ Context = Annotated[
 Factor = Annotated[
     float | None, Option(min=1, max=2**31, help="Stretch the context to this many times the trained one.")
 ]
-KvBits = Annotated[int | None, Option(parser=_parser(_kv_bits), metavar="8|4", help="Bits of a quantized KV cache.")]
+_bits: dict[str, Any] = {"parser": _parser(_kv_bits), "autocompletion": completed_from(("8", "4")), "metavar": "8|4"}
+KvBits = Annotated[int | None, Option(**_bits, help="Bits of a quantized KV cache.")]
 Temp = Annotated[float | None, Option(min=0, max=100, help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float | None, Option(min=0, max=1, help="Sample from the top tokens of this total probability.")]
 TopK = Annotated[int | None, Option(min=0, max=LARGEST, help="Sample from this many top tokens; 0 for all.")]

@@ -19,7 +19,7 @@ from ..posgen.settings import ENCODINGS, LONGEST, MOST_SEEDS, MOST_STEPS, PRESET
 from ..posgen.tasks import ARITHMETICS, LARGEST_SUM, SUBTASKS, Task
 from ..storage import atomic_file, check_output_folder
 from .errors import Command
-from .options import Json, file, path
+from .options import Json, completed_from, file, path
 from .output import check_outputs, count_bar, draw, print_json, stderr, stdout
 
 app = typer.Typer(help="PosGen: train on short sequences, test on long ones.", no_args_is_help=True)
@@ -34,7 +34,7 @@ def _choice(names: Collection[str], metavar: str | None = None) -> dict[str, Any
                 return name
         raise BadParameter(f"{text!r} is not one of {', '.join(names)}")
 
-    return {"parser": parse, "metavar": metavar or "|".join(names)}
+    return {"parser": parse, "autocompletion": completed_from(names), "metavar": metavar or "|".join(names)}
 
 
 _encoding = _choice(ENCODINGS, "[resonance_]rope|linear|ntk|yarn")

@@ -12,8 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ParamSpec
 from zlib import crc32
 
-import mlx.core as mx
-
 from ..errors import UsageError
 
 if TYPE_CHECKING:
@@ -39,6 +37,8 @@ class Processes:
     def __init__(self) -> None:
         self.rank, self.size, self.agreed = 0, 1, False
         if any(name in os.environ for name in LAUNCHED):
+            import mlx.core as mx
+
             try:
                 self.group = mx.distributed.init()
             except RuntimeError as error:
@@ -47,11 +47,15 @@ class Processes:
 
     def least(self, value: int) -> int:
         """The smallest of all processes' numbers."""
+        import mlx.core as mx
+
         least = mx.distributed.all_min(mx.array(value), group=self.group, stream=mx.cpu)
         return int(least.item())  # type: ignore[arg-type]  # not complex
 
     def first(self, values: Sequence[int]) -> list[int]:
         """Give all the first process's numbers, below 2**31; the others' values must only have the same length."""
+        import mlx.core as mx
+
         mine = mx.array([value if self.rank == 0 else 0 for value in values], mx.int32)
         return mx.distributed.all_sum(mine, group=self.group, stream=mx.cpu).tolist()  # type: ignore[return-value]
 
@@ -64,6 +68,7 @@ class Processes:
 
     def load(self, checkpoint: Checkpoint) -> nn.Module:
         """Load this process's part of a model. Raises UsageError like `Checkpoint.load`, or if it cannot be divided."""
+        import mlx.core as mx
         from mlx.utils import tree_flatten
 
         model = checkpoint.load(lazy=self.size > 1)
@@ -139,7 +144,9 @@ def together(command: Callable[P, None]) -> Callable[P, None]:
             sys.stdout = sys.stderr = open(os.devnull, "w")
         try:
             command(*args, **kwargs)
-            from mlx_lm.generate import generation_stream
+            import mlx.core as mx
+
+            from .._mlx_lm import generation_stream
 
             mx.synchronize(generation_stream)  # a step begun before the end of the text was known needs all of them
             all_of_them.agree()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from ..errors import UsageError
+from ..release import install_hint
 from ..storage import check_output_folder
 from .engine import open_engine
 from .options import (
@@ -126,7 +127,7 @@ def check_server(api_key: str | None) -> None:
         import fastapi  # noqa: F401
         import uvicorn  # noqa: F401
     except ImportError:
-        raise UsageError('the server needs FastAPI and uvicorn: pip install "mlx-resonance[server]"') from None
+        raise UsageError(f"the server needs FastAPI and uvicorn: {install_hint('server')}") from None
     if any(name in os.environ for name in LAUNCHED):
         raise UsageError("the server runs in one process: start it without mlx.launch")
     if api_key is not None and not (api_key.strip() and api_key.isascii() and api_key.isprintable()):

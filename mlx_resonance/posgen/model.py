@@ -3,39 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from ..rope import ResonanceRoPE
+from .settings import ModelConfig
 
 EPSILON = 1e-6  # of the norms
-
-
-@dataclass(frozen=True)
-class ModelConfig:
-    """The shape of the decoder.
-
-    Args:
-        layers: number of layers, each self-attention and a feed-forward.
-        hidden_size: features of the residual stream.
-        heads: number of attention heads.
-        head_dim: features of a head, all of them rotated; even.
-        intermediate_size: features inside the feed-forward.
-        dropout: rate of dropout on embeddings, attention weights and residual branches, inside the feed-forward and
-            after the last norm.
-        train_feed_forward: whether the feed-forward is trained (the official code leaves it at its initial values).
-    """
-
-    layers: int
-    hidden_size: int
-    heads: int
-    head_dim: int
-    intermediate_size: int
-    dropout: float = 0.0
-    train_feed_forward: bool = True
 
 
 class Dropout:

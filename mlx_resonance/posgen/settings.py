@@ -14,7 +14,6 @@ from ..frequencies import (
     ntk_frequencies,
     yarn_frequencies,
 )
-from .model import ModelConfig
 
 BASES = ("rope", "linear", "ntk", "yarn")
 ENCODINGS = (*BASES, *(f"resonance_{base}" for base in BASES))
@@ -23,6 +22,30 @@ DROPOUT_KEYS = 1024  # draws of dropout that a step may use; it needs 2 + 4·lay
 MOST_STEPS = 2**32 // DROPOUT_KEYS  # keys are uint32
 MOST_SEEDS = 1000
 LONGEST = 2**13  # digits of a test row; attention takes memory for their square
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of the decoder.
+
+    Args:
+        layers: number of layers, each self-attention and a feed-forward.
+        hidden_size: features of the residual stream.
+        heads: number of attention heads.
+        head_dim: features of a head, all of them rotated; even.
+        intermediate_size: features inside the feed-forward.
+        dropout: rate of dropout on embeddings, attention weights and residual branches, inside the feed-forward and
+            after the last norm.
+        train_feed_forward: whether the feed-forward is trained (the official code leaves it at its initial values).
+    """
+
+    layers: int
+    hidden_size: int
+    heads: int
+    head_dim: int
+    intermediate_size: int
+    dropout: float = 0.0
+    train_feed_forward: bool = True
 
 
 @dataclass(frozen=True)
