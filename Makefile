@@ -9,7 +9,7 @@ BIN := $(VENV)/bin
 # One thread per process: the processes share the cores.
 PYTEST := OPENBLAS_NUM_THREADS=$${OPENBLAS_NUM_THREADS:-1} OMP_NUM_THREADS=$${OMP_NUM_THREADS:-1} $(BIN)/python -m pytest
 MUTANTS := $(BIN)/python tests/kernels/mutants.py
-BENCHMARKS := $(addprefix benchmarks/,parity.py rotary.py convert.py memory.py finetune_memory.py)
+BENCHMARKS := $(addprefix benchmarks/,parity.py rotary.py dispatch.py convert.py memory.py finetune_memory.py)
 BENCHMARKS += $(addprefix benchmarks/,generate.py kv_formats.py posgen.py posgen_step.py)
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
 # The package that holds SmolLM2-135M-Instruct (Apache 2.0), 93 MB.
@@ -19,7 +19,7 @@ GGUF := build/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .DEFAULT_GOAL := help
 .PHONY: help demo smollm2 test test-real test-long test-browser mutants mutants-if-changed setup lint format notebooks
-.PHONY: docs bench dependencies
+.PHONY: docs bench mac dependencies dist test-floors
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
@@ -31,6 +31,12 @@ smollm2: build/smollm2 build/smollm2-32k ## fetch SmolLM2-135M-Instruct and conv
 
 test: $(VENV)/.installed-test ## run the tests; other arguments for pytest: make test PYTEST_ARGS="-k rope"
 	$(PYTEST) $(PYTEST_ARGS)
+
+test-floors: ## run the tests with the lowest version of every package that pyproject.toml admits, in .venv-floors
+	mkdir -p build
+	grep -oE '"[A-Za-z_-]+(\[[a-z0-9]+\])?>=[^"]+"' pyproject.toml | \
+		sed -E 's/^"([A-Za-z_-]+)(\[.*\])?>=([^"]+)"/\1==\3/' > build/floors.txt
+	PIP_CONSTRAINT=$(CURDIR)/build/floors.txt $(MAKE) test VENV=.venv-floors
 
 test-real: smollm2 $(VENV)/.installed-test ## run the quick ones of the tests on SmolLM2
 	$(PYTEST) tests/real -m "real and not long" $(PYTEST_ARGS)
@@ -65,8 +71,17 @@ notebooks: $(VENV)/.installed-notebooks ## run every notebook, each in a fresh k
 docs: $(VENV)/.installed-docs ## render the docstrings of the public names into build/docs
 	$(BIN)/python docs/build.py build/docs
 
+dist: $(VENV)/.installed-release ## build the wheel and the sdist into dist/, check both, and install them elsewhere
+	rm -rf dist build/lib build/bdist.*
+	$(BIN)/python -m build
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/python .ci/check_dist.py dist $${TAG:+"$$TAG"} # the tag of a release must be that of the version
+
 dependencies: # of all checks, one pip at a time
 	$(MAKE) --jobs=1 $(addprefix $(VENV)/.installed-,test lint docs notebooks browser)
+
+mac: $(VENV)/.installed ## measure this machine in three minutes: a table to paste; make mac MAC_ARGS="--model FOLDER"
+	@$(BIN)/python benchmarks/mac.py $(MAC_ARGS)
 
 bench: $(VENV)/.installed-test ## measure the numbers that need no arguments; each script ends in one JSON line
 	for script in $(BENCHMARKS); do $(BIN)/python "$$script" || exit 1; done

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any
 
+from mlx_resonance._mlx_lm import QUANT_RECIPES, mixed_quant_predicate_builder
 from mlx_resonance.errors import UsageError, check_option
 from mlx_resonance.validation import QUANTIZATIONS
 
@@ -18,7 +19,6 @@ import mlx.nn as nn
 import mlx_lm.utils
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.convert import QUANT_RECIPES, mixed_quant_predicate_builder
 
 MODES = tuple(QUANTIZATIONS)
 BITS, GROUP_SIZES = QUANTIZATIONS["affine"]

@@ -11,15 +11,17 @@ from numbers import Integral
 from pathlib import Path
 from typing import Any
 
-import mlx_lm.utils
-from mlx_lm.tokenizer_utils import (
+from mlx_lm.tokenizer_utils import TokenizerWrapper
+from transformers import AutoConfig
+
+from . import _mlx_lm
+from ._mlx_lm import (
     BPEStreamingDetokenizer,
     NaiveStreamingDetokenizer,
     SPMStreamingDetokenizer,
-    TokenizerWrapper,
+    set_detokenizer,
+    wrapped,
 )
-from transformers import AutoConfig
-
 from .errors import MissingFileError, UsageError
 from .files import MAX_INDEX, file_of, read_json
 
@@ -33,6 +35,7 @@ SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.js
 # On for a tokenizer.model in transformers 4, unless tokenizer_config.json turns them off; transformers 5 puts no BOS in
 # front, which LLaMA 1 and 2 were trained with.
 OF_SENTENCEPIECE = ("add_bos_token", "legacy")
+READS_SENTENCEPIECE = (5, 24)  # of transformers 5, the first that merges by the scores in tokenizer.model
 NO_CODE = {"trust_remote_code": False}  # transformers would ask whether to run it
 
 logger = logging.getLogger("mlx_resonance")
@@ -79,16 +82,16 @@ class Tokenizer(TokenizerWrapper):  # type: ignore[misc]  # mypy does not follow
     @property
     def bos_token_id(self) -> int | None:
         """For those who put it in front of ids. Raises UsageError like `encode`."""
-        return self._known([self._tokenizer.bos_token_id])[0]
+        return self._known([wrapped(self).bos_token_id])[0]
 
     @property
     def eos_token_id(self) -> int | None:
         """For those who append it to ids. Raises UsageError like `encode`."""
-        return self._known([self._tokenizer.eos_token_id])[0]
+        return self._known([wrapped(self).eos_token_id])[0]
 
     def encode(self, *args: Any, **options: Any) -> list[int]:
         """transformers' method. Raises UsageError for a token that the model has no row for."""
-        return self._known(self._tokenizer.encode(*args, **options))
+        return self._known(wrapped(self).encode(*args, **options))
 
     def apply_chat_template(self, *args: Any, tokenize: bool = True, **options: Any) -> Any:
         """mlx-lm's method, with one BOS where the template and the text begin with one each.
@@ -104,7 +107,7 @@ class Tokenizer(TokenizerWrapper):  # type: ignore[misc]  # mypy does not follow
             raise template_error(f"fails: {type(error).__name__}: {error}") from None
         if not tokenize:
             return result
-        if len(self._known(result)) > 1 and result[0] == result[1] == self._tokenizer.bos_token_id:
+        if len(self._known(result)) > 1 and result[0] == result[1] == wrapped(self).bos_token_id:
             return result[1:]
         return result
 
@@ -170,7 +173,7 @@ def load_tokenizer(
         elif (folder / "tokenizer.model").is_file() and b'"ByteFallback"' in _state(wrapper):
             # mlx-lm looks for the kind of a decoder in tokenizer.json. The one it takes without repeats bytes, and
             # drops a space at the beginning of each line.
-            _set_detokenizer(wrapper, SPMStreamingDetokenizer)
+            set_detokenizer(wrapper, SPMStreamingDetokenizer)
         _decode_bytes(wrapper)
     except Exception as error:  # the tokenizers library raises bare Exception
         raise UsageError(f"the tokenizer of {folder} cannot be loaded: {error}") from None
@@ -178,7 +181,7 @@ def load_tokenizer(
     without_row = {number: token for token, number in wrapper.get_vocab().items() if number >= rows}
     wrapper.__class__ = Tokenizer
     wrapper._rows, wrapper._without_row = rows, without_row
-    ends = {*wrapper.eos_token_ids, wrapper._tokenizer.eos_token_id}  # mlx-lm 0.31 leaves out the latter
+    ends = {*wrapper.eos_token_ids, wrapped(wrapper).eos_token_id}  # mlx-lm 0.31 leaves out the latter
     wrapper.eos_token_ids = [number for number in ends if number is not None and number < rows]
     if without_row:
         first = ", ".join(f"{token!r:.80} ({number})" for number, token in sorted(without_row.items())[:5])
@@ -207,7 +210,11 @@ def end_tokens(folder: Path, config: Mapping[str, Any]) -> list[int] | None:
 
 
 def _check_packages(path: Path) -> None:
-    """Raise UsageError if a package that reads this tokenizer.model is missing: it is sentencepiece's or tiktoken's."""
+    """Raise UsageError if this tokenizer.model, which is sentencepiece's or tiktoken's, cannot be read.
+
+    A package that reads it is missing, or transformers would give a text other token ids than sentencepiece does.
+    """
+    from transformers import __version__ as version
     from transformers.utils import is_protobuf_available, is_sentencepiece_available, is_tiktoken_available
 
     with path.open("rb") as file:
@@ -216,11 +223,16 @@ def _check_packages(path: Path) -> None:
     needed = needed or {"sentencepiece": is_sentencepiece_available(), "protobuf": is_protobuf_available()}
     if missing := [package for package, is_there in needed.items() if not is_there]:
         raise UsageError(f"{path} cannot be read without {' and '.join(missing)}: install {' '.join(missing)}")
+    if not is_text and tuple(map(int, version.split(".")[:2])) < READS_SENTENCEPIECE:
+        raise UsageError(
+            f"{path} has no tokenizer.json beside it, and transformers {version} reads it wrongly: install "
+            "transformers 5.24 or later, which needs Python 3.11"
+        )
 
 
 def _read(folder: Path, settings: Mapping[str, dict[str, Any]], options: dict[str, Any], eos: Any) -> TokenizerWrapper:
     """What mlx-lm makes of a folder, or of a copy with corrected settings: transformers reads nothing but files."""
-    load = getattr(mlx_lm.utils.load_tokenizer, "of_mlx_lm", mlx_lm.utils.load_tokenizer)
+    load = _mlx_lm.original("load_tokenizer")
     right = {name: _corrected(values) for name, values in settings.items()}
     if right == settings:
         return load(folder, options, eos_token_ids=eos)
@@ -262,7 +274,7 @@ def _use_file(wrapper: TokenizerWrapper, path: Path, settings: Mapping[str, Any]
     from tokenizers import Tokenizer as Backend
     from transformers import PreTrainedTokenizerFast
 
-    tokenizer = wrapper._tokenizer
+    tokenizer = wrapped(wrapper)
     rebuilt = isinstance(tokenizer, PreTrainedTokenizerFast) and "__init__" in vars(type(tokenizer))
     if not rebuilt or type(tokenizer) is PreTrainedTokenizerFast:
         return
@@ -277,21 +289,21 @@ def _use_file(wrapper: TokenizerWrapper, path: Path, settings: Mapping[str, Any]
         if isinstance(token, str) and backend.token_to_id(token) is None:
             setattr(tokenizer, name, None)
     if not tokenizer.added_tokens_encoder.items() <= before.items():  # mlx-lm's detokenizer lists the tokens
-        _set_detokenizer(wrapper, BPEStreamingDetokenizer if _encodes_bytes(backend) else NaiveStreamingDetokenizer)
+        set_detokenizer(wrapper, BPEStreamingDetokenizer if _encodes_bytes(backend) else NaiveStreamingDetokenizer)
 
 
 def _decode_bytes(wrapper: TokenizerWrapper) -> None:
     """Give a tokenizer that encodes bytes as letters the decoder that undoes it, if it has another or none."""
     from tokenizers import decoders
 
-    backend = getattr(wrapper._tokenizer, "backend_tokenizer", None)
+    backend = getattr(wrapped(wrapper), "backend_tokenizer", None)
     if backend is not None and _encodes_bytes(backend) and not _is_byte_level(backend.decoder):
         backend.decoder = decoders.ByteLevel()
-        _set_detokenizer(wrapper, BPEStreamingDetokenizer)
+        set_detokenizer(wrapper, BPEStreamingDetokenizer)
 
 
 def _state(wrapper: TokenizerWrapper) -> bytes:
-    backend = getattr(wrapper._tokenizer, "backend_tokenizer", None)
+    backend = getattr(wrapped(wrapper), "backend_tokenizer", None)
     return b"" if backend is None or backend.decoder is None else bytes(backend.decoder.__getstate__())
 
 
@@ -302,9 +314,3 @@ def _encodes_bytes(backend: Any) -> bool:
 
 def _is_byte_level(part: Any) -> bool:
     return part is not None and b'"ByteLevel"' in part.__getstate__()
-
-
-def _set_detokenizer(wrapper: TokenizerWrapper, make: Any) -> None:
-    """Replace the streaming detokenizer: mlx-lm 0.31 makes one for every text, later versions copy one."""
-    wrapper._detokenizer_class = make
-    wrapper._detokenizer = make(wrapper._tokenizer)

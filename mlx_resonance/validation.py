@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import logging
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from typing import TYPE_CHECKING, Any
 
+from . import _mlx_lm
 from .config_values import check_values
 from .errors import UsageError
 
@@ -190,8 +190,7 @@ def attention_window(config: Mapping[str, Any]) -> int | None:
 
 def model_classes(config: Mapping[str, Any]) -> tuple[type[nn.Module], Any]:
     """mlx-lm's model class and arguments class for a supported `model_type`."""
-    module = importlib.import_module(f"mlx_lm.models.{SUPPORTED[config['model_type']]}")
-    return module.Model, module.ModelArgs
+    return _mlx_lm.model_classes(SUPPORTED[config["model_type"]])
 
 
 # What mlx-lm says of tensors that do not fit, in many lines, and what that means.

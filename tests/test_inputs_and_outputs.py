@@ -163,7 +163,7 @@ def make_socket(path: Path) -> None:
 
 KINDS: dict[str, Callable[[Path], object]] = {
     "a named pipe": os.mkfifo,
-    "a device": lambda path: path.symlink_to("/dev/full"),
+    "a device": lambda path: path.symlink_to("/dev/null"),
     "a socket": make_socket,
     "a folder": Path.mkdir,
     "not a folder": lambda path: None,  # the folder above is a file

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -177,13 +178,13 @@ def test_names_and_addresses(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) 
     from mlx_resonance.checkpoint import Checkpoint
 
     assert public_name(Checkpoint.open(checkpoint)) == "model"
-    both = [
-        (family, 1, 6, "", (host, 0)) for family, host in ((socket.AF_INET, "127.0.0.1"), (socket.AF_INET, "127.0.0.2"))
-    ]
+    second = "127.0.0.2" if sys.platform == "linux" else "::1"  # a Mac has no other address of version 4
+    families = {"127.0.0.1": socket.AF_INET, "127.0.0.2": socket.AF_INET, "::1": socket.AF_INET6}
+    both = [(families[host], 1, 6, "", (host, 0)) for host in ("127.0.0.1", second)]
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: both)
     with listen("localhost.example", 0) as listeners:
         addresses = [listener.getsockname() for listener in listeners]
-        assert [address[0] for address in addresses] == ["127.0.0.1", "127.0.0.2"]
+        assert [address[0] for address in addresses] == ["127.0.0.1", second]
         assert addresses[0][1] == addresses[1][1] and all(map(is_loopback, listeners))
     monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: [(socket.AF_INET, 1, 6, "", ("0.0.0.0", 0))])
     with listen("localhost.example", 0) as (listener,):

@@ -14,7 +14,7 @@ from typing import Any
 from mlx_resonance.errors import UsageError
 from mlx_resonance.files import read_config
 from mlx_resonance.generation import prompt_tokens
-from mlx_resonance.tokenizer import load_tokenizer
+from mlx_resonance.tokenizer import READS_SENTENCEPIECE, load_tokenizer
 
 import pytest
 import transformers
@@ -177,6 +177,12 @@ def from_sentencepiece(folder: Path, model: bytes, settings: Any, kind: str = "l
     return folder
 
 
+needs_5_24 = pytest.mark.skipif(
+    tuple(map(int, transformers.__version__.split(".")[:2])) < READS_SENTENCEPIECE, reason="refused: the test below"
+)
+
+
+@needs_5_24
 @pytest.mark.parametrize("kind", ["llama", "mistral"])
 @pytest.mark.parametrize(
     ("settings", "bos"),
@@ -205,6 +211,15 @@ def test_tokenizer_model_alone_puts_bos_in_front(
     assert streamed(tokenizer, expected.encode(indented)).strip(" ") == indented
     after = tokenizer.convert_ids_to_tokens(tokenizer.encode("<s>import", add_special_tokens=False))
     assert after == ["<s>", *expected.encode("import", out_type=str)]  # `legacy`, also the default of transformers 4
+
+
+def test_a_transformers_that_reads_it_wrongly_is_refused(
+    sentencepiece_model: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """5.20 gives the text of the test above other ids: it merges in the order of the ids, or not at all."""
+    monkeypatch.setattr("transformers.__version__", "5.20.2")
+    with pytest.raises(UsageError, match=r"no tokenizer\.json beside it, and transformers 5\.20\.2 reads it wrongly"):
+        opened(from_sentencepiece(tmp_path / "model", sentencepiece_model, None))
 
 
 @pytest.mark.parametrize("package", ["sentencepiece", "protobuf", "tiktoken"])

@@ -44,8 +44,7 @@ def refuse_batches() -> None:
 
     It loads its model on a thread: if that fails, end the process, which would answer nothing.
     """
-    from mlx_lm.server import ModelProvider
-
+    from .._mlx_lm import ModelProvider
     from ..generation.prompt_cache import refuse_changing_angles
 
     load, load_default = ModelProvider.load, ModelProvider.load_default

@@ -10,9 +10,9 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
-from mlx_lm.tuner.trainer import grad_checkpoint
 
 from .. import attention
+from .._mlx_lm import grad_checkpoint
 from .positions import caches_at
 
 LOGITS = 64 * 10**6  # bytes that logits and what is computed from them take at once

@@ -10,9 +10,9 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import mlx_lm.utils
 from mlx.utils import tree_flatten
 
+from .._mlx_lm import make_shards
 from ..checkpoint import Checkpoint
 from ..files import INDEX
 from ..storage import disk_errors
@@ -96,7 +96,7 @@ def _dequantized(layer: nn.Module) -> mx.array:
 
 def _save(folder: Path, weights: dict[str, mx.array]) -> None:
     """Write weights and their index. Each tensor is made when its turn comes, and let go."""
-    shards = mlx_lm.utils.make_shards(weights)
+    shards = make_shards(weights)
     weights.clear()
     total, place = 0, dict[str, str]()
     for i, shard in enumerate(shards):

@@ -8,8 +8,8 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_map
-from mlx_lm.models.cache import BatchKVCache, KVCache, QuantizedKVCache
 
+from .._mlx_lm import BatchKVCache, KVCache, QuantizedKVCache
 from .cache import make_cache
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import mlx.nn as nn
-from mlx_lm.models.cache import KVCache, QuantizedKVCache, make_prompt_cache
+from mlx_lm.models.cache import make_prompt_cache
 
+from .._mlx_lm import KVCache, QuantizedKVCache
 from ..errors import UsageError, check_option
 
 GROUP_SIZES = (64, 32)  # values that share a scale and a bias; MLX has no smaller groups

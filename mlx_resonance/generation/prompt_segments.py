@@ -14,9 +14,9 @@ from typing import Any, BinaryIO
 import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
-from mlx_lm.models.cache import KVCache, QuantizedKVCache
 from numpy.typing import NDArray
 
+from .._mlx_lm import KVCache, QuantizedKVCache
 from ..errors import UsageError
 from ..files import ITEM_SIZES, TensorInfo
 

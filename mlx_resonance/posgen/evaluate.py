@@ -7,9 +7,9 @@ from typing import Any
 
 import mlx.core as mx
 import numpy as np
-from mlx_lm.models.cache import KVCache
 from numpy.typing import NDArray
 
+from .._mlx_lm import KVCache
 from ..rope import ResonanceRoPE
 from .data import tokens
 from .model import Decoder
