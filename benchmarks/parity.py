@@ -10,12 +10,15 @@ the errors of all three against transformers' model in float64 with exact angles
 from __future__ import annotations
 
 import json
+import os
 import sys
 import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("MLX_ENABLE_TF32", "0")  # before MLX is loaded: on an M5 it would round factors to 10 bits
 
 from mlx_resonance import Checkpoint, RopeConfig
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from mlx_resonance.checkpoint import ROPE_KEYS, Checkpoint
+from mlx_resonance.float32 import in_float32
 from mlx_resonance.tied_head import EMBEDDING, HEAD
 
 import mlx.core as mx
@@ -26,7 +27,7 @@ def compare_logits(result: Source) -> dict[str, Any] | str:
     """Compare the logits of our model with those of transformers' for the same weights and wavelengths, in float32.
 
     transformers has no resonance types: its model is given the wavelengths. Weights that are quantized are given to it
-    dequantized.
+    dequantized. Where MLX may use TF32, a process without it compares.
 
     Args:
         result: a folder in MLX's format.
@@ -42,6 +43,11 @@ def compare_logits(result: Source) -> dict[str, Any] | str:
     layers = _layers_that_fit(checkpoint)
     if layers < 1:
         return f"a layer in float32 takes more than a quarter of the memory, {MEMORY / 1e9:.3g} GB"
+    return in_float32(_compare, result, layers)
+
+
+def _compare(result: Source, layers: int) -> dict[str, Any] | str:
+    checkpoint = result.checkpoint
     tokens = np.random.default_rng(0).integers(0, checkpoint.config["vocab_size"], (1, TOKENS))
     model = checkpoint.load(lazy=True)
     model.model.layers = model.model.layers[:layers]

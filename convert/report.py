@@ -25,7 +25,8 @@ POSITIONS = 256  # with logits in memory at once
 def quantization_report(result: Source, source: Source, ids: list[int]) -> dict[str, Any]:
     """Compare a quantized checkpoint with its source, both with the rope settings of the former, in float32.
 
-    At most one layer is in memory, whatever the size of the model.
+    At most one layer is in memory, whatever the size of the model. Where MLX multiplies in TF32, it does so for both:
+    unlike in verification, no bound decides on these figures.
 
     Args:
         result: the quantized checkpoint.

@@ -11,6 +11,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+# Exact float32 products on every GPU, here and in the processes that tests start. MLX reads this once.
+os.environ["MLX_ENABLE_TF32"] = "0" if "mlx.core" not in sys.modules else "too late"
+
 from mlx_resonance import cli  # before anything imports mlx.core: it loads a fast BLAS on Linux
 from mlx_resonance.checkpoint import Checkpoint
 

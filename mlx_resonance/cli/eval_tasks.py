@@ -121,6 +121,7 @@ def ask_files(
     """Ask the questions of a benchmark's files, and show the scores."""
     from ..evaluation.answers import Answers
     from ..evaluation.prompts import Limits, check_fits
+    from ..wired import wired
 
     tokenizer, asked = checkpoint.tokenizer, Counter[str]()
     limits = Limits(context, truncation, chat and tokenizer.has_chat_template)
@@ -132,7 +133,7 @@ def ask_files(
             prompts.append(prompt)
     settings = {"context": context, "truncation": truncation, "chat_template": limits.chat, "max_tokens": max_tokens}
     answers = Answers(benchmark.KIND, checkpoint, output, settings, kv_bits)
-    with count_bar() as bar:
+    with count_bar() as bar, wired():
         advance, lines = _advance(bar, len(prompts)), []
         for prompt in prompts:
             lines.append(answers.ask(prompt, limits))

@@ -23,6 +23,7 @@ import mlx.nn as nn
 from mlx_lm.models.cache import can_trim_prompt_cache, trim_prompt_cache
 
 from ..errors import ANOTHER, MissingFileError, UsageError, check_option
+from ..release import install_hint
 
 try:
     import lm_eval
@@ -31,7 +32,7 @@ try:
     from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
     from tqdm import tqdm
 except ModuleNotFoundError as error:
-    raise UsageError(f"{error.name} is missing: pip install 'mlx-resonance[eval]'") from None
+    raise UsageError(f"{error.name} is missing: {install_hint('eval')}") from None
 
 from ..checkpoint import Checkpoint
 from ..generation import prompt_tokens
@@ -39,6 +40,7 @@ from ..generation.cache import make_cache
 from ..generation.prefill import prefill
 from ..rope import expect
 from ..run_log import Record
+from ..wired import wired
 from .answers import greedy
 from .responses import Response, Responses, temperature
 
@@ -243,6 +245,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None) -> Tasks:
     return manager
 
 
+@wired()
 def run_harness(
     checkpoint: Checkpoint,
     tasks: Sequence[str],

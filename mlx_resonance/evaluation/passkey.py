@@ -17,6 +17,7 @@ from ..generation import generate
 from ..rope_types import LONGEST
 from ..run_log import Record, RunLog
 from ..scaling import check_context
+from ..wired import wired
 
 KIND = "passkey"
 KEY = ("length", "depth", "repetition")
@@ -109,6 +110,7 @@ def first_integer(text: str) -> int | None:
     return None if found is None else int(found[0])
 
 
+@wired()
 def run_passkey(
     checkpoint: Checkpoint,
     grid: PasskeyGrid,

@@ -33,6 +33,7 @@ from ..errors import ANOTHER, UsageError, check_option
 from ..rope_config import RopeConfig
 from ..run_log import Record, RunLog
 from ..scaling import check_context, factor_for
+from ..wired import wired
 from .windows import Document, Job, Options, Protocol
 
 KIND = "perplexity"
@@ -92,6 +93,7 @@ def select_documents(
     return chosen, number - len(chosen)
 
 
+@wired()
 def run_perplexity(
     subjects: Sequence[Subject],
     protocol: Protocol,

@@ -14,6 +14,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..errors import UsageError, check_option
 from ..rope_types import LONGEST
 from ..run_log import Record, check_field
+from ..wired import wired
 from .answers import Answers, summarize
 from .prompts import Limits, Prompt, read_lines
 from .ruler import DOWNLOADED, TASKS, made_essay
@@ -140,6 +141,7 @@ def largest(tokens: Callable[[int], int], limit: int, least: int) -> int:
     return low
 
 
+@wired()
 def run_ruler(answers: Answers, grid: RulerGrid, on_answer: Callable[[Record], None] | None = None) -> list[Record]:
     """The answers to the examples of a grid; those that the run log does not have are made and asked.
 

@@ -21,6 +21,7 @@ from ..rope import expect
 from ..run_log import RunLog
 from ..storage import atomic_folder, check_new_folder, in_the_way
 from ..training import train, warmup_linear
+from ..wired import wired
 from .base import check_trainable, is_quantized, prepare
 from .chunks import activation_checkpointing, next_token_loss
 from .data import Batches, data_files, packed, token_ids, token_weights
@@ -109,7 +110,7 @@ def finetune(
         dtype = dtype or str(trained.model.norm.weight.dtype).removeprefix("mlx.core.")
         prepare(trained, recipe)
         expect(trained, context or 0)  # angles that change with the length are those of the whole context
-        with activation_checkpointing(trained, recipe.grad_checkpoint):
+        with wired(model=trained), activation_checkpointing(trained, recipe.grad_checkpoint):
             _train(trained, recipe, sequences, log, checkpoint_every, on_step, context)
             held = {} if held_out is None else {"valid_loss": _mean_loss(trained, held_out, recipe.batch_size)}
         found = {

@@ -13,8 +13,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .._mlx_lm import generation_stream
 from ..errors import MissingFileError, UsageError
 from ..run_log import Record, RunLog, json_lines
+from ..wired import wired
 from .beginnings import SHARED, by_beginning
 from .engine import Engine
 from .messages import prompt_tokens
@@ -102,16 +104,17 @@ def generate_batch(
         engine.check(request.tokens, max_tokens)
     if sampling.seed is not None:
         mx.random.seed(sampling.seed)
-    batch = Batch(engine, sampling, stop, max_tokens, batch_size)
     waiting = deque(by_beginning([request.tokens for request in requests], SHARED))
-    try:
-        while waiting or batch.rows:
-            while waiting and batch.has_room():
-                index, shared = waiting.popleft()
-                batch.insert(requests[index], shared, last=not waiting)
-            yield from batch.step()
-    finally:
-        batch.generator.close()
+    with wired(generation_stream, model=model):
+        batch = Batch(engine, sampling, stop, max_tokens, batch_size)
+        try:
+            while waiting or batch.rows:
+                while waiting and batch.has_room():
+                    index, shared = waiting.popleft()
+                    batch.insert(requests[index], shared, last=not waiting)
+                yield from batch.step()
+        finally:
+            batch.generator.close()
 
 
 def sequences(prompts: Sequence[Sequence[int]], batch_size: int) -> int:

@@ -6,13 +6,13 @@ from collections.abc import Sequence
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import generation_stream
 
+from .._mlx_lm import generation_stream
 from ..rope import expect
+from ..wired import wired
 from .cache import make_cache
 from .prefill import STEP, Pace, Progress, prefill
 from .prompt_cache import PromptCache
-from .stream import wired
 
 CHUNKS = 4  # read before a file is written
 MOST_FILES = 32  # of a document
@@ -51,12 +51,13 @@ def read_document(
         if progress is not None:
             progress(at, total)
 
-    for i in range(count):
-        end = known + (total - known) * (i + 1) // count
-        try:
-            with wired(model), mx.stream(generation_stream):
-                prefill(model, [*tokens[:end], 0], cache, pace=pace, prompt_progress_callback=tell)
-        finally:
-            done = cache[0].offset
-            kept.store(tokens[:done], cache, least=1)
+    with wired(generation_stream, model=model):
+        for i in range(count):
+            end = known + (total - known) * (i + 1) // count
+            try:
+                with mx.stream(generation_stream):
+                    prefill(model, [*tokens[:end], 0], cache, pace=pace, prompt_progress_callback=tell)
+            finally:
+                done = cache[0].offset
+                kept.store(tokens[:done], cache, least=1)
     return done - known

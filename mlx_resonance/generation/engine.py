@@ -8,22 +8,23 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import generation_stream
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .._mlx_lm import generation_stream
 from ..checkpoint import Checkpoint
 from ..errors import UsageError, check_option
 from ..rope import expect
 from ..rope_types import LONGEST
 from ..scaling import check_context
 from ..tokenizer import check_ids
+from ..wired import wired
 from .cache import make_cache
 from .memory import MemoryPlan, plan_memory, require_memory
 from .prefill import STEP, Pace, Progress, prefill
 from .prompt_cache import PromptCache, common_prefix
 from .sampling import LogitsProcessor, Sampling
 from .stop import StopStrings
-from .stream import Response, check_length, wired, write
+from .stream import Response, check_length, write
 
 ENOUGH = 256  # tokens more that an entry on disk must hold than the cache in memory, to be read instead
 GROWTH = 256  # tokens that a cache grows by, at least
@@ -127,7 +128,7 @@ class Engine:
         if self.disk_cache is not None and not cache[0].offset:
             self.disk_cache.fetch(prompt, cache)
         try:
-            with wired(self.model), mx.stream(generation_stream):
+            with wired(generation_stream, model=self.model), mx.stream(generation_stream):
                 prefill(self.model, prompt, cache, pace=self.pace, prompt_progress_callback=progress)
         finally:
             self._keep(prompt)

@@ -13,6 +13,7 @@ from ..errors import ANOTHER, FileInTheWayError, UsageError, check_option
 from ..files import read_header
 from ..run_log import RunLog
 from ..storage import atomic_file, disk_errors
+from ..wired import wired
 from .settings import LONGEST, Settings
 from .sweep import FIELDS, KEY, KIND, from_header, header, read_results
 from .tasks import Task
@@ -21,6 +22,7 @@ from .train import Best, Progress, Run, results, run_training
 RUN, CHECKPOINT, WEIGHTS = "run.jsonl", "checkpoint.safetensors", "model.safetensors"
 
 
+@wired()
 def train_into(
     folder: Path,
     preset: str,
@@ -65,6 +67,7 @@ def train_into(
     return result
 
 
+@wired()
 def evaluate_from(folder: Path, encoding: str | None = None, length: int | None = None) -> dict[str, Any]:
     """Test a trained model again.
 

@@ -14,6 +14,7 @@ import mlx.core as mx
 
 from ..errors import UsageError
 from ..run_log import Record, RunLog, check_field, read_run_log
+from ..wired import wired
 from .settings import ENCODINGS, Settings, settings_from
 from .tasks import SUBTASKS, Task
 from .train import Progress, Run, results, run_training
@@ -69,6 +70,7 @@ def runs_left(
                     yield Run(replace(task, subtask=subtask), settings, left, seed)
 
 
+@wired()
 def run_sweep(
     output: Path, preset: str, settings: Settings, task: Task, *,
     subtasks: Sequence[str] = SUBTASKS, encodings: Sequence[str] = ENCODINGS, seeds: Sequence[int],
