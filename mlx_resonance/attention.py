@@ -39,6 +39,26 @@ def set_rope(model: nn.Module, rope: RopeConfig) -> None:
     model.args.rope = rope
 
 
+class Inference:
+    """A model for a loop that generates: MLX can neither differentiate nor map what it computes.
+
+    mlx-lm's loops take it in place of the model. The results are the same; on a GPU a step costs the CPU less.
+
+    Args:
+        model: one that `set_rope` has been called on.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._rope = model, model.model.rope
+
+    def __call__(self, *args: Any, **kwargs: Any) -> mx.array:
+        with self._rope.inference():
+            return self._model(*args, **kwargs)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._model, name)
+
+
 def next_token_logits(model: nn.Module, hidden: mx.array) -> mx.array:
     """Logits (…, vocabulary) from hidden states (…, hidden), computed as the model does after its layers."""
     args: Any = model.args
@@ -79,16 +99,25 @@ def _attention(of_mlx_lm: Callable[..., mx.array]) -> Callable[..., mx.array]:
     def call(self: Any, x: mx.array, mask: mx.array | str | None = None, cache: Any = None) -> mx.array:
         if not getattr(self, "_adapted", False):
             return of_mlx_lm(self, x, mask, cache)
-        rope = self.rope
         B, L, _ = x.shape
-        queries = self.q_proj(x).reshape(B, L, self.n_heads, -1)
-        keys = self.k_proj(x).reshape(B, L, self.n_kv_heads, -1)
-        values = self.v_proj(x).reshape(B, L, self.n_kv_heads, -1).transpose(0, 2, 1, 3)
+        part = self.__getitem__  # of a module: a tenth of the time that an attribute takes
+        queries, keys, values = part("q_proj")(x), part("k_proj")(x), part("v_proj")(x)
+        if L == 1:  # (B, H, L, D) without a transposition
+            queries = queries.reshape(B, self.n_heads, 1, -1)
+            keys = keys.reshape(B, self.n_kv_heads, 1, -1)
+            values = values.reshape(B, self.n_kv_heads, 1, -1)
+        else:
+            queries = queries.reshape(B, L, self.n_heads, -1)
+            keys = keys.reshape(B, L, self.n_kv_heads, -1)
+            values = values.reshape(B, L, self.n_kv_heads, -1)
         if "q_norm" in self:
-            queries, keys = self.q_norm(queries), self.k_norm(keys)
-        queries, keys = queries.transpose(0, 2, 1, 3), keys.transpose(0, 2, 1, 3)
+            queries, keys = part("q_norm")(queries), part("k_norm")(keys)
+        if L > 1:
+            queries, keys, values = (y.transpose(0, 2, 1, 3) for y in (queries, keys, values))
+        rope = self.get("rope")
         if isinstance(rope, ResonanceRoPE):
-            queries, keys = rope.rotate(queries, keys, offset=0 if cache is None else cache.offset, angles=rope.shared)
+            offset = 0 if cache is None else cache.offset
+            queries, keys = rope.rotate(queries, keys, offset, rope.shared)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
         if L > 1 and hasattr(cache, "bits"):
@@ -98,7 +127,9 @@ def _attention(of_mlx_lm: Callable[..., mx.array]) -> Callable[..., mx.array]:
             keys, values = (mx.dequantize(w, s, b, group_size=size, bits=bits) for w, s, b in (keys, values))
             cache = None
         output = attend(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
-        return self.o_proj(output.transpose(0, 2, 1, 3).reshape(B, L, -1))
+        if L > 1:
+            output = output.transpose(0, 2, 1, 3)
+        return part("o_proj")(output.reshape(B, L, -1))
 
     return call
 

@@ -17,6 +17,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import mlx_lm.utils
 
+from . import _mlx_lm
 from .attention import set_rope
 from .content_hash import content_hash
 from .dimensions import Dimensions
@@ -35,7 +36,7 @@ from .files import (
     weight_files,
 )
 from .inspection import RECORDS
-from .kernels import gpu
+from .kernels import trial
 from .rope_config import RopeConfig
 from .rope_reading import LENGTH_IS_UNCLEAR, is_about_rotation
 from .rope_types import LONGEST, ORIGINAL, PREFIX
@@ -222,15 +223,14 @@ class Checkpoint:
         """
         if glob.escape(str(self.folder)) != str(self.folder):
             raise UsageError(f"{self.folder}: mlx-lm finds no files in a folder with any of *?[ in its name")
-        load_model = getattr(mlx_lm.utils.load_model, "of_mlx_lm", mlx_lm.utils.load_model)
         try:
-            model, _ = load_model(
+            model, _ = _mlx_lm.original("load_model")(
                 self.folder, lazy=lazy, model_config=self.plain_config, get_model_classes=self.model_classes
             )
         except (ValueError, *LOADING_ERRORS) as error:
             raise UsageError(f"{self.folder} cannot be loaded: {in_a_line(error)}") from None
         set_rope(model, self.rope)
-        gpu.current_backend()  # if there is no GPU, say so now, not within a text
+        trial.current_backend()  # if there is no GPU, say so now, not within a text
         if adapter_path is not None:
             model = mlx_lm.utils.load_adapters(model, adapter_path)
             model.eval()

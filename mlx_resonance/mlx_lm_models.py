@@ -13,12 +13,11 @@ from typing import Any
 
 import mlx.nn as nn
 import mlx_lm.utils
-from mlx_lm.generate import BatchGenerator
-from mlx_lm.models import rope_utils
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from . import tokenizer
-from .attention import ADAPTED_FILES, set_rope
+from . import _mlx_lm, tokenizer
+from ._mlx_lm import MODELS, BatchGenerator
+from .attention import ADAPTED_FILES, Inference, set_rope
 from .checkpoint import Checkpoint
 from .errors import MissingFileError, UsageError
 from .files import WEIGHTS, read_json, weight_files
@@ -29,7 +28,6 @@ from .rope_types import MAKERS, ORIGINAL, PREFIX
 from .tokenizer import TOKENIZER_PATTERNS
 from .validation import SUPPORTED
 
-PACKAGE = "mlx_lm.models."
 SHARED_FILES = {"base", "cache", "rope_utils", "activations", "switch_layers", "pipeline"}  # not models
 PLAIN_KEYS = {"rope_type", "type", "rope_theta", "partial_rotary_factor"}  # in a rope dictionary without a scaling
 STYLE_4 = ("rope_theta", "rope_scaling", "partial_rotary_factor")
@@ -51,22 +49,23 @@ def install() -> None:
     Token ids that a model has no row for are refused before its first pass.
 
     This replaces functions of mlx-lm, wherever they have been imported: `load_model`, `load_tokenizer`,
-    `initialize_rope`, `generate_step`, and the method that takes the prompts of a batch. Calling it again changes
-    nothing.
+    `initialize_rope`, `generate_step`, and two methods of `BatchGenerator`: the one that makes it, and the one that
+    takes prompts. Calling it again changes nothing.
     """
-    if hasattr(mlx_lm.utils.load_model, "of_mlx_lm"):
+    if hasattr(_mlx_lm.load_model, "of_mlx_lm"):
         return
     for original, make in (
-        (mlx_lm.utils.load_model, _load_model),
-        (mlx_lm.utils.load_tokenizer, _load_tokenizer),
-        (rope_utils.initialize_rope, _initialize_rope),
-        (sys.modules["mlx_lm.generate"].generate_step, _generate_step),
+        (_mlx_lm.load_model, _load_model),
+        (_mlx_lm.load_tokenizer, _load_tokenizer),
+        (_mlx_lm.initialize_rope, _initialize_rope),
+        (_mlx_lm.generate_step, _generate_step),
     ):
         ours: Any = make(original)
         ours.of_mlx_lm = original
         _replace(original, ours)
     if not hasattr(BatchGenerator.insert_segments, "of_mlx_lm"):
         BatchGenerator.insert_segments = _insert_segments(BatchGenerator.insert_segments)
+        BatchGenerator.__init__ = _batch_generator(BatchGenerator.__init__)
 
 
 def _replace(original: Callable[..., Any], ours: Callable[..., Any]) -> None:
@@ -89,9 +88,25 @@ def _generate_step(original: Callable[..., Any]) -> Callable[..., Any]:
     @wraps(original)
     def generate_step(prompt: Any, model: Any, *args: Any, **options: Any) -> Any:
         _check_ids(model, prompt.tolist())
+        if options.get("input_embeddings") is None:  # mlx-lm looks at the model's signature for them
+            model = _for_inference(model)
         return original(prompt, model, *args, **options)
 
     return generate_step
+
+
+def _for_inference(model: Any) -> Any:
+    """One of our models as a loop that generates needs it; any other as it is."""
+    ours = isinstance(getattr(getattr(model, "args", None), "rope", None), RopeConfig)
+    return Inference(model) if ours and not isinstance(model, Inference) else model
+
+
+def _batch_generator(original: Callable[..., None]) -> Any:
+    @wraps(original)
+    def __init__(self: Any, model: Any, *args: Any, **options: Any) -> None:
+        original(self, _for_inference(model), *args, **options)
+
+    return __init__
 
 
 def _insert_segments(original: Callable[..., Any]) -> Any:
@@ -111,7 +126,7 @@ def _load_tokenizer(original: Callable[..., Any]) -> Callable[..., Any]:
         model_path: str | Path, tokenizer_config_extra: dict[str, Any] | None = None, eos_token_ids: Any = None
     ) -> TokenizerWrapper:
         """mlx-lm's; for the supported types, that of `load`. Raises UsageError if the tokenizer cannot be used."""
-        folder = Path(mlx_lm.utils._download(model_path, allow_patterns=TOKENIZER_PATTERNS))
+        folder = Path(_mlx_lm.download(model_path, allow_patterns=TOKENIZER_PATTERNS))
         config = mlx_lm.utils.load_config(folder) if (folder / "config.json").is_file() else {}
         if config.get("model_type") not in SUPPORTED or type(config.get("vocab_size")) is not int:
             return original(model_path, tokenizer_config_extra, eos_token_ids=eos_token_ids)
@@ -135,8 +150,8 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         def classes(config: dict[str, Any]) -> tuple[type[nn.Module], Any]:
             nonlocal rope
             model_class, args_class = get_model_classes(config=config)
-            file = model_class.__module__.removeprefix(PACKAGE)
-            adapted = file in ADAPTED_FILES and model_class.__module__.startswith(PACKAGE)
+            file = model_class.__module__.removeprefix(MODELS)
+            adapted = file in ADAPTED_FILES and model_class.__module__.startswith(MODELS)
             if adapted and config.get("model_type") in SUPPORTED:
                 # Not strict: a model without weights, or a process's part of a model with only some of the files.
                 all_there = bound.arguments["strict"] or _has_all_weights(folder)
@@ -163,7 +178,7 @@ def _load_model(original: Callable[..., Any]) -> Callable[..., Any]:
         model, config = original(*bound.args, **bound.kwargs)
         if rope is not None:
             set_rope(model, rope)
-        elif type(model).__module__.startswith(PACKAGE):
+        elif type(model).__module__.startswith(MODELS):
             check_built(model, config)
         return model, config
 
@@ -256,7 +271,7 @@ def _source(module: ModuleType) -> str:
     names = {module.__name__}
     for value in vars(module).values():
         names.add(value.__name__ if isinstance(value, ModuleType) else str(getattr(value, "__module__", "")))
-    found = (name for name in names if name.startswith(PACKAGE) and name.removeprefix(PACKAGE) not in SHARED_FILES)
+    found = (name for name in names if name.startswith(MODELS) and name.removeprefix(MODELS) not in SHARED_FILES)
     return "".join(inspect.getsource(sys.modules[name]) for name in sorted({module.__name__, *found}))
 
 

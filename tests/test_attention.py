@@ -3,9 +3,11 @@
 import json
 import subprocess
 import sys
+from types import SimpleNamespace
 
 from mlx_resonance import ResonanceRoPE, RopeConfig, attention
-from mlx_resonance.attention import set_rope
+from mlx_resonance.attention import Inference, set_rope
+from mlx_resonance.errors import UsageError
 
 import mlx.core as mx
 import numpy as np
@@ -17,6 +19,7 @@ from mlx_lm.tuner.trainer import grad_checkpoint
 from transformers import AutoModelForCausalLM
 
 from . import oracle
+from .pretend import pretend_gpu
 
 FACTOR, ORIGINAL = 8, 64
 CONFIG = {
@@ -133,9 +136,9 @@ def test_angles_are_computed_once_for_all_layers(monkeypatch, cached):
     calls = []
     angles = ResonanceRoPE.angles
 
-    def counted(self, length, offset=0, like=None):
+    def counted(self, length, offset, *options):
         calls.append((length, offset))
-        return angles(self, length, offset, like)
+        return angles(self, length, offset, *options)
 
     monkeypatch.setattr(ResonanceRoPE, "angles", counted)
     model = random_llama(num_hidden_layers=3)
@@ -143,6 +146,28 @@ def test_angles_are_computed_once_for_all_layers(monkeypatch, cached):
     model(mx.array(TOKENS[:, :6]), cache=cache)
     model(mx.array(TOKENS[:, 6:10]), cache=cache)
     assert calls == [(6, 0), (4, 6 if cached else 0)]
+
+
+def test_inference_gives_the_same_logits_and_the_model_stays_differentiable(monkeypatch):
+    """Between two steps of a loop that generates, too: what MLX cannot differentiate ends with each step."""
+    model, ids = random_llama(num_hidden_layers=2), mx.array(TOKENS[:, :10])
+
+    def loss(embeddings):
+        return mx.square(model(ids, input_embeddings=embeddings)).sum()
+
+    embeddings = model.model.embed_tokens(ids)
+    logits, gradient = model(ids), mx.grad(loss)(embeddings)
+    launches, step = pretend_gpu(monkeypatch), Inference(model)
+    assert mx.allclose(step(ids), logits, rtol=1e-5, atol=1e-5)
+    assert launches == {"transformable": 0, "all": 2}
+    assert mx.allclose(mx.grad(loss)(embeddings), gradient, rtol=1e-4, atol=1e-4)
+    mapped = mx.vmap(lambda e: model(ids, input_embeddings=e))(mx.stack([embeddings, embeddings]))
+    assert mx.allclose(mapped[1], logits, rtol=1e-5, atol=1e-5)
+    assert launches["transformable"] >= 4
+    with pytest.raises(UsageError):
+        step(ids, cache=[SimpleNamespace(offset=-1)] * 2)
+    assert mx.allclose(mx.grad(loss)(embeddings), gradient, rtol=1e-4, atol=1e-4)  # after an error as well
+    assert step.args is model.args and step.layers is model.layers
 
 
 def test_traditional_pairs_are_neighbours():

@@ -15,7 +15,7 @@ from mlx_resonance.finetuning import run as finetuning
 from mlx_resonance.finetuning.data import Batches, packed
 from mlx_resonance.finetuning.positions import caches_at, skipped_positions
 from mlx_resonance.finetuning.recipes import Recipe
-from mlx_resonance.kernels import gpu
+from mlx_resonance.kernels import gpu, kernel, trial
 from mlx_resonance.rope import expect
 
 import mlx.core as mx
@@ -87,9 +87,9 @@ def test_positions_rotate_as_offsets_do(monkeypatch: pytest.MonkeyPatch, backend
         return gpu.twin([mx.stop_gradient(x) for x in xs], offset, *rest)
 
     if backend == "gpu":
-        monkeypatch.setattr(gpu, "current_backend", lambda: "metal")
-        monkeypatch.setattr(gpu, "can_rotate", lambda *_: True)
-        monkeypatch.setattr(gpu, "launch", launch)
+        monkeypatch.setattr(trial, "current_backend", lambda: "metal")
+        monkeypatch.setattr(trial, "can_rotate", lambda *_: True)
+        monkeypatch.setattr(kernel, "launch", launch)
         gpu._rotation.cache_clear()
     rope = ResonanceRoPE(YARN, traditional)
     q, k = (mx.array(rotations.normal(2, heads, 9, 136, seed=heads)) for heads in (4, 2))

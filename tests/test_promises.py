@@ -28,6 +28,7 @@ import pytest
 from mlx_lm.models.cache import QuantizedKVCache
 
 from .checkpoints import source
+from .pretend import pretend_gpu
 from .serving import CHAT, serving
 from .test_conversation import TEMPLATE
 from .test_distributed import COMMANDS, MAIN, start
@@ -283,6 +284,17 @@ def test_the_chunk_rule_of_a_gpu(
     monkeypatch.setattr(Pace, "__init__", slow)
     assert way.ask(TEXT).text == expected[None]
     assert launches[0] <= 256 and min(launches[1:-1]) <= 64 < launches[0]
+
+
+def test_a_gpu_launches_the_bare_kernel(
+    way: Way, expected: dict[int | None, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that writes a text pays for derivatives: prompt and answer, every layer."""
+    if way.name == "Machines":
+        pytest.skip("the GPU of other processes cannot be pretended")
+    launches = pretend_gpu(monkeypatch)
+    assert way.ask(TEXT).text == expected[None]
+    assert launches["transformable"] == 0 and launches["all"] >= 5 * NEW  # 5 layers
 
 
 def test_the_disk_cache(

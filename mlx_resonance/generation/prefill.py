@@ -11,6 +11,7 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
+from ..attention import Inference
 from ..errors import DeviceError
 
 STEP = 2048  # tokens
@@ -117,7 +118,7 @@ def prefill(
     Raises:
         DeviceError: the GPU did not carry out a chunk.
     """
-    pace = pace or Pace(len(model.layers), step)
+    pace, read = pace or Pace(len(model.layers), step), Inference(model)
     done, total = cache[0].offset - before, len(tokens)
     if prompt_progress_callback is not None:
         prompt_progress_callback(done, total)
@@ -125,7 +126,7 @@ def prefill(
         while done < total - 1:
             size = min(pace.size(before + done), total - 1 - done)
             with pace.reading(size, before + done):
-                model(mx.array(list(tokens[done : done + size]))[None], cache=cache)
+                read(mx.array(list(tokens[done : done + size]))[None], cache=cache)
                 done += size  # before eval: an interrupt is raised only after eval has returned
                 try:
                     mx.eval([layer.state for layer in cache])  # not the logits: this skips the head

@@ -7,8 +7,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
-from mlx_lm.generate import BatchGenerator, generation_stream
 
+from .._mlx_lm import BatchGenerator, generation_stream
+from ..attention import Inference
 from ..errors import DeviceError
 from .batch_cache import beginning, row_caches, shareable
 from .beginnings import SHARED
@@ -71,7 +72,7 @@ class Batch:
         self.pace = Pace(len(engine.model.layers), self.step_size * readers, agree=engine.pace.agree)
         self.shares = shareable(row_caches(engine.model, engine.kv_bits))
         self.generator = BatchGenerator(
-            engine.model,
+            Inference(engine.model),
             stop_tokens=[[token] for token in engine.tokenizer.eos_token_ids],
             sampler=sampling.sampler(),
             completion_batch_size=size,

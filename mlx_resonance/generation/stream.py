@@ -3,22 +3,24 @@
 from __future__ import annotations
 
 import logging
-import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, redirect_stdout
 from dataclasses import dataclass
+from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx_lm.generate import GenerationResponse, generate_step, generation_stream, wired_limit
+from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
+from .._mlx_lm import generate_step, generation_stream, takes_stream
+from ..attention import Inference
 from ..errors import DeviceError, UsageError, check_option
 from ..rope import expect
 from ..rope_config import RopeConfig
 from ..scaling import check_context
+from ..wired import wired
 from .cache import cached_tokens, check_format, make_cache, quantize
 from .messages import prompt_tokens
 from .prefill import STEP, Pace, Progress, device_errors, prefill
@@ -97,6 +99,8 @@ def stream_generate(
     Raises:
         UsageError: an argument is out of range or not supported, the prompt is empty, or the context is too short.
     """
+    if stream is not generation_stream and not takes_stream():
+        raise UsageError(f"stream is not supported with mlx-lm {version('mlx-lm')}, which computes on its own")
     refuse(draft_model=draft_model, max_kv_size=max_kv_size, input_embeddings=input_embeddings)
     check_options(max_tokens, temp or 0.0, 1.0 if top_p is None else top_p, seed, prefill_step_size, kv_bits)
     if kv_bits is not None:
@@ -163,10 +167,11 @@ def write(
     crossing, answer = _Crossing(model.args.rope, before + len(tokens)), AnswerText(tokenizer, first_space)
     speed = first = 0.0
     try:
-        with wired(model, stream), device_errors():
+        with device_errors(), wired(stream, model=model):
             with mx.stream(stream):
                 prefill(model, tokens, cache, pace=pace, before=before, prompt_progress_callback=progress)
-            for count, (token, logprobs) in enumerate(generate_step(mx.array(tokens[-1:]), model, **options), 1):
+            steps = generate_step(mx.array(tokens[-1:]), Inference(model), **options)
+            for count, (token, logprobs) in enumerate(steps, 1):
                 if count == 1:
                     first = time.perf_counter()
                     speed = (len(tokens) - known) / (first - start)
@@ -205,15 +210,6 @@ def write(
     finally:
         if disk_cache is not None:
             disk_cache.store(written, cache)
-
-
-@contextmanager
-def wired(model: nn.Module, stream: mx.Stream | mx.ThreadLocalStream = generation_stream) -> Iterator[None]:
-    """mlx-lm's `wired_limit`, whose warning about a large model goes to stderr: stdout is for the text."""
-    with ExitStack() as stack:
-        with redirect_stdout(sys.stderr):
-            stack.enter_context(wired_limit(model, [stream]))
-        yield
 
 
 class _Crossing:

@@ -1,4 +1,4 @@
-"""The rotary op: `rotate` picks the GPU kernel (gpu.py) or its twin in plain mlx.core (ops.py)."""
+"""The rotary op: `rotate` picks the kernel on a GPU (gpu.py) or its twin in plain mlx.core (ops.py)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 import mlx.core as mx
 
-from . import gpu, ops
+from . import gpu, ops, trial
 from .ops import PhaseConstants, phase_constants
 
 __all__ = ["Angles", "PhaseConstants", "angles", "phase_constants", "rotate"]
@@ -20,22 +20,27 @@ class Angles(NamedTuple):
         length: number of tokens, L.
         constants: of the frequencies.
         table: `cos_sin` computed once; None where the kernel computes them as it goes.
+        bare: launches of the kernel for a step that MLX will not transform; else None.
     """
 
     offset: mx.array
     length: int
     constants: PhaseConstants
     table: tuple[mx.array, mx.array] | None
+    bare: gpu.BareLaunches | None = None
 
     def cos_sin(self, like: mx.array | None = None) -> tuple[mx.array, mx.array]:
         """Cosine and sine times the attention scale, float32, shape (1, 1, L, P) or (B, 1, L, P)."""
         return self.table or ops.cos_sin(self.offset, self.length, self.constants, like)
 
 
-def angles(offset: mx.array, length: int, constants: PhaseConstants, like: mx.array | None = None) -> Angles:
-    """The angles of one step: see `Angles`; `like` as in `ops.cos_sin`."""
-    table = None if gpu.current_backend() else ops.cos_sin(offset, length, constants, like)
-    return Angles(offset, length, constants, table)
+def angles(
+    offset: mx.array, length: int, constants: PhaseConstants, like: mx.array | None = None, transformable: bool = True
+) -> Angles:
+    """The angles of one step: see `Angles`; arguments as in `ops.cos_sin` and `ResonanceRoPE.angles`."""
+    if trial.current_backend():
+        return Angles(offset, length, constants, None, None if transformable else gpu.BareLaunches())
+    return Angles(offset, length, constants, ops.cos_sin(offset, length, constants, like))
 
 
 def rotate(xs: list[mx.array], angles: Angles, traditional: bool) -> list[mx.array]:
@@ -49,12 +54,14 @@ def rotate(xs: list[mx.array], angles: Angles, traditional: bool) -> list[mx.arr
     Returns:
         The arrays rotated, shapes and types as they came.
     """
-    backend = gpu.current_backend()
+    backend = trial.current_backend()
     if backend and angles.offset.ndim == 2:  # the kernel counts from the offset of a row: make each token a row
         rows = [x.swapaxes(1, 2).flatten(0, 1)[:, :, None] for x in xs]
         size = xs[0].shape[0], xs[0].shape[2]
         of_rows = Angles(mx.broadcast_to(angles.offset, size).flatten(), 1, angles.constants, None)
         return [mx.unflatten(y[:, :, 0], 0, size).swapaxes(1, 2) for y in rotate(rows, of_rows, traditional)]
-    if backend and gpu.can_rotate(backend, xs, angles.constants, traditional):
+    if backend and trial.can_rotate(backend, xs, angles.constants, traditional):
+        if angles.bare is not None and len(xs) == 2:
+            return angles.bare.prepare(backend, xs, angles.offset, angles.constants, traditional)
         return gpu.rotate(backend, xs, angles.offset, angles.constants, traditional)
     return ops.rotate(xs, *angles.cos_sin(xs[0]), traditional)

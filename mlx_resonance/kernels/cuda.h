@@ -3,3 +3,4 @@
 #define DEVICE_MEMORY
 #define GRID_POSITION(attribute) \
   make_uint3(blockIdx.x * blockDim.x + threadIdx.x, blockIdx.y * blockDim.y + threadIdx.y, 0)
+#define FLOAT_OF_BITS(bits) __uint_as_float(bits)

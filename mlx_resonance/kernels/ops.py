@@ -22,11 +22,14 @@ class PhaseConstants(NamedTuple):
         modulus: uint32, shape (P,): the wavelength where it is a whole number below 2³², else 0.
         turns: uint64, shape (P,): turns per token in units of 2⁻⁶⁴, rounded from the exact quotient.
         attention_scale: float32, shape (1,).
+        packed: uint64, shape (2·P + 1,): modulus, turns, the bits of attention_scale. What the kernel reads, since
+            every input of a launch takes time.
     """
 
     modulus: mx.array
     turns: mx.array
     attention_scale: mx.array
+    packed: mx.array
 
 
 def phase_constants(frequencies: RotaryFrequencies) -> PhaseConstants:
@@ -38,11 +41,10 @@ def phase_constants(frequencies: RotaryFrequencies) -> PhaseConstants:
     for wavelength in frequencies.wavelengths.tolist():
         modulus.append(int(wavelength) if wavelength < 2**32 and wavelength.is_integer() else 0)
         turns.append(round(2**64 / Fraction(wavelength)) % 2**64 if math.isfinite(wavelength) else 0)
-    return PhaseConstants(
-        mx.array(np.array(modulus, dtype=np.uint32)),
-        mx.array(np.array(turns, dtype=np.uint64)),
-        mx.array([frequencies.attention_scale], dtype=mx.float32),
-    )
+    of_pairs = np.array(modulus, np.uint32), np.array(turns, np.uint64)
+    scale = np.array([frequencies.attention_scale], np.float32)
+    packed = np.concatenate([*of_pairs, scale.view(np.uint32)], dtype=np.uint64)
+    return PhaseConstants(*(mx.array(part) for part in (*of_pairs, scale, packed)))
 
 
 def cos_sin(
@@ -63,7 +65,7 @@ def cos_sin(
     """
     start = offset.astype(mx.int64)
     positions = start[:, None] if offset.ndim == 2 else mx.arange(length, dtype=mx.int64) + start.reshape(-1, 1, 1)
-    cos, sin = _cos_sin(positions, *constants, offset if like is None else like)
+    cos, sin = _cos_sin(positions, *constants[:3], offset if like is None else like)
     return mx.stop_gradient(cos), mx.stop_gradient(sin)
 
 

@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance.kernels import gpu, ops
+from mlx_resonance.kernels import kernel, ops
 
 import mlx.core as mx
 import numpy as np
@@ -34,8 +34,11 @@ FLAGS = [  # compiling takes most of the time: no optimization
     "-std=c++17", "-O0", "-g", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-Wall", "-Wextra",
     "-Werror", "-Wno-attributes", "-Wno-unknown-pragmas", "-Wno-unused-parameter",
 ]  # fmt: skip
+# What a GPU's compiler may do that the flags above leave out: contract products and sums, flush tiny numbers to zero.
+CONTRACTED = ["-std=c++17", "-O2", "-ffp-contract=fast", "-Wno-attributes", "-Wno-unknown-pragmas"]
+FLUSHED = [*CONTRACTED, "-DFLUSH_TO_ZERO"]
 PARAMETER = re.compile(r"^  (const )?(?:device|constant) (\w+)([*&]) (\w+) \[\[buffer\(\d+\)\]\]", re.MULTILINE)
-INSTANCE = re.compile(r"decltype\((\w+<[^>]*>)\)")
+NAME = re.compile(r"\[\[kernel\]\] void (\w+)\(")
 ELEMENTS = {mx.float32: np.float32, mx.float16: np.float16, mx.bfloat16: np.uint16}
 
 
@@ -102,27 +105,38 @@ class BuildError(Exception):
 def metal_source(xs: list[Strided], offset: np.ndarray, constants: ops.PhaseConstants, *flags: bool) -> tuple[str, Any]:
     """The source that MLX would compile for a call, and the arguments of its launch; flags: traditional, backward."""
     launched: dict[str, Any] = {}
-    kernel = gpu._kernel("metal")
 
-    def record(**call: Any) -> Any:
-        launched.update(call)
-        return kernel(**call, verbose=True)
+    def build(*variant: Any) -> Any:
+        built = original(*variant)
+
+        def record(**call: Any) -> Any:
+            launched.update(call)
+            return built(**call, verbose=True)
+
+        return record
 
     def trace(offset: mx.array, *arrays: mx.array) -> list[mx.array]:
-        return gpu.launch("metal", list(arrays), offset, constants, *flags)
+        return kernel.launch("metal", list(arrays), offset, constants, *flags)
 
     arrays = [mx.broadcast_to(mx.zeros((), dtype=x.dtype), x.shape) for x in xs]
-    original, gpu._kernel = gpu._kernel, lambda backend: record
+    original, kernel.build = kernel.build, build
     try:
         with captured_stdout() as printed, tempfile.TemporaryDirectory() as folder:
             mx.export_function(f"{folder}/kernel.mlxfn", trace, mx.array(offset), *arrays)
     finally:
-        gpu._kernel = original
+        kernel.build = original
     return printed[0].split("```\n")[1], launched
 
 
+def machine_flags(flags: list[str]) -> list[str]:
+    """The flags for this machine's instructions: half precision, and fused products where the flags ask for them."""
+    if os.uname().machine in ("arm64", "aarch64"):
+        return flags  # has both
+    return [*flags, "-mf16c", *(["-mfma"] if "-ffp-contract=fast" in flags else [])]
+
+
 @cache
-def build(source: str) -> Path:
+def build(source: str, flags: tuple[str, ...]) -> Path:
     """The program that runs a source, compiled once."""
     assert COMPILER is not None
     parameters = PARAMETER.findall(source)
@@ -136,19 +150,18 @@ def build(source: str) -> Path:
             '#include "shim.h"',
             source,
             f"enum {{ INPUTS = {inputs}, OUTPUTS = {len(parameters) - inputs} }};",
-            f"enum {{ THREADS = {gpu.THREADS} }};",
-            f"void run(char** buffers, uint3 at) {{ {INSTANCE.findall(source)[0]}({arguments}, at); }}",
+            f"enum {{ THREADS = {kernel.THREADS} }};",
+            f"void run(char** buffers, uint3 at) {{ {NAME.findall(source)[0]}({arguments}, at); }}",
             '#include "harness.h"',
         ]
     )
     BUILT.mkdir(exist_ok=True)
-    key = "".join([program, (HERE / "shim.h").read_text(), (HERE / "harness.h").read_text(), COMPILER, *FLAGS])
+    key = "".join([program, (HERE / "shim.h").read_text(), (HERE / "harness.h").read_text(), COMPILER, *flags])
     path = BUILT / hashlib.sha256(key.encode()).hexdigest()[:16]
     if not path.exists():
         with tempfile.TemporaryDirectory() as temporary:
             (Path(temporary) / "main.cpp").write_text(program)
-            machine = [] if os.uname().machine in ("arm64", "aarch64") else ["-mf16c"]
-            command = [COMPILER, *FLAGS, *machine, "-I", str(HERE), "main.cpp", "-o", "program"]
+            command = [COMPILER, *flags, "-I", str(HERE), "main.cpp", "-o", "program"]
             done = subprocess.run(command, cwd=temporary, capture_output=True, text=True)
             if done.returncode != 0:
                 raise BuildError(done.stderr)
@@ -164,17 +177,19 @@ def run(
     traditional: bool,
     backward: bool,
     preamble: str = "metal.h",
+    flags: list[str] = FLAGS,
 ) -> list[np.ndarray]:
-    """What `gpu.launch` does, in the emulator; results in float64.
+    """What `kernel.launch` does, in the emulator; results in float64.
 
-    With `preamble="cuda.h"` the same kernel body reads its position in the grid from CUDA's variables.
+    With `preamble="cuda.h"` the same kernel body reads its position in the grid from CUDA's variables; `flags` are the
+    compiler's.
     """
     source, launched = metal_source(xs, offset, constants, traditional, backward)
     if preamble != "metal.h":
-        source = source.replace(gpu.source("metal.h"), gpu.source(preamble))
+        source = source.replace(kernel.source("metal.h"), kernel.source(preamble))
         # CUDA launches whole blocks.
-        launched["grid"] = (-(-launched["grid"][0] // gpu.THREADS) * gpu.THREADS, *launched["grid"][1:])
-    raw = Request(source, launched, xs, offset, constants).run()
+        launched["grid"] = (-(-launched["grid"][0] // kernel.THREADS) * kernel.THREADS, *launched["grid"][1:])
+    raw = Request(source, launched, xs, offset, constants).run(flags)
     outputs = []
     for x in xs:
         count = int(np.prod(x.shape)) * ELEMENTS[x.dtype]().itemsize
@@ -202,7 +217,7 @@ class Request:
     window: tuple[int, int] | None = None  # bytes of the first output to return: (first, number); None for all
     stretch: tuple[int, ...] | None = None  # other strides for q and k, whose memory grows to match
 
-    def run(self) -> bytes:
+    def run(self, flags: list[str] = FLAGS) -> bytes:
         """The bytes of the outputs. Raises AssertionError, with the sanitizer's report, if it stops the program."""
         x_to, y_to, _ = self.launched["grid"]
         parts = [struct.pack("<4q", self.x_from, x_to, self.y_from, y_to)]
@@ -213,14 +228,19 @@ class Request:
             used = size if i < len(self.xs) else 0
             parts.append(struct.pack("<3q", size, *(self.window if self.window and i == 0 else (0, used))))
         environment = os.environ | {"ASAN_OPTIONS": "detect_leaks=0"}
-        done = subprocess.run([build(self.source)], input=b"".join(parts), capture_output=True, env=environment)
+        done = subprocess.run(
+            [build(self.source, tuple(machine_flags(flags)))],
+            input=b"".join(parts),
+            capture_output=True,
+            env=environment,
+        )
         assert done.returncode == 0, done.stderr.decode()
         return done.stdout
 
     def _input(self, name: str) -> bytes:
         name, _, field = name.partition("_") if name.endswith(("_shape", "_strides")) else (name, "", "memory")
-        if name in self.constants._fields:
-            values = np.array(getattr(self.constants, name))
+        if name == "constants":
+            values = np.array(self.constants.packed)
             x = Strided(values, values.shape, (1,), 0, mx.float32)
         elif name == "offset":
             # MLX broadcasts one offset for all rows: a stride of 0.

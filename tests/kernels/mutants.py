@@ -28,10 +28,13 @@ DECISIVE = [
     "mlx_resonance/frequencies.py", "mlx_resonance/kernels/*.py", "mlx_resonance/kernels/*.h",
     "tests/oracle.py", "tests/rotations.py", "tests/kernels/*.py", "tests/kernels/*.h",
 ]  # fmt: skip
-NOT_DECISIVE = ["tests/kernels/test_gpu.py", "tests/kernels/test_mutants.py"]  # they do not run the kernel
+NOT_DECISIVE = [  # they do not run the kernel
+    "mlx_resonance/kernels/gpu.py", "mlx_resonance/kernels/trial.py", "tests/kernels/test_gpu.py",
+    "tests/kernels/test_mutants.py",
+]  # fmt: skip
 TESTS = [
     "tests/kernels/test_kernel.py", "tests/kernels/test_source.py", "-m", "not metal and not gpu and not long",
-    "-k", "not address_spaces", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants",
+    "-k", "not address_space", "-x", "-q", "-p", "no:cacheprovider", "--hypothesis-profile=mutants",
 ]  # fmt: skip
 
 
@@ -48,12 +51,13 @@ FAULTS = {
     "sine negated": Fault("rotary.h", "turn.sin = (odd ? cos : sin)", "turn.sin = -(odd ? cos : sin)"),
     "cosine and sine swapped": Fault("rotary.h", "turn.cos = (odd ? sin : cos)", "turn.cos = (odd ? cos : sin)"),
     "sign of a quadrant": Fault("rotary.h", "quadrant == 1 || quadrant == 2 ?", "quadrant == 1 || quadrant == 3 ?"),
-    "no attention scale": Fault("body.h", "attention_scale[0])", "1.0f)"),
+    "no attention scale": Fault("body.h", "FLOAT_OF_BITS(uint32_t(constants[2 * pairs])))", "1.0f)"),
     "angle in floating point": Fault(
         "body.h",
-        "turn_by(phase_of(position, modulus[first + j], turns[first + j]),",
-        "turn_by(uint32_t(int64_t(float(position) * (float(turns[first + j]) * 2.3283064e-10f))),",
+        "phase_of(position, uint32_t(constants[first + j]), constants[pairs + first + j]);",
+        "uint32_t(int64_t(float(position) * (float(constants[pairs + first + j]) * 2.3283064e-10f)));",
     ),
+    "turns of another pair": Fault("body.h", "constants[pairs + first + j]);", "constants[pairs + first]);"),
     "no modulus": Fault("rotary.h", "if (modulus != 0) {", "if (false) {"),
     "modulus of a negative position": Fault("rotary.h", "position < 0 && rest != 0 ? modulus - rest : rest", "rest"),
     "phase truncated": Fault("rotary.h", "(reduced * turns + 0x80000000u) >> 32", "(reduced * turns) >> 32"),
@@ -64,7 +68,7 @@ FAULTS = {
         "body.h", "const int64_t step = token % ", "const int64_t step = row + token % "
     ),
     "stride of queries for keys": Fault(
-        "body.h", "k_strides[1],\n      k_strides[3],", "q_strides[1],\n      k_strides[3],"
+        "body.h", "k_strides[1],\n        k_strides[3],", "q_strides[1],\n        k_strides[3],"
     ),
     "feature stride of 1": Fault("rotary.h", "static_cast<float>(x[b * stride])", "static_cast<float>(x[b])"),
     "wrong half": Fault(

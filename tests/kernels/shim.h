@@ -13,6 +13,15 @@ static uint3 blockIdx, blockDim, threadIdx;
 inline uint3 make_uint3(uint32_t x, uint32_t y, uint32_t z) { return {x, y, z}; }
 #define __device__
 
+// What Metal and CUDA call it.
+template <typename T>
+inline T as_type(uint32_t bits) {
+  T value;
+  std::memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+inline float __uint_as_float(uint32_t bits) { return as_type<float>(bits); }
+
 // Both 16-bit types round to nearest, ties to even.
 #ifdef __aarch64__
 typedef __fp16 float16_t;

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 from mlx_resonance import ResonanceRoPE, default_frequencies
-from mlx_resonance.kernels import PhaseConstants, gpu, ops
+from mlx_resonance.errors import UsageError
+from mlx_resonance.kernels import PhaseConstants, gpu, kernel, ops, trial
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
-from .. import rotations
+from .. import oracle, pretend, rotations
 from ..rotations import YARN, layouts
 
+CLEAR = gpu._rotation.cache_clear, trial.fault.cache_clear, trial._unusable.clear
 WARNING = "rotating with plain mlx.core operations"
 
 
@@ -23,12 +26,17 @@ def normal(*shape: int, seed: int = 0) -> mx.array:
 
 
 @pytest.fixture(autouse=True)
-def forget() -> Iterator[None]:
+def forget(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Every test starts without results of earlier trials on the GPU, and leaves none behind."""
-    for clear in (gpu._rotation.cache_clear, gpu._fault.cache_clear, gpu._unusable.clear):
-        clear()
+    monkeypatch.setattr(trial, "user_cache_path", lambda name: tmp_path / "cache" / name)
+    restart()
     yield
-    for clear in (gpu._rotation.cache_clear, gpu._fault.cache_clear, gpu._unusable.clear):
+    restart()
+
+
+def restart() -> None:
+    """What a new process knows of trials: what is in the user's cache folder."""
+    for clear in CLEAR:
         clear()
 
 
@@ -50,12 +58,12 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         return launch_twin(*call)  # type: ignore[arg-type]
 
     pretend_gpu(monkeypatch)
-    monkeypatch.setattr(gpu, "launch", launch)
+    monkeypatch.setattr(kernel, "launch", launch)
     return launches
 
 
 def pretend_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu, "current_backend", lambda: None if "metal" in gpu._unusable else "metal")
+    monkeypatch.setattr(trial, "current_backend", lambda: None if "metal" in trial._unusable else "metal")
 
 
 def warnings_of(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -79,7 +87,7 @@ def test_a_machine_without_a_gpu_gets_one_warning(
 def test_the_cpu_by_choice_gets_no_warning(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(mx.metal, "is_available", lambda: True)
     with mx.stream(mx.cpu):
-        assert gpu.current_backend() is None
+        assert trial.current_backend() is None
     assert warnings_of(caplog) == []
 
 
@@ -110,7 +118,7 @@ def test_the_smallest_array_that_is_launched(launches: list[bool], features: int
 def test_a_grid_of_31_bits(launches: list[bool], length: int, launched: bool) -> None:
     """16 groups of pairs in each token; nothing is evaluated."""
     rope, x = ResonanceRoPE(YARN), mx.broadcast_to(mx.zeros((), mx.float16), (1, 1, length, 128))
-    rope(x[:, :, :1])
+    rope(x[:, :, :60])
     launches.clear()
     rope(x)
     assert launches == [False] * launched
@@ -121,14 +129,14 @@ def test_a_grid_of_31_bits(launches: list[bool], length: int, launched: bool) ->
 def test_a_kernel_that_cannot_be_built_falls_back_and_says_why(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fail(backend: str) -> object:
+    def fail(*variant: object) -> object:
         raise RuntimeError("Unable to build metal library\nfrom source")
 
     rope, q, k = ResonanceRoPE(YARN), normal(2, 4, 3, 128), normal(2, 2, 3, 128)
     expected = [mx.array(x) for x in rope.rotate(q, k, 70_000)]
     caplog.clear()
     pretend_gpu(monkeypatch)
-    monkeypatch.setattr(gpu, "_kernel", fail)
+    monkeypatch.setattr(kernel, "build", fail)
     for _ in range(2):
         for one, other in zip(rope.rotate(q, k, 70_000), expected, strict=True):
             assert mx.allclose(one, other, rtol=0, atol=1e-6)
@@ -143,7 +151,7 @@ def test_a_kernel_that_cannot_be_built_falls_back_and_says_why(
 def test_a_kernel_with_wrong_results_is_not_used(
     launches: list[bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, fault: float
 ) -> None:
-    monkeypatch.setattr(gpu, "launch", lambda *call: [x + fault for x in launch_twin(*call)])
+    monkeypatch.setattr(kernel, "launch", lambda *call: [x + fault for x in launch_twin(*call)])
     x = normal(2, 4, 3, 128)
     rotated = ResonanceRoPE(YARN)(x, 70_000)
     cos, sin = ops.cos_sin(mx.array([70_000]), 3, ops.phase_constants(YARN))
@@ -162,13 +170,152 @@ def test_the_kernel_is_used_on_cuda() -> None:
 
 
 def assert_used(backend: str) -> None:
-    assert gpu.current_backend() == backend
-    for dtype in gpu.DTYPES:
-        for traditional in (False, True):
-            x = normal(1, 2, 3, 128).astype(dtype)
-            constants = ops.phase_constants(YARN)
-            for xs in ([x, x], [x]):
-                assert gpu.can_rotate(backend, xs, constants, traditional)
+    assert trial.current_backend() == backend
+    constants = ops.phase_constants(YARN)
+    for dtype in kernel.DTYPES:
+        for turns in ((False, False), (True, False), (False, True), (True, True)):
+            for length in (3, 60):
+                x = normal(1, 2, length, 128).astype(dtype)
+                for xs in ([x, x], [x]):
+                    assert trial.can_rotate(backend, xs, constants, *turns)
+
+
+# --- the trial
+
+
+def launch_oracle(
+    backend: str, xs: list[mx.array], offset: mx.array, constants: PhaseConstants, traditional: bool, backward: bool
+) -> list[mx.array]:
+    """The kernel's work in float64, from the same packed constants."""
+    modulus, turns, [scale] = (np.array(part) for part in pretend.constants_of(constants.packed)[:3])
+    wavelengths = np.array([float(m) if m else 2.0**64 / float(t) for m, t in zip(modulus, turns, strict=True)])
+    length = xs[0].shape[2]
+    theta = np.stack([oracle.angles(range(m, m + length), wavelengths) for m in np.array(offset).tolist()])[:, None]
+    values = [np.array(x.astype(mx.float32)).astype(np.float64) for x in xs]
+    turned = [oracle.rotate(value, -theta if backward else theta, float(scale), traditional) for value in values]
+    return [mx.array(y.astype(np.float32)).astype(x.dtype) for x, y in zip(xs, turned, strict=True)]
+
+
+def test_the_trial_does_not_ask_the_twin(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A twin on the same GPU would share the faults of MLX's compiler: the trial compares with NumPy."""
+    pretend_gpu(monkeypatch)
+    monkeypatch.setattr(kernel, "launch", launch_oracle)
+    for name in ("cos_sin", "rotate"):
+        monkeypatch.setattr(ops, name, lambda *_: pytest.fail("the twin was asked"))
+    for dtype in kernel.DTYPES:
+        for traditional, backward in ((False, False), (True, True)):
+            for length in (1, 40):
+                xs = [normal(1, 4, length, 128).astype(dtype)] * 2
+                assert trial.can_rotate("metal", xs, ops.phase_constants(YARN), traditional, backward)
+
+
+def test_the_backward_kernel_is_built_for_the_first_gradient(launches: list[bool]) -> None:
+    rope, x = ResonanceRoPE(YARN), normal(1, 2, 3, 128)
+    mx.eval(rope(x))
+    assert launches and not any(launches)
+    mx.eval(mx.grad(lambda x: rope(x).sum())(x))
+    assert any(launches)
+
+
+def test_a_backward_kernel_with_wrong_results_is_not_used(
+    launches: list[bool], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rope, x = ResonanceRoPE(YARN), normal(1, 2, 3, 128)
+    loss = lambda x: (rope(x, 9)[..., :70] ** 2).sum()  # noqa: E731
+    fake = kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda *call: [y + 0.01 * call[-1] for y in fake(*call)])
+    with_kernel = mx.grad(loss)(x)
+    assert len(warnings_of(caplog)) == 1
+    monkeypatch.setattr(trial, "current_backend", lambda: None)
+    assert mx.allclose(with_kernel, mx.grad(loss)(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_variant_that_passed_is_not_tried_again(launches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    def count() -> int:
+        restart()
+        launches.clear()
+        ResonanceRoPE(YARN)(normal(1, 2, 3, 128))
+        return len(launches)
+
+    assert [count(), count(), count()] == [3, 1, 1]  # two trials and the launch itself
+    for change in ("mlx", "device", "system", "source", "package"):
+        with monkeypatch.context() as patch:
+            if change == "mlx":
+                patch.setattr(mx, "__version__", "99.0")
+            if change == "device":
+                patch.setattr(mx, "device_info", lambda: {"device_name": "M9", "architecture": "applegpu"})
+            if change == "system":
+                patch.setattr(trial.platform, "version", lambda: "Darwin Kernel Version 99")
+            if change == "source":
+                patch.setattr(kernel, "source", lambda name: "another kernel")
+            if change == "package":
+                patch.setattr(trial, "VERSION", "99.0")
+            assert [count(), count()] == [3, 1], change
+    assert count() == 1
+
+
+def test_a_variant_that_failed_is_tried_again(launches: list[bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    fake = kernel.launch
+    monkeypatch.setattr(kernel, "launch", lambda *call: [y + 0.01 for y in fake(*call)])
+    for _ in range(2):
+        restart()
+        launches.clear()
+        ResonanceRoPE(YARN)(normal(1, 2, 3, 128))
+        assert len(launches) == 1
+
+
+def test_without_a_cache_folder_it_is_tried_every_time(launches: list[bool], tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file in the way")
+    for _ in range(2):
+        restart()
+        launches.clear()
+        ResonanceRoPE(YARN)(normal(1, 2, 3, 128))
+        assert len(launches) == 3
+
+
+# --- bare launches: what MLX will not transform
+
+
+@pytest.fixture
+def bare(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Pretends that there is a GPU; counts the launches that MLX can transform, and all."""
+    return pretend.pretend_gpu(monkeypatch)
+
+
+def test_bare_launches_rotate_alike(bare: dict[str, int]) -> None:
+    rope, q, k = ResonanceRoPE(YARN), normal(2, 4, 3, 128), normal(2, 2, 3, 128, seed=1)
+    expected = rope.rotate(q, k, 70_000)
+    assert bare == {"transformable": 1, "all": 1}
+    angles = rope.angles(3, 70_000, transformable=False)
+    for _ in range(3):
+        assert_alike((rope.rotate(q, k, angles=angles), expected))
+    assert bare == {"transformable": 1, "all": 4}
+
+
+@pytest.mark.parametrize("change", ["heads", "features", "type"])
+def test_layers_of_other_shapes_and_types(bare: dict[str, int], change: str) -> None:
+    rope = ResonanceRoPE(YARN)
+    angles = rope.angles(3, 5, transformable=False)
+    for _ in range(2):
+        q, k = normal(2, 4, 3, 128), normal(2, 2, 3, 128, seed=1)
+        assert_alike((rope.rotate(q, k, angles=angles), rope.rotate(q, k, 5)))
+        q = normal(2, 8, 3, 128) if change == "heads" else q
+        q, k = (mx.repeat(x, 2, axis=-1) for x in (q, k)) if change == "features" else (q, k)
+        k = k.astype(mx.float16) if change == "type" else k
+        rotated = rope.rotate(q, k, angles=angles)
+        assert [(x.shape, x.dtype) for x in rotated] == [(q.shape, q.dtype), (k.shape, k.dtype)]
+        expected = rope.rotate(q, k, 5)
+        assert all(mx.allclose(a, b, rtol=1e-3, atol=1e-3) for a, b in zip(rotated, expected, strict=True))
+
+
+@pytest.mark.parametrize("wrong", ["length", "rows", "features"])
+def test_shapes_are_checked_all_the_same(bare: dict[str, int], wrong: str) -> None:
+    rope = ResonanceRoPE(YARN)
+    angles = rope.angles(3, mx.array([1, 2]), transformable=False)
+    rope.rotate(normal(2, 4, 3, 128), normal(2, 2, 3, 128), angles=angles)
+    shape = {"length": (2, 4, 4, 128), "rows": (3, 4, 3, 128), "features": (2, 4, 3, 64)}[wrong]
+    with pytest.raises(UsageError):
+        rope.rotate(normal(*shape), normal(*shape), angles=angles)
 
 
 # --- transformations: MLX derives them for the twin, gpu.py defines them for the kernel
@@ -179,7 +326,7 @@ def both(launches: list[bool], monkeypatch: pytest.MonkeyPatch, call: Callable[[
     with_kernel = call()
     mx.eval(with_kernel)
     assert launches
-    monkeypatch.setattr(gpu, "current_backend", lambda: None)
+    monkeypatch.setattr(trial, "current_backend", lambda: None)
     return with_kernel, call()
 
 

@@ -6,7 +6,7 @@ from fractions import Fraction
 from typing import Any
 
 from mlx_resonance import RotaryFrequencies, default_frequencies
-from mlx_resonance.kernels import gpu, ops
+from mlx_resonance.kernels import kernel, ops
 
 import mlx.core as mx
 import numpy as np
@@ -20,10 +20,12 @@ from . import emulator
 from .checks import DTYPES, NO_COMPILER, TABLES, Run, check, dtypes, heads, offsets
 from .emulator import Strided
 
+pytestmark = pytest.mark.usefixtures("eight_heads_per_thread")
+
 
 def on_gpu(backend: str) -> Run:
     def run(xs: list[Strided], offset: np.ndarray, *call: object) -> list[np.ndarray]:
-        rotated = gpu.launch(backend, [x.mlx() for x in xs], mx.array(offset), *call)
+        rotated = kernel.launch(backend, [x.mlx() for x in xs], mx.array(offset), *call)
         return [np.array(x.astype(mx.float32), dtype=np.float64) for x in rotated]
 
     return run
@@ -97,8 +99,14 @@ def test_a_phase_is_rounded_to_the_nearest(run: Run) -> None:
 @dtypes
 @pytest.mark.parametrize("length", [1, 7, 300, pytest.param(2048, marks=pytest.mark.long)])
 @pytest.mark.parametrize("counts", [(1, 1), (8, 8), (32, 8), (9, 3)], ids=str)
-def test_heads_and_lengths(run: Run, dtype: mx.Dtype, counts: tuple[int, int], length: int, traditional: bool) -> None:
-    """300 tokens are 18 blocks of threads and three quarters of one; 2048, a whole step of prefill, are 128 blocks."""
+def test_heads_and_lengths(
+    run: Run, monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype, counts: tuple[int, int], length: int, traditional: bool
+) -> None:
+    """300 tokens are 18 blocks of threads and three quarters of one; 2048, a whole step of prefill, are 128 blocks.
+
+    Up to 32 a thread takes one head.
+    """
+    monkeypatch.setattr(kernel, "FEW_TOKENS", 32)
     xs = [Strided.of(heads(1, count, length, 128, seed), dtype) for seed, count in enumerate(counts)]
     check(run, xs, offsets(100_000), TABLES["resonance"], traditional)
 
@@ -209,6 +217,7 @@ any_call = given(
     backward=st.booleans(),
     resonant=st.booleans(),
     dtype=st.sampled_from(DTYPES),
+    few_tokens=st.sampled_from([0, 32]),
     data=st.data(),
 )
 
@@ -237,6 +246,7 @@ def check_call(
     backward: bool,
     resonant: bool,
     dtype: mx.Dtype,
+    few_tokens: int,
     data: st.DataObject,
 ) -> None:
     frequencies = RotaryFrequencies(default_frequencies(2 * pairs, 5e5).wavelengths, 1.1)
@@ -246,5 +256,7 @@ def check_call(
     rows = data.draw(st.sampled_from([1, batch]))
     position = st.integers(-MAX_POSITION, MAX_POSITION + 1 - length)
     values = data.draw(st.lists(position, min_size=rows, max_size=rows))
-    if all(np.prod(x.shape) >= gpu.SMALL for x in xs):
-        check(run, xs, offsets(*values), frequencies, traditional, backward)
+    if all(np.prod(x.shape) >= kernel.SMALL for x in xs):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "FEW_TOKENS", few_tokens)
+            check(run, xs, offsets(*values), frequencies, traditional, backward)

@@ -11,7 +11,7 @@ from . import mutants
 
 DECISIVE = {
     "mlx_resonance/frequencies.py",
-    *(f"mlx_resonance/kernels/{name}" for name in ("body.h", "rotary.h", "metal.h", "cuda.h", "gpu.py", "ops.py")),
+    *(f"mlx_resonance/kernels/{name}" for name in ("body.h", "rotary.h", "metal.h", "cuda.h", "kernel.py", "ops.py")),
     *(f"tests/kernels/{name}" for name in ("emulator.py", "harness.h", "shim.h", "checks.py", "mutants.py")),
     *(f"tests/kernels/{name}" for name in ("test_kernel.py", "test_source.py", "conftest.py")),
     "tests/oracle.py",

@@ -10,19 +10,22 @@ from functools import partial
 from pathlib import Path
 
 from mlx_resonance import RotaryFrequencies, default_frequencies
-from mlx_resonance.kernels import gpu, ops
+from mlx_resonance.kernels import kernel, ops
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from .. import oracle
-from ..rotations import PLAIN_YARN, layouts, normal
+from ..rotations import MAX_POSITION, PLAIN_YARN, layouts, normal
 from . import emulator
 from .checks import NO_COMPILER, TABLES, check, dtypes, heads, offsets
 from .emulator import Strided
 
-pytestmark = pytest.mark.skipif(emulator.COMPILER is None, reason=NO_COMPILER)
+pytestmark = [
+    pytest.mark.skipif(emulator.COMPILER is None, reason=NO_COMPILER),
+    pytest.mark.usefixtures("eight_heads_per_thread"),
+]
 
 
 def test_an_output_of_more_than_2_31_elements() -> None:
@@ -66,29 +69,94 @@ def test_the_source_for_cuda(dtype: mx.Dtype, length: int, traditional: bool) ->
     check(partial(emulator.run, preamble="cuda.h"), xs, offsets(3, 70_000), TABLES["resonance"], traditional)
 
 
+@layouts
+@dtypes
+@pytest.mark.parametrize("flags", [emulator.CONTRACTED, emulator.FLUSHED], ids=["contracted", "flushed"])
+def test_what_a_gpu_compiler_may_do(dtype: mx.Dtype, traditional: bool, flags: list[str]) -> None:
+    """Fused products and sums, tiny numbers flushed to zero: within the same bounds, far out, forward and backward."""
+    run = partial(emulator.run, flags=flags)
+    for length in (1, 40):
+        xs = [Strided.of(heads(2, count, length, 144, count), dtype) for count in (9, 2)]
+        for backward in (False, True):
+            check(run, xs, offsets(3, MAX_POSITION - 40), TABLES["yarn"], traditional, backward)
+
+
+@pytest.mark.parametrize("flags", [emulator.CONTRACTED, emulator.FLUSHED], ids=["contracted", "flushed"])
+def test_flags_change_the_program(flags: list[str]) -> None:
+    """Otherwise the test above would repeat others: contraction changes bits, flushing changes tiny numbers."""
+    tiny = 2.0**-130 if flags is emulator.FLUSHED else 1.0
+    xs = [Strided.of(normal(1, 9, 40, 128) * np.float32(tiny))]
+    call = xs, offsets(MAX_POSITION - 40), ops.phase_constants(PLAIN_YARN), False, False
+    [plain], [other] = emulator.run(*call), emulator.run(*call, flags=flags)
+    assert not np.array_equal(plain, other)
+    assert flags is not emulator.FLUSHED or not other[..., :64].any()
+
+
+AS_OPENCL = {
+    "int32_t": "int", "uint32_t": "uint", "int64_t": "long", "uint64_t": "ulong",
+    "float16_t": "half", "bfloat16_t": "half", "device": "__global", "constant": "__constant",
+}  # fmt: skip
+# In plain C++ a pointer without a space points to thread memory, as in Metal; in C++ for OpenCL to any. But it does not
+# copy structures between spaces, as Metal does.
+STRICT = """
+#include <stdint.h>
+#define device __attribute__((address_space(1)))
+#define constant __attribute__((address_space(2)))
+typedef short float16_t;
+typedef unsigned short bfloat16_t;
+struct uint3 { uint32_t x, y, z; };
+template <typename T> T as_type(uint32_t bits) { return __builtin_bit_cast(T, bits); }
+template <int N, typename T> struct Pack;
+template <int N, typename T> Pack<N, T> load(const device Pack<N, T>* x) { return {x->at[0]}; }
+template <int N, typename T> void store(device Pack<N, T>* x, Pack<N, T> y) { x->at[0] = y.at[0]; }
+"""
+
+
+def clang() -> str:
+    """The newest Clang here; the test is skipped if there is none."""
+    found = [path for path in (shutil.which(f"clang++-{n}") for n in range(40, 13, -1)) if path]
+    path = found[0] if found else shutil.which("clang++")
+    if path is None:
+        pytest.skip("checking address spaces needs clang++")
+    return path
+
+
+def reject(source: str, strict: bool, folder: Path) -> str:
+    """What Clang says against a Metal source; nothing if it has the right address spaces."""
+    if strict:
+        source = re.sub(r"\*(reinterpret_cast<[^;]*>\([^;]*\)) = (\w+);", r"store(\1, \2);", source)
+        source = STRICT + re.sub(r"= \*(reinterpret_cast<[^;]*);", r"= load(\1);", source)
+        flags = ["-x", "c++", "-std=c++17"]
+    else:
+        source = source.replace("as_type<float>", "as_float")
+        preamble = "".join(f"#define {name} {other}\n" for name, other in AS_OPENCL.items())
+        source = "#pragma OPENCL EXTENSION cl_khr_fp16 : enable\n" + preamble + source
+        flags = ["-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-Xclang", "-finclude-default-header"]
+    path = folder / "kernel.txt"
+    path.write_text(source)
+    command = [clang(), *flags, "-fsyntax-only", "-Wno-everything", str(path)]
+    return subprocess.run(command, capture_output=True, text=True).stderr
+
+
 @dtypes
 @pytest.mark.parametrize(("batch", "pairs"), [(1, 64), (9, 2), (1, 2), (9, 64)])
-def test_address_spaces(tmp_path: Path, dtype: mx.Dtype, batch: int, pairs: int) -> None:
-    """C++ for OpenCL has address spaces like Metal's; plain C++ has none."""
-    clang = shutil.which("clang++")
-    if clang is None:
-        pytest.skip("reading C++ for OpenCL needs clang++")
+@pytest.mark.parametrize("strict", [False, True], ids=["OpenCL", "strict"])
+def test_address_spaces(tmp_path: Path, dtype: mx.Dtype, batch: int, pairs: int, strict: bool) -> None:
+    """Of every argument, which MLX puts into `constant` where it has fewer than 8 elements."""
     x = Strided.of(normal(batch, 2, 3, 2 * pairs), dtype)
     constants = ops.phase_constants(default_frequencies(2 * pairs))
     source, _ = emulator.metal_source([x, x], np.zeros(batch, np.int32), constants, False, False)
-    names = {
-        "int32_t": "int", "uint32_t": "uint", "int64_t": "long", "uint64_t": "ulong",
-        "float16_t": "half", "bfloat16_t": "half", "device": "__global", "constant": "__constant",
-    }  # fmt: skip
-    preamble = "".join(f"#define {name} {other}\n" for name, other in names.items())
-    source = source.replace('template [[host_name("', '// [[host_name("').replace(
-        "[[kernel]] decltype", "\ntemplate decltype"
-    )
-    path = tmp_path / "kernel.clcpp"
-    path.write_text("#pragma OPENCL EXTENSION cl_khr_fp16 : enable\n" + preamble + source)
-    command = [clang, "-x", "clcpp", "-cl-std=clc++2021", "-target", "spir64", "-fsyntax-only", "-Wno-everything"]
-    done = subprocess.run([*command, "-Xclang", "-finclude-default-header", str(path)], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    assert reject(source, strict, tmp_path) == ""
+
+
+@pytest.mark.parametrize(
+    "right", ["const DEVICE_MEMORY T* x", "const DEVICE_MEMORY Pack<PAIRS, T>*>(x + runs.low)", "DEVICE_MEMORY T* y"]
+)
+def test_a_forgotten_address_space_is_noticed(tmp_path: Path, right: str) -> None:
+    x = Strided.of(normal(1, 2, 3, 128))
+    source, _ = emulator.metal_source([x, x], offsets(0), ops.phase_constants(PLAIN_YARN), False, False)
+    assert right in source
+    assert "error" in reject(source.replace(right, right.replace("DEVICE_MEMORY ", "")), True, tmp_path)
 
 
 def test_every_pointer_names_its_address_space() -> None:
@@ -100,12 +168,12 @@ def test_every_pointer_names_its_address_space() -> None:
 
 
 def test_queries_and_keys_are_in_device_memory() -> None:
-    """From `gpu.SMALL` elements on, a constant of MLX; rotary.h supports no other address space for them."""
-    x = Strided.of(normal(1, gpu.SMALL // 4, 1, 4))
+    """From `kernel.SMALL` elements on, a constant of MLX; rotary.h supports no other address space for them."""
+    x = Strided.of(normal(1, kernel.SMALL // 4, 1, 4))
     source, _ = emulator.metal_source([x, x], offsets(0), ops.phase_constants(default_frequencies(4)), False, False)
     assert "const device float* q " in source and "const device float* k " in source
 
 
 def test_nothing_imprecise_in_the_source() -> None:
-    source = "".join(map(gpu.source, ("metal.h", "cuda.h", "rotary.h", "body.h")))
+    source = "".join(map(kernel.source, ("metal.h", "cuda.h", "rotary.h", "body.h")))
     assert "fast" not in source and "double" not in source
