@@ -12,11 +12,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import statistics
 import tempfile
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import mlx_resonance
 from mlx_resonance import load, stream_generate
@@ -26,7 +28,7 @@ from mlx_resonance.generation import PromptCache
 import mlx.core as mx
 import mlx_lm
 from random_llama import TINY, make
-from reporting import exit_with, markdown
+from reporting import exit_with, markdown, median_ratio
 
 DTYPE = "float32" if mx.default_device() == mx.cpu else "float16"
 RANDOM = (768, 2048, 13, 12, 12, 8192, mx.float32)  # hidden, feed-forward, layers, heads, key heads, vocabulary
@@ -34,31 +36,63 @@ PROMPT, NEW = 1024, 64  # tokens
 QUESTION = 32
 
 
-def speeds(generate: Any, model: Any, tokenizer: Any) -> tuple[float, float]:
-    """Tokens of prompt and of answer per second."""
-    *_, last = generate(model, tokenizer, list(range(10, 10 + PROMPT)), max_tokens=NEW)
-    return last.prompt_tps, last.generation_tps
+class Run(NamedTuple):
+    """One answer: tokens of prompt and of answer per second, and the answer's ids."""
+
+    prompt: float
+    answer: float
+    tokens: list[int]
+
+
+def text(length: int) -> list[int]:
+    """A prompt of `length` token ids."""
+    return [i % 2000 + 10 for i in range(length)]
+
+
+def run(generate: Any, model: Any, tokenizer: Any, prompt: int, new: int, **options: Any) -> Run:
+    """Answer a prompt of `prompt` tokens with `new` ones, greedily."""
+    tokenizer.eos_token_ids = set()  # nothing ends an answer early
+    pieces = list(generate(model, tokenizer, text(prompt), max_tokens=new, **options))
+    return Run(pieces[-1].prompt_tps, pieces[-1].generation_tps, [piece.token for piece in pieces])
+
+
+def in_turns(
+    sides: Mapping[str, Callable[[], Run]], repeats: int, warm_up: bool = True, deadline: float = math.inf
+) -> dict[str, list[Run]]:
+    """Run every side in turns, in both orders.
+
+    Args:
+        sides: by name, what to run.
+        repeats: number of rounds.
+        warm_up: run each once before, which does not count.
+        deadline: of `time.monotonic`: no round but the first starts after it.
+    """
+    runs: dict[str, list[Run]] = {name: [] for name in sides}
+    for turn in range(0 if warm_up else 1, repeats + 1):
+        if turn > 1 and time.monotonic() > deadline:
+            break
+        for name in runs if turn % 2 else reversed(runs):
+            found = sides[name]()
+            if turn:
+                runs[name].append(found)
+    return runs
 
 
 def compare(folder: Path, repeats: int) -> dict[str, Any]:
-    """Ours and mlx-lm's in turns, after a warm-up of each."""
+    """Ours and mlx-lm's in turns."""
     ours, stock = load(folder), mlx_lm.load(str(folder))
-    for _, tokenizer in (ours, stock):  # nothing ends an answer early
-        tokenizer.eos_token_ids = set()
-    runs: dict[str, list[tuple[float, float]]] = {"ours": [], "mlx_lm": []}
-    for turn in range(repeats + 1):
-        sides = [("ours", stream_generate, ours), ("mlx_lm", mlx_lm.stream_generate, stock)]
-        for name, generate, (model, tokenizer) in sides if turn % 2 else sides[::-1]:
-            found = speeds(generate, model, tokenizer)
-            if turn:
-                runs[name].append(found)
+    sides = {
+        "ours": lambda: run(stream_generate, *ours, PROMPT, NEW),
+        "mlx_lm": lambda: run(mlx_lm.stream_generate, *stock, PROMPT, NEW),
+    }
+    runs = in_turns(sides, repeats)
     report: dict[str, Any] = {}
     for i, kind in enumerate(("prompt", "answer")):
-        medians = {name: statistics.median(run[i] for run in found) for name, found in runs.items()}
-        ratios = [one[i] / other[i] for one, other in zip(runs["ours"], runs["mlx_lm"], strict=True)]
+        speeds = {name: [found[i] for found in of_side] for name, of_side in runs.items()}
+        medians = {name: statistics.median(values) for name, values in speeds.items()}
         report[kind] = {name: round(value, 1) for name, value in medians.items()}
         report[kind]["ratio"] = round(medians["ours"] / medians["mlx_lm"], 3)
-        report[kind]["median_of_ratios"] = round(statistics.median(ratios), 3)
+        report[kind]["median_of_ratios"] = median_ratio(speeds["ours"], speeds["mlx_lm"])
     return report
 
 
@@ -76,10 +110,9 @@ def size(folder: str) -> int:
     return sum(path.stat().st_size for path in Path(folder).glob("*.safetensors"))
 
 
-def second_question(folder: Path, length: int, repeats: int) -> dict[str, float]:
+def second_question(model: Any, tokenizer: Any, length: int, repeats: int) -> dict[str, float]:
     """Seconds to the first token of a question on a document, without the on-disk KV cache and with it; its bytes."""
-    model, tokenizer = load(folder)
-    document = [i % 2000 + 10 for i in range(length)]
+    document = text(length)
     times: dict[str, list[float]] = {"uncached": [], "cached": []}
     with tempfile.TemporaryDirectory() as kept:
         first_token(model, tokenizer, [*document, *range(20, 20 + QUESTION)], PromptCache(kept, "key"))
@@ -92,7 +125,7 @@ def second_question(folder: Path, length: int, repeats: int) -> dict[str, float]
     medians = {name: statistics.median(values) for name, values in times.items()}
     rounded = {f"{name}_seconds": round(value, 4) for name, value in medians.items()}
     rounded |= {"first_written_mb": round(first / 1e6, 1), "second_written_mb": round(later / 1e6, 1)}
-    return rounded | {"times_sooner": round(medians["uncached"] / medians["cached"], 1)}
+    return rounded | {"times_sooner": round(median_ratio(times["uncached"], times["cached"]), 1)}
 
 
 def sources(model: Path | None, folder: Path) -> dict[str, tuple[Path, dict[str, Any]]]:
@@ -122,7 +155,7 @@ def main() -> None:
             convert(source, folder / name, resonance=False, dtype=DTYPE, **scaling)
             report[name] = {} if args.questions_only else compare(folder / name, repeats)
             rows += [(name, kind, *speed.values()) for kind, speed in report[name].items()]
-            report[name]["second_question"] = second_question(folder / name, args.document, repeats)
+            report[name]["second_question"] = second_question(*load(folder / name), args.document, repeats)
             questions.append((name, *report[name]["second_question"].values()))
     if rows:
         columns: tuple[str, ...] = ("model", "", "ours, tokens/s", "mlx-lm, tokens/s", "ratio", "median of ratios")

@@ -1,7 +1,8 @@
-"""How the scripts here end: a Markdown table, or one line for a user's mistake."""
+"""How the scripts here end: ratios, a Markdown table, or one line for a user's mistake."""
 
 from __future__ import annotations
 
+import statistics
 import sys
 from collections.abc import Callable, Iterable, Sequence
 
@@ -12,6 +13,11 @@ def markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
     """A table in Markdown."""
     lines = [columns, ["---"] * len(columns), *rows]
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
+
+
+def median_ratio(ours: Sequence[float], others: Sequence[float]) -> float:
+    """The median of the rounds' ratios."""
+    return round(statistics.median(x / y for x, y in zip(ours, others, strict=True)), 3)
 
 
 def exit_with(main: Callable[[], None]) -> None:

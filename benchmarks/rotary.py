@@ -3,8 +3,10 @@
     python benchmarks/rotary.py [--repeats 25] [--figure angle-error.svg]
 
 All contenders take turns in one run on MLX's default device; times are medians in milliseconds, ratios medians of the
-rounds' ratios. mx.fast.rope has our wavelengths but no attention scale. Also: the launches of each contender, counted
-in MLX's graph, and the largest error of cosine and sine at far positions. Last line: one JSON object.
+rounds' ratios. mx.fast.rope has our wavelengths but no attention scale. Also: the operations of each contender, counted
+in MLX's graph on that device, and the largest error of cosine and sine at far positions. Last line: one JSON object.
+
+A CPU says nothing about a GPU: mx.fast.rope is one launch per array there, and 16 operations on a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import ResonanceRoPE, RotaryFrequencies, yarn_frequencies
-from mlx_resonance.kernels import gpu
 from mlx_resonance.plots import BLUE, GREEN, GREY, ORANGE, STYLE
 
 import matplotlib
@@ -30,6 +31,7 @@ import mlx_lm
 import numpy as np
 from matplotlib.figure import Figure
 from mlx_lm.models.rope_utils import YarnRoPE
+from reporting import median_ratio
 from rich.console import Console
 from rich.table import Table
 
@@ -79,28 +81,32 @@ def contenders(length: int, dims: int, offset: int) -> dict[str, Rotation]:
     }
 
 
-def measure(case: str, dtype: mx.Dtype, repeats: int) -> dict[str, float]:
-    """Medians in milliseconds; our time as a part of YarnRoPE's, and the floor's as a part of ours."""
+def times_of(case: str, dtype: mx.Dtype, rounds: int, calls: int = 1) -> dict[str, list[float]]:
+    """Seconds of one rotation, in each round, by contender; `calls` of them are evaluated at once."""
     batch, length, q_heads, k_heads, dims, offset = CASES[case]
     q, k = heads(batch, length, q_heads, dims, dtype), heads(batch, length, k_heads, dims, dtype)
     runs = contenders(length, dims, offset)
     times: dict[str, list[float]] = {name: [] for name in runs}
-    rounds = repeats if length > 1 else 8 * repeats
     for i in range(rounds + 2):  # the first two compile and warm up
         for name, run in runs.items():
             start = time.perf_counter()
-            mx.eval(run(q, k))
+            mx.eval([run(q, k) for _ in range(calls)])
             if i >= 2:
-                times[name].append(time.perf_counter() - start)
+                times[name].append((time.perf_counter() - start) / calls)
+    return times
 
-    def ratio(a: str, b: str) -> float:
-        return round(statistics.median(x / y for x, y in zip(times[a], times[b], strict=True)), 3)
 
+def measure(case: str, dtype: mx.Dtype, repeats: int) -> dict[str, float]:
+    """Medians in milliseconds; our time as a part of YarnRoPE's, and the floor's as a part of ours."""
+    times = times_of(case, dtype, repeats if CASES[case][1] > 1 else 8 * repeats)
     medians = {name: round(1000 * statistics.median(values), 4) for name, values in times.items()}
-    return medians | {"ours_to_mlx_lm_yarn": ratio("ours", "mlx_lm_yarn"), "floor_to_ours": ratio("add_one", "ours")}
+    return medians | {
+        "ours_to_mlx_lm_yarn": median_ratio(times["ours"], times["mlx_lm_yarn"]),
+        "floor_to_ours": median_ratio(times["add_one"], times["ours"]),
+    }
 
 
-def launches(run: Rotation, q: mx.array, k: mx.array) -> list[str]:
+def computing(run: Rotation, q: mx.array, k: mx.array) -> list[str]:
     """The operations of a rotation's graph that compute something."""
     text = io.StringIO()
     mx.export_to_dot(text, *run(q, k))
@@ -120,7 +126,7 @@ def traffic(run: Rotation, q: mx.array, k: mx.array) -> dict[str, int]:
         else:
             operations += 1
             moved += sum(read) + sum(map(size, node["outputs"]))
-    return {"launches": operations, "bytes": moved}
+    return {"operations": operations, "bytes": moved}
 
 
 def size(entry: tuple[str, tuple[int, ...], mx.Dtype]) -> int:
@@ -129,7 +135,7 @@ def size(entry: tuple[str, tuple[int, ...], mx.Dtype]) -> int:
 
 
 def graphs() -> dict[str, Any]:
-    """Launches and bytes of one prefill in bfloat16; `kernel` is our launch on a GPU, whatever the device here is."""
+    """Operations and bytes of one prefill in bfloat16, on MLX's default device."""
     batch, length, q_heads, k_heads, dims, offset = CASES["prefill"]
     q, k = (heads(batch, length, count, dims, mx.bfloat16) for count in (q_heads, k_heads))
     rotations = contenders(length, dims, offset)
@@ -137,14 +143,9 @@ def graphs() -> dict[str, Any]:
     for name in ("ours", "mlx_lm_yarn", "mx_fast_rope", "add_one"):
         run = rotations[name]
         mx.eval(run(q, k))  # make first what is made once, such as YarnRoPE's frequencies
-        computing = launches(run, q, k)
-        compiled = any(operation.startswith("Compiled") for operation in computing)  # hides what it moves
-        result[name] = {"launches": len(computing), "bytes": None} if compiled else traffic(run, q, k)
-    backend = "cuda" if mx.cuda.is_available() else "metal"  # MLX exports the latter even without a GPU
-    angles = ResonanceRoPE(yarn_frequencies(dims, BASE, FACTOR, ORIGINAL).resonate()).angles(length, offset)
-    result["kernel"] = traffic(
-        lambda q, k: gpu.launch(backend, [q, k], angles.offset, angles.constants, False, False), q, k
-    )
+        operations = computing(run, q, k)
+        compiled = any(operation.startswith("Compiled") for operation in operations)  # hides what it moves
+        result[name] = {"operations": len(operations), "bytes": None} if compiled else traffic(run, q, k)
     return result
 
 
