@@ -182,6 +182,7 @@ def test_other_commands_say_what_makes_a_model_of_it(
         assert (code, out, err.count("\n")) == (2, "", 1) and named in err and "convert" in err, err
 
 
+@pytest.mark.long
 def test_on_the_hub_only_the_chosen_file_is_downloaded(folder: Path, tmp_path: Path) -> None:
     with serve(REPO, folder) as hub:
         cache, out = tmp_path / "cache", tmp_path / "out"

@@ -80,6 +80,7 @@ def test_without_the_hub_the_cache_is_used(hub: Hub, first: First, warm: Path, t
     assert contents(first.out) == contents(tmp_path / "out")
 
 
+@pytest.mark.long
 def test_a_token_from_the_environment(hub: Hub, tmp_path: Path) -> None:
     hub.token = "hf_secret"
     arguments = ("convert", REPO, "--mlx-path", tmp_path / "out")
@@ -103,6 +104,7 @@ def test_a_dropped_connection_resumes_where_it_broke(hub: Hub, random_llama: Pat
     ).read_bytes()
 
 
+@pytest.mark.long
 def test_a_connection_that_does_not_come_back_is_one_line_and_the_next_run_resumes(hub: Hub, tmp_path: Path) -> None:
     hub.drop, hub.drops = {FIRST: 4 * CHUNK}, 1000
     arguments = ("convert", REPO, "--mlx-path", tmp_path / "out")
@@ -116,6 +118,7 @@ def test_a_connection_that_does_not_come_back_is_one_line_and_the_next_run_resum
     assert {name for name in hub.downloaded if hub.downloaded.count(name) > 1} == {FIRST}  # whole files are kept
 
 
+@pytest.mark.long
 def test_a_revision_that_moved_between_two_runs_is_refused(hub: Hub, tmp_path: Path) -> None:
     hub.commits[OTHER] = shutil.copytree(hub.commits[COMMIT], tmp_path / "other")
     (hub.commits[OTHER] / "README.md").write_text("# another\n")
@@ -137,6 +140,7 @@ c.convert(*sys.argv[1:])
     assert json.loads((tmp_path / "out" / "conversion.json").read_text())["source"]["commit"] == COMMIT
 
 
+@pytest.mark.long
 def test_a_dry_run_fetches_headers_only(hub: Hub, random_llama: Path, tmp_path: Path) -> None:
     arguments = ("convert", REPO, "--mlx-path", tmp_path / "out", *SMALL, "--dry-run", "--json")
     done = hub.command(tmp_path / "cache", *arguments)
@@ -182,6 +186,7 @@ def files_below(folder: Path) -> set[Path]:
     return {path for path in folder.rglob("*") if path.is_file() and "log" not in path.parts and path.suffix != ".lock"}
 
 
+@pytest.mark.long
 def test_consuming_resumes_after_a_kill_without_what_is_done(hub: Hub, tmp_path: Path) -> None:
     arguments = ("convert", REPO, "--mlx-path", tmp_path / "out", *SMALL, "--consume-source")
     kill = """

@@ -95,6 +95,7 @@ def interrupted(source: Path, out: Path, monkeypatch: pytest.MonkeyPatch, **opti
     assert [path.name for path in out.parent.iterdir()] == [f"{out.name}.partial"]
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="a forked process cannot use a Mac's GPU")
 def test_killed_at_any_moment_the_next_run_makes_the_same_files(random_llama: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-c", KILLER, str(random_llama), str(tmp_path), json.dumps(OPTIONS)]
@@ -203,6 +204,7 @@ def test_a_full_disk_is_one_line_and_what_is_done_stays(stdlib_llama: Path, tmp_
     assert contents(tmp_path / "out") == contents(tmp_path / "whole" / "out")
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_is_bounded_by_the_size_of_a_weight_file(random_llama: Path, tmp_path: Path) -> None:
     """1.3 times the size of a weight file and 400 MB, for 640 MB of weights in float32 and half of that written."""

@@ -196,6 +196,7 @@ def test_mlx_launch_prints_one_answer(models: list[Path], run: Any) -> None:
     assert done.stderr.count("generated 4 tokens") == 1
 
 
+@pytest.mark.long
 def test_heads_that_are_not_divided_are_refused(models: list[Path], tmp_path: Path) -> None:
     ends = start([[*MAIN, "generate", "--model", models[0], "--prompt", "x", "--max-tokens", 2]] * 3, tmp_path)
     assert [code for code, *_ in ends] == [2, 2, 2] and not any(out for _, out, _ in ends)

@@ -40,6 +40,33 @@ def test_the_page_of_commands_has_every_flag_and_its_help() -> None:
             assert "".join((parameter.help or "").split()) in "".join(sections[name].split()), (name, parameter.name)
 
 
+ASKS = r"(is_available|default_device|device_info|platform\.(system|mac_ver|machine)|current_backend)\(|sys\.platform"
+
+
+def files_that_ask(sources: dict[str, str]) -> set[str]:
+    """The files that ask for the device or the system."""
+    return {name for name, text in sources.items() if re.search(ASKS, text)}
+
+
+def test_what_only_a_mac_runs_is_listed() -> None:
+    folders = {"": ROOT / "mlx_resonance", "convert/": ROOT / "convert"}
+    sources = {
+        before + path.relative_to(folder).as_posix(): path.read_text(encoding="utf-8")
+        for before, folder in folders.items()
+        for path in folder.rglob("*.py")
+    }
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    [table] = re.findall(r"## What only a Mac runs\n(.*?)\n## ", text, flags=re.S)
+    listed = set(
+        re.findall(r"`([a-z_/0-9]+\.py)`", "\n".join(row.split("|")[1] for row in table.splitlines() if "|" in row))
+    )
+    assert files_that_ask(sources) - listed == set()
+    assert listed - sources.keys() == set()
+    for named in re.findall(r"`((?:tests/)?[a-z_/0-9]*test_[a-z_0-9]+\.py)`", table):
+        assert list((ROOT / "tests").rglob(named.removeprefix("tests/"))), named
+    assert files_that_ask({"a": "if mx.metal.is_available():", "b": "x = 1"}) == {"a"}
+
+
 def command_lines(path: Path) -> list[list[str]]:
     """The command lines in a page's code, split."""
     text = path.read_text(encoding="utf-8").replace("\\\n", " ")

@@ -7,7 +7,6 @@ import json
 import math
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,7 @@ import pytest
 from mlx.utils import tree_flatten
 from mlx_lm.models import qwen3
 
-from .checkpoints import random_checkpoint
+from .checkpoints import FITTED_HERE, random_checkpoint
 from .sparse_checkpoints import sparse
 
 WEIGHTS = "model.safetensors"
@@ -48,7 +47,6 @@ SHAPES = {
     "qwen3": (256, 576, 5, 4, 2, 2048, mx.float32, qwen3),
 }
 GB = 10**9
-FITTED_HERE = sys.platform == "linux" and mx.default_device() == mx.cpu
 
 
 @pytest.fixture
@@ -73,7 +71,7 @@ def peak(model: Any, tokenizer: Any, context: int, step: int, kv_bits: int | Non
     return mx.get_peak_memory()
 
 
-BY_NIGHT = ("wide", "qwen3")
+BY_NIGHT = ("wide", "qwen3", "stdlib-llama")
 
 
 @pytest.mark.parametrize(

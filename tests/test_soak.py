@@ -28,7 +28,7 @@ def resident() -> int:
 
 
 # `make test` runs enough requests to notice a leak of one document's memory; the others are run every night.
-@pytest.mark.parametrize("requests", [60, pytest.param(2000, marks=pytest.mark.long)])
+@pytest.mark.parametrize("requests", [40, pytest.param(2000, marks=pytest.mark.long)])
 def test_requests_of_every_kind(requests: int, checkpoint: Path, tmp_path: Path) -> None:
     model, tokenizer = load(checkpoint, factor=4)
     chance = random.Random(0)
