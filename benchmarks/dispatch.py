@@ -3,10 +3,12 @@
     python benchmarks/dispatch.py [--rounds 200] [--layers 32]
 
 Between two tokens a CPU builds the graph of the next step; a GPU waits where that takes longer than its own work. The
-same LLaMA is built with our attention and with mlx-lm's; they take turns, times are medians of the rounds, ratios
-medians of the rounds' ratios. MLX traces the step, which computes nothing. Without a GPU, what MLX decomposes on a CPU
-(mx.fast.rope, rms_norm, scaled_dot_product_attention) is replaced, for all, by one operation with as many inputs, so
-that the graph has a GPU's launches. Also: whether both write the same greedy tokens. Last line: one JSON object.
+same LLaMA is built with our attention and caches, and with mlx-lm's own; they take turns, times are medians of the
+rounds, ratios medians of the rounds' ratios. MLX traces the step, which computes nothing; what it does with the graph
+afterwards is not measured. Without a GPU, what MLX decomposes on a CPU (mx.fast.rope, rms_norm,
+scaled_dot_product_attention) is replaced, for all, by a single operation. Launches are the graph's operations: a trace
+has those one by one that mx.compile would join, for all alike; bytes count a KV cache as written whole.
+Also: whether both write the same greedy tokens. Last line: one JSON object.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from importlib.util import module_from_spec, spec_from_file_location
 from typing import Any
 from unittest.mock import patch
 
 from mlx_resonance import RopeConfig
 from mlx_resonance.attention import Inference, set_rope
+from mlx_resonance.generation.cache import make_cache
 from mlx_resonance.kernels import trial
 
 import mlx.core as mx
@@ -37,6 +41,7 @@ from mlx_lm.models.cache import KVCache
 from reporting import markdown, median_ratio
 
 TOKENS, CONTEXT = 100, 65536
+IN_A_ROW = 6  # steps of a contender
 HIDDEN, HEADS, KV_HEADS, VOCABULARY = 256, 8, 2, 512  # the time to build a graph does not depend on them
 YARN = {"rope_type": "yarn", "factor": 8.0, "original_max_position_embeddings": CONTEXT // 8}
 # For functions of mx.fast that are one launch on a GPU: calls with as many inputs that MLX does not decompose on a CPU.
@@ -54,22 +59,31 @@ VIEWS = {
 Step = Callable[..., mx.array]
 
 
-def llama_of(layers: int, scaling: dict[str, Any] | None) -> Any:
-    """A LLaMA with the same random weights each time, in mlx-lm's class."""
+def mlx_lms_own() -> Any:
+    """mlx-lm's file in a module of its own: `set_rope` patches the classes of the usual one."""
+    spec = spec_from_file_location("mlx_lm.models.llama_as_it_is", llama.__file__)
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def llama_of(layers: int, scaling: dict[str, Any] | None, module: Any = None) -> Any:
+    """A LLaMA with the same random weights each time; of mlx-lm's own file, unless another module is given."""
+    module = module or mlx_lms_own()
     mx.random.seed(0)
-    arguments = llama.ModelArgs(
+    arguments = module.ModelArgs(
         model_type="llama", hidden_size=HIDDEN, num_hidden_layers=layers, intermediate_size=2 * HIDDEN,
         num_attention_heads=HEADS, num_key_value_heads=KV_HEADS, rms_norm_eps=1e-5, vocab_size=VOCABULARY,
         max_position_embeddings=CONTEXT, rope_theta=10000.0, rope_scaling=scaling,
     )  # fmt: skip
-    model = llama.Model(arguments)
+    model = module.Model(arguments)
     mx.eval(model.parameters())
     return model
 
 
 def ours(layers: int, scaling: dict[str, Any] | None) -> Any:
     """The same with our attention."""
-    model = llama_of(layers, None)
+    model = llama_of(layers, None, llama)
     config = {"head_dim": HIDDEN // HEADS, "rope_theta": 10000.0, "max_position_embeddings": CONTEXT}
     set_rope(model, RopeConfig.from_hf(config | {"rope_scaling": scaling}))
     return model
@@ -100,9 +114,9 @@ def a_gpu() -> Iterator[bool]:
         yield False
 
 
-def filled(layers: int) -> list[KVCache]:
-    """Caches of a text of TOKENS tokens."""
-    caches = [KVCache() for _ in range(layers)]
+def filled(step: Step, layers: int) -> list[KVCache]:
+    """Caches of a text of TOKENS tokens: those that the step's own loop makes."""
+    caches = make_cache(step.of, 256) if isinstance(step, Inference) else [KVCache() for _ in range(layers)]
     for cache in caches:
         zeros = mx.zeros((1, KV_HEADS, TOKENS, HIDDEN // HEADS))
         cache.update_and_fetch(zeros, zeros)
@@ -142,14 +156,14 @@ def build(step: Step, caches: list[KVCache], nodes: list[dict[str, Any]] | None 
 def measure(steps: dict[str, Step], layers: int, rounds: int) -> dict[str, list[float]]:
     """Microseconds per layer of every round."""
     times: dict[str, list[float]] = {name: [] for name in steps}
-    caches = filled(layers)
+    caches = {name: filled(step, layers) for name, step in steps.items()}
     gc.collect()
     gc.disable()  # a collection would hit whoever is building
-    for i in range(rounds + 3):
+    for _ in range(rounds):
         for name in random.sample(list(steps), len(steps)):  # nobody always follows the same one
-            seconds = build(steps[name], caches)
-            if i >= 3:  # the first ones warm up
-                times[name].append(1e6 * seconds / layers)
+            # Several in a row, as in a loop that generates; the first one is after another contender's.
+            _, *taken = [build(steps[name], caches[name]) for _ in range(IN_A_ROW)]
+            times[name].append(1e6 * statistics.median(taken) / layers)
     gc.enable()
     return times
 
@@ -165,7 +179,7 @@ def traffic(step: Step, layers: int) -> dict[str, Counter[str]]:
     A view is not launched, and an array that repeats another counts as that one.
     """
     nodes: list[dict[str, Any]] = []
-    build(step, filled(layers), nodes)
+    build(step, filled(step, layers), nodes)
     launches, moved, view_of = Counter[str](), Counter[str](), {}
     for node in (node for node in nodes if node["type"] == "primitive"):
         read = [min(size(entry), view_of.get(entry[0], size(entry))) for entry in node["inputs"]]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -123,7 +124,7 @@ class ResonanceRoPE(nn.Module):
                 that change with the length are then those of the length that `expect` names.
             like: an array of the same step, such as the model's input; `mx.export_function` needs it.
             transformable: whether MLX may differentiate, map or checkpoint what is rotated by them. If not, a GPU's
-                kernel is launched directly: a step of a 32-layer model is built in less time than mlx-lm's.
+                kernel is launched directly, which takes the CPU a sixth of the time.
 
         Returns:
             What `rotate` takes: the offset, the constants, and on a CPU a table of cosines and sines.
@@ -190,10 +191,8 @@ class ResonanceRoPE(nn.Module):
         Raises:
             UsageError: a shape or the offset is wrong.
         """
-        if angles is not None and angles.bare is not None and angles.bare.launch is not None:
-            rotated = angles.bare.launch(q, k)
-            if rotated is not None:  # the shapes of the step's first layer, which were checked
-                return rotated[0], rotated[1]
+        if angles is not None and angles.bare is not None and (rotated := angles.bare.launch(q, k)) is not None:
+            return rotated[0], rotated[1]  # the shapes of the step's first layer, which were checked
         self._check(q)
         self._check(k)
         if q.ndim != 4 or k.ndim != 4 or q.shape[0] != k.shape[0] or q.shape[2:] != k.shape[2:]:
@@ -238,11 +237,19 @@ def _values(offset: int | mx.array) -> NDArray[np.integer]:
         ) from None
 
 
-class _Step:
-    """Holds a step's angles where mlx.nn.Module does not see them: they are not parameters."""
+class _Step(threading.local):
+    """A thread's current step, where mlx.nn.Module does not see it: angles are not parameters.
+
+    Attributes:
+        angles: what the layers share; None outside `sharing`.
+        transformable: False inside `inference`.
+    """
 
     angles: Angles | None = None
     transformable = True
+
+    def __reduce__(self) -> tuple[type[_Step], tuple[()]]:
+        return _Step, ()  # a copy of the module begins without a step
 
 
 def expect(model: nn.Module, length: int) -> None:

@@ -40,7 +40,9 @@ def test_the_page_of_commands_has_every_flag_and_its_help() -> None:
             assert "".join((parameter.help or "").split()) in "".join(sections[name].split()), (name, parameter.name)
 
 
-ASKS = r"(is_available|default_device|device_info|platform\.(system|mac_ver|machine)|current_backend)\(|sys\.platform"
+ASKS = (
+    r"(is_available|default_device|device_info|uname|platform\.\w+|current_backend)\(|sys\.platform|mx\.gpu|DeviceType"
+)
 
 
 def files_that_ask(sources: dict[str, str]) -> set[str]:

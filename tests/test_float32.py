@@ -132,6 +132,7 @@ def test_one_that_cannot_begin(elsewhere: Any, monkeypatch: pytest.MonkeyPatch, 
         in_float32(len, "x" * 10**6)  # more than a pipe holds
 
 
+@pytest.mark.long
 def test_the_same_verification(elsewhere: Any, random_llama: Path, tmp_path: Path) -> None:
     done = convert(random_llama, tmp_path / "out", rope="yarn", factor=8, quantize=True, verify=True)
     assert len(elsewhere) == 1 and elsewhere[0].returncode == 0
@@ -193,7 +194,8 @@ def test_a_conversion_whose_comparison_fails_is_not_published(
 
 SLEEPER = "import os, pathlib, time; pathlib.Path({path!r}).write_text(str(os.getpid())); time.sleep(600)"
 PARENT = """
-import runpy, sys
+import runpy, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts with & has it ignored
 import mlx_resonance.float32 as float32, mlx_resonance.convert.reference as reference
 float32.may_use_tf32 = lambda: True
 reference.in_float32 = lambda *_: float32.in_float32(runpy.run_path, {script!r})
@@ -214,7 +216,7 @@ def alive(pid: int) -> bool:
         (signal.SIGINT, True),
         pytest.param(signal.SIGINT, False, marks=pytest.mark.long),
         pytest.param(signal.SIGTERM, False, marks=pytest.mark.long),
-        (signal.SIGKILL, False),
+        pytest.param(signal.SIGKILL, False, marks=pytest.mark.long),
     ],
 )
 def test_it_ends_with_the_command(
@@ -249,6 +251,7 @@ def test_it_ends_with_the_command(
 
 def test_an_interrupt_in_a_notebook(elsewhere: Any, tmp_path: Path) -> None:
     """The kernel's process alone is interrupted; afterwards everything still works."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     told, script = tmp_path / "pid", tmp_path / "sleeper.py"
     script.write_text(SLEEPER.format(path=str(told)) + "\n")
     waiting = f"until [ -s {told} ]; do sleep 0.05; done; kill -INT {os.getpid()}"
@@ -257,6 +260,7 @@ def test_an_interrupt_in_a_notebook(elsewhere: Any, tmp_path: Path) -> None:
         with pytest.raises(KeyboardInterrupt):
             in_float32(runpy.run_path, str(script))
     finally:
+        signal.signal(signal.SIGINT, before)
         os.kill(shell, signal.SIGKILL)
         os.waitpid(shell, 0)
     assert not alive(int(told.read_text()))

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import Checkpoint, RopeConfig, generate, load
+from mlx_resonance.attention import Inference
 from mlx_resonance.generation import stream
 from mlx_resonance.generation.batch import Request, generate_batch
 from mlx_resonance.run_log import read_run_log
@@ -42,13 +43,13 @@ def used_by(monkeypatch: pytest.MonkeyPatch, module: Any, name: str, command: Ca
     original = getattr(module, name)
 
     def watched(*args: Any, **options: Any) -> Any:
-        models.extend(arg for arg in args if isinstance(arg, nn.Module))
+        models.extend(arg.of if isinstance(arg, Inference) else arg for arg in args)
         return original(*args, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(module, name, watched)
         command()
-    return models[0]
+    return next(model for model in models if isinstance(model, nn.Module))
 
 
 @pytest.mark.parametrize("style", ["4", "5"])

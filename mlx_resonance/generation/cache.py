@@ -9,6 +9,7 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .._mlx_lm import KVCache, QuantizedKVCache
 from ..errors import UsageError, check_option
+from .plain_cache import PlainCache
 
 GROUP_SIZES = (64, 32)  # values that share a scale and a bias; MLX has no smaller groups
 
@@ -28,6 +29,7 @@ def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> l
     caches = make_prompt_cache(model)
     if kv_bits is not None:
         quantize(model, caches, kv_bits)
+    caches = [PlainCache() if type(cache) is KVCache else cache for cache in caches]
     for cache in caches:
         if isinstance(cache, (KVCache, QuantizedKVCache)):
             cache.step = capacity  # what it grows by

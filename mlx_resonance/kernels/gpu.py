@@ -26,12 +26,12 @@ def rotate(
 class BareLaunches:
     """The rotations of one step's layers, each a launch that MLX can neither differentiate nor map.
 
-    The arguments are made once, for the first layer: `launch` is a function of q and k, or None before that. It returns
-    None for arrays of other shapes or types than the first layer's.
+    The arguments are made once, for the first layer. `launch` is a function of q and k; it returns None before that,
+    and for arrays of other shapes or types than the first layer's.
     """
 
     def __init__(self) -> None:
-        self.launch: Callable[[mx.array, mx.array], list[mx.array] | None] | None = None
+        self.launch: Callable[[mx.array, mx.array], list[mx.array] | None] = lambda q, k: None
 
     def prepare(
         self, backend: str, xs: list[mx.array], offset: mx.array, constants: PhaseConstants, traditional: bool

@@ -88,7 +88,7 @@ def build(backend: str, heads: int, traditional: bool, backward: bool) -> Any:
         heads: per thread.
     """
     make = mx.fast.metal_kernel if backend == "metal" else mx.fast.cuda_kernel
-    values = ", ".join(map(str, (PAIRS, heads, int(traditional), int(backward))))
+    values = f"{PAIRS}, {heads}, {str(traditional).lower()}, {str(backward).lower()}"
     return make(
         # MLX keeps what it compiles by this name, to which it adds the types.
         name=f"resonance_rotary_{values.replace(', ', '_')}",

@@ -81,6 +81,7 @@ FAULTS = {
     "last heads skipped": Fault(
         "body.h", "const uint32_t q_blocks = (q_shape[1] + HEADS - 1)", "const uint32_t q_blocks = q_shape[1]"
     ),
+    "one head per thread": Fault("body.h", "at.y - q_blocks) * HEADS;", "at.y - q_blocks) * (HEADS == 1 ? 2 : HEADS);"),
     "heads past the last": Fault(
         "body.h", "k_shape[1] - head < HEADS ? int(k_shape[1] - head) : HEADS", "k_shape[1] > 0 ? HEADS : 0"
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from mlx_resonance import ResonanceRoPE, default_frequencies
 from mlx_resonance.errors import UsageError
@@ -247,7 +248,7 @@ def test_a_variant_that_passed_is_not_tried_again(launches: list[bool], monkeypa
             if change == "system":
                 patch.setattr(trial.platform, "version", lambda: "Darwin Kernel Version 99")
             if change == "source":
-                patch.setattr(kernel, "source", lambda name: "another kernel")
+                patch.setattr(trial, "_sources", lambda: ["another kernel"])
             if change == "package":
                 patch.setattr(trial, "VERSION", "99.0")
             assert [count(), count()] == [3, 1], change
@@ -264,8 +265,18 @@ def test_a_variant_that_failed_is_tried_again(launches: list[bool], monkeypatch:
         assert len(launches) == 1
 
 
-def test_without_a_cache_folder_it_is_tried_every_time(launches: list[bool], tmp_path: Path) -> None:
-    (tmp_path / "cache").write_text("a file in the way")
+@pytest.mark.parametrize("why", ["a file in the way", "not allowed"])
+def test_without_a_cache_folder_it_is_tried_every_time(
+    launches: list[bool], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    (tmp_path / "cache").write_text("")
+    if why == "not allowed":  # to anyone: tests may run as root
+
+        def refuse(*_: object, **__: object) -> None:
+            raise PermissionError("not allowed")
+
+        monkeypatch.setattr(Path, "stat", refuse)
+        monkeypatch.setattr(Path, "mkdir", refuse)
     for _ in range(2):
         restart()
         launches.clear()
@@ -290,6 +301,29 @@ def test_bare_launches_rotate_alike(bare: dict[str, int]) -> None:
     for _ in range(3):
         assert_alike((rope.rotate(q, k, angles=angles), expected))
     assert bare == {"transformable": 1, "all": 4}
+
+
+@pytest.mark.parametrize(("rows", "length"), [(1, 1), (3, 1), (2, 40)])
+def test_bare_launches_have_the_arguments_of_others(monkeypatch: pytest.MonkeyPatch, rows: int, length: int) -> None:
+    calls: list[tuple[Any, Any]] = []
+
+    def build(*variant: Any) -> Any:
+        def launch(**call: Any) -> list[mx.array]:
+            inputs = [np.array(x).tolist() for x in call.pop("inputs")]
+            calls.append((variant, call | {"inputs": inputs}))
+            return [mx.zeros(shape) for shape in call["output_shapes"]]
+
+        return launch
+
+    pretend.pretend_gpu(monkeypatch)
+    monkeypatch.setattr(kernel, "build", build)
+    rope, q, k = ResonanceRoPE(YARN), normal(rows, 9, length, 144), normal(rows, 2, length, 144)
+    offset = mx.array([5 * i for i in range(rows)])
+    rope.rotate(q, k, offset)
+    angles = rope.angles(length, offset, transformable=False)
+    for _ in range(2):
+        rope.rotate(q, k, angles=angles)
+    assert len(calls) == 3 and calls[0] == calls[1] == calls[2]
 
 
 @pytest.mark.parametrize("change", ["heads", "features", "type"])

@@ -7,10 +7,12 @@ import shutil
 import subprocess
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 from mlx_resonance import RotaryFrequencies, default_frequencies
-from mlx_resonance.kernels import kernel, ops
+from mlx_resonance.kernels import kernel, ops, trial
 
 import mlx.core as mx
 import numpy as np
@@ -19,7 +21,7 @@ import pytest
 from .. import oracle
 from ..rotations import MAX_POSITION, PLAIN_YARN, layouts, normal
 from . import emulator
-from .checks import NO_COMPILER, TABLES, check, dtypes, heads, offsets
+from .checks import DTYPES, NO_COMPILER, TABLES, check, dtypes, heads, offsets
 from .emulator import Strided
 
 pytestmark = [
@@ -177,3 +179,39 @@ def test_queries_and_keys_are_in_device_memory() -> None:
 def test_nothing_imprecise_in_the_source() -> None:
     source = "".join(map(kernel.source, ("metal.h", "cuda.h", "rotary.h", "body.h")))
     assert "fast" not in source and "double" not in source
+    assert source.isascii()  # MLX hands it to Metal as such
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "turns", "heads"),
+    [
+        ((mx.float32, mx.float32), (False, False), 1),
+        ((mx.bfloat16,), (True, True), 8),
+        *(
+            pytest.param((dtype,) * 2, (traditional, backward), heads, marks=pytest.mark.long)
+            for dtype, traditional, backward, heads in product(DTYPES, (False, True), (False, True), (1, 8))
+        ),
+    ],
+    ids=str,
+)
+def test_the_kernel_passes_its_trial(
+    monkeypatch: pytest.MonkeyPatch, dtypes: tuple[mx.Dtype, ...], turns: tuple[bool, bool], heads: int
+) -> None:
+    """With room to spare: a compiler that contracts, flushes tiny numbers and adds another rounding passes as well."""
+
+    def launch(backend: str, xs: list[mx.array], offset: mx.array, *call: Any) -> list[mx.array]:
+        views = [np.array(x.astype(mx.float32)).swapaxes(1, 2).copy().swapaxes(1, 2) for x in xs]
+        strided = [Strided.of(view, x.dtype) for view, x in zip(views, xs, strict=True)]
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(kernel, "launch", generated)
+            rotated = emulator.run(strided, np.array(offset), *call, flags=emulator.FLUSHED)
+        # One more rounding of float32: half of what the trial allows.
+        return [
+            mx.array((y * (1 + 2.0**-23)).astype(np.float32)).astype(x.dtype) for x, y in zip(xs, rotated, strict=True)
+        ]
+
+    generated = kernel.launch
+    monkeypatch.setattr(kernel, "launch", launch)
+    monkeypatch.setattr(kernel, "FEW_TOKENS", 32)
+    variant = trial.Variant("metal", dtypes, *turns, heads, few_pairs=False, few_rows=True)
+    assert trial._try(variant) is None
