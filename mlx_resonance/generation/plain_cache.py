@@ -10,6 +10,8 @@ from .._mlx_lm import KVCache
 class PlainCache(KVCache):  # type: ignore[misc]  # mypy does not follow mlx-lm
     """Keys and values of one layer in the model's type, each (B, H, S, D)."""
 
+    offset: int
+
     def update_and_fetch(self, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append keys and values, (B, H, L, D) each. Returns all of them."""
         end = self.offset + keys.shape[2]
