@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +22,27 @@ def loaded(random_llama: Path) -> Any:
     return load(random_llama)
 
 
-def test_options_reach_mlx_lm(stdlib_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_options_reach_the_loop(stdlib_llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, tokenizer = load(stdlib_llama)
     calls: dict[str, Any] = {}
-    monkeypatch.setattr(stream, "generate_step", lambda *_, **options: calls.update(options) or iter(()))
+
+    def decode(model: Any, cache: list[Any], tokens: list[int], **options: Any) -> Iterator[Any]:
+        calls.update(options, cache=cache)
+        yield from ()
+
+    monkeypatch.setattr(stream, "decode", decode)
     monkeypatch.setattr(sampling, "make_sampler", lambda **options: calls.update(sampled=options) or len)
     list(stream_generate(model, tokenizer, TEXT, temp=0.5, top_p=0.25, max_tokens=9, kv_bits=4, prefill_step_size=7))
-    assert calls.keys() == {"sampled", "max_tokens", "sampler", "logits_processors", "prompt_cache"}
-    assert calls["max_tokens"] == 9 and calls["logits_processors"] == []
+    assert calls.keys() == {"sampled", "max_tokens", "sampler", "logits_processors", "cache", "stream", "proposals"}
+    assert calls["max_tokens"] == 9 and calls["logits_processors"] == () and calls["proposals"] is None
     assert calls["sampled"] == {"temp": 0.5, "top_p": 0.25, "top_k": 0, "min_p": 0.0}
     length = len(prompt_tokens(tokenizer, TEXT))
-    for cache in calls["prompt_cache"]:  # quantized, allocated for everything, with all but the last token read
+    for cache in calls["cache"]:  # quantized, allocated for everything, with all but the last token read
         assert (type(cache).__name__, cache.bits, cache.step) == ("QuantizedKVCache", 4, length + 9)
         assert cache.offset == length - 1
     list(stream_generate(model, tokenizer, TEXT, max_tokens=9))
     assert calls["sampled"]["temp"] == calls["sampled"]["top_p"] == 0.0  # mlx-lm's value for "all tokens"
-    assert type(calls["prompt_cache"][0]).__name__ == "KVCache"
+    assert type(calls["cache"][0]).__name__ == "PlainCache"
 
 
 def test_progress_counts_the_prompt(loaded: Any) -> None:

@@ -72,7 +72,7 @@ def test_every_entry_point_gives_the_same_logits(
     check("Checkpoint", Checkpoint.open(folder).load())
     check("mlx_lm.load", mlx_lm.load(str(folder))[0])
     check("mlx_lm.utils.load_model", mlx_lm.utils.load_model(folder)[0])
-    check("generate", used_by(monkeypatch, stream, "generate_step", lambda: run("generate", *options)))
+    check("generate", used_by(monkeypatch, stream, "decode", lambda: run("generate", *options)))
     of_mlx_lm = sys.modules["mlx_lm.generate"]
     check("lm generate", used_by(monkeypatch, of_mlx_lm, "stream_generate", lambda: run("lm", "generate", *options)))
     arguments = Namespace(

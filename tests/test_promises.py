@@ -23,6 +23,7 @@ from mlx_resonance.errors import UsageError
 from mlx_resonance.generation import PromptCache, cache_key, prompt_tokens, require_memory
 from mlx_resonance.generation.batch_cache import BatchQuantizedKVCache
 from mlx_resonance.generation.prefill import Pace
+from mlx_resonance.generation.speculation import Proposals
 
 import pytest
 from mlx_lm.models.cache import QuantizedKVCache
@@ -36,9 +37,11 @@ from .test_distributed import COMMANDS, MAIN, start
 NEW = 16  # tokens of an answer
 TEXT = " ".join(source()[4000:5200].split())  # a line of a pipe is a question to the chat
 HALF, TOO_LONG = TEXT[: len(TEXT) // 2], " ".join(source()[:9000].split())
+REPEATED = ("0, " * 40).strip()  # its answer goes on like that
 ASKED: list[tuple[str, dict[str, Any]]] = [  # of several machines, in this order
     (TEXT, {}), (TEXT, {"kv_bits": 8}), (TEXT, {"kv_bits": 4}), (TOO_LONG, {}), (TEXT, {"memory": "1GB"}),
     (TEXT, {"prefill_step_size": 64}), (HALF, {"prompt_cache": None}), (TEXT, {"prompt_cache": None}),
+    (REPEATED, {"prompt_lookup": 4}), (REPEATED, {"prompt_lookup": "auto"}),
 ]  # fmt: skip
 
 
@@ -100,7 +103,7 @@ class Server(Way):
             _, _, err = self.run("server", "-m", self.folder, "--port", 0, *self.flags(**options))
             return Said(error=err.splitlines()[-1])
         defaults: dict[str, Any] = {"context": None, "kv_bits": None, "prefill_step_size": 2048, "memory": None}
-        defaults |= {"force": False, "prompt_cache": None, "prompt_cache_size": 10**10}
+        defaults |= {"force": False, "prompt_cache": None, "prompt_cache_size": 10**10, "prompt_lookup": "off"}
         opened = defaults | options | {"no_prompt_cache": "prompt_cache" not in options}
         with serving(lambda: open_engine(Checkpoint.open(self.folder, factor=self.factor), **opened)) as served:
             asked = {"messages": [{"role": "user", "content": text}], "max_tokens": NEW, "temperature": 0}
@@ -227,18 +230,25 @@ def quantized(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
 
 @pytest.fixture(scope="module")
 def expected(tiny: Path) -> dict[int | None, str]:
+    """The greedy answer by KV bits."""
+    texts = of_mlx_lm(tiny, TEXT, (None, 8, 4))
+    assert texts[None] and texts[4] != texts[None]
+    return texts
+
+
+@cache
+def of_mlx_lm(folder: Path, text: str, kv_bits: tuple[int | None, ...]) -> dict[int | None, str]:
     """The greedy answer by KV bits, without any engine: mlx-lm's own functions."""
     from mlx_resonance.generation.cache import make_cache
 
     import mlx_lm
 
-    checkpoint = Checkpoint.open(tiny, factor=4)
-    model, tokens = checkpoint.load(), prompt_tokens(checkpoint.tokenizer, TEXT, chat=True)
+    checkpoint = Checkpoint.open(folder, factor=4)
+    model, tokens = checkpoint.load(), prompt_tokens(checkpoint.tokenizer, text, chat=True)
     texts = {}
-    for bits in (None, 8, 4):
+    for bits in kv_bits:
         options = {"prompt_cache": make_cache(model, len(tokens) + NEW, bits), "max_tokens": NEW}
         texts[bits] = mlx_lm.generate(model, checkpoint.tokenizer, tokens, **options)
-    assert texts[None] and texts[4] != texts[None]
     return texts
 
 
@@ -250,6 +260,25 @@ def test_the_same_greedy_text(way: Way, expected: dict[int | None, str]) -> None
 def test_kv_bits(way: Way, expected: dict[int | None, str], quantized: set[int], bits: int) -> None:
     assert way.ask(TEXT, kv_bits=bits).text == expected[bits]
     assert quantized == {bits} or way.name == "Machines"  # other processes
+
+
+@pytest.mark.parametrize("setting", [4, "auto"])
+def test_prompt_lookup(way: Way, tiny: Path, monkeypatch: pytest.MonkeyPatch, setting: int | str) -> None:
+    """The same text; a batch, which has no room for another row's guesses, says so."""
+    proposed: list[int] = []
+    passed = Proposals.passed
+
+    def counted(self: Any, count: int, *args: Any) -> None:
+        proposed.append(count)
+        passed(self, count, *args)
+
+    monkeypatch.setattr(Proposals, "passed", counted)
+    said = way.ask(REPEATED, prompt_lookup=setting)
+    if way.name == "Batch":
+        assert "one text at a time" in said.error
+        return
+    assert said.text == of_mlx_lm(tiny, REPEATED, (None,))[None]
+    assert way.name == "Machines" or max(proposed) > 0  # other processes; there auto is off: their times differ
 
 
 def test_the_context_is_checked(way: Way) -> None:

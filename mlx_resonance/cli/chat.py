@@ -52,6 +52,7 @@ def command(
     prompt_cache: shared.CacheFolder = None,
     prompt_cache_size: shared.CacheSize = "10GB",  # type: ignore[assignment]
     no_prompt_cache: shared.NoCache = False,
+    prompt_lookup: shared.PromptLookup = "off",
 ) -> None:
     """Talk with a model, also about files.
 
@@ -75,7 +76,7 @@ def command(
     given = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     sampling, defaults = sampling_for(checkpoint, **given, repetition_penalty=repetition_penalty)
     kept: dict[str, Any] = {"prompt_cache": prompt_cache, "prompt_cache_size": prompt_cache_size}
-    kept |= {"no_prompt_cache": no_prompt_cache, "memory": memory, "force": force}
+    kept |= {"no_prompt_cache": no_prompt_cache, "memory": memory, "force": force, "prompt_lookup": prompt_lookup}
     engine = open_engine(checkpoint, context=context, kv_bits=kv_bits, prefill_step_size=prefill_step_size, **kept)
     how: dict[str, Any] = {"overflow": overflow, "max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
     conversation = Conversation(engine, system_prompt=system_prompt, **how)

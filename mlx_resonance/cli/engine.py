@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..errors import UsageError
 from .output import stderr
@@ -26,6 +26,7 @@ def open_engine(
     prompt_cache: Path | None,
     prompt_cache_size: int,
     no_prompt_cache: bool,
+    prompt_lookup: Any,
 ) -> Engine:
     """Plan the memory, say what was planned, then load the model.
 
@@ -37,6 +38,7 @@ def open_engine(
         prompt_cache: folder of the on-disk KV cache; None for one in the user's cache folder.
         prompt_cache_size: its maximum size in bytes.
         no_prompt_cache: keep none on disk.
+        prompt_lookup: as of the engine.
 
     Raises:
         UsageError: the options contradict each other or the checkpoint, or the memory holds no context.
@@ -61,6 +63,7 @@ def open_engine(
         prefill_step_size=prefill_step_size,
         disk_cache=kept,
         context=tokens,
+        prompt_lookup=prompt_lookup,
     )
 
 

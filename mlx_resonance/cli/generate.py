@@ -22,6 +22,7 @@ from .options import (
     Model,
     Penalty,
     PrefillStep,
+    PromptLookup,
     Seed,
     Stop,
     SystemPrompt,
@@ -62,6 +63,7 @@ def command(
     stop: Stop = None,
     factor: Factor = None,
     kv_bits: KvBits = None,
+    prompt_lookup: PromptLookup = None,
     prefill_step_size: PrefillStep = 2048,
     prompt_cache: CacheFolder = None,
     prompt_cache_size: Annotated[int | None, Option(**size, help="Maximum size of DIR. Default: 10GB.")] = None,
@@ -88,6 +90,8 @@ def command(
         raise UsageError("the size of a prompt cache needs its folder", remedies=[{"prompt_cache": None}])
     if batch_size is not None and prompts_file is None:
         raise UsageError("a batch size is for a file of prompts", remedies=[{"prompts_file": None}])
+    if prompt_lookup is not None and prompts_file is not None:
+        raise UsageError("prompt lookup is for one text at a time", option="prompt_lookup")
     check_outputs(output if group.rank == 0 else None)
     if prompt_cache is not None:
         check_output_folder(prompt_cache, "prompt_cache")
@@ -132,6 +136,7 @@ def command(
         template = chat and tokenizer.has_chat_template
         answer(group, checkpoint, requests, output, template, json, defaults, **options)
         return
+    options["prompt_lookup"] = prompt_lookup or "off"
     loaded = group.load(checkpoint)
     _, shared_seed = group.start(tokens, [], (), sampling.seed)
     engine = Engine(loaded, tokenizer, **options)

@@ -16,6 +16,7 @@ from ..storage import check_input
 LARGEST = 2**31 - 1
 LARGEST_SIZE = "1000TB"
 MOST_NUMBERS = 1000  # of a list
+MOST_PROPOSED = 64  # of lookup.py, which imports MLX
 
 
 def _parser(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
@@ -62,6 +63,14 @@ def completed_from(names: Collection[str]) -> Callable[[], list[str]]:
 def _kv_bits(text: str) -> int:
     if text not in ("8", "4"):
         raise BadParameter(f"{text!r} is not one of 8, 4")
+    return int(text)
+
+
+def _prompt_lookup(text: str) -> int | str:
+    if text in ("auto", "off"):
+        return text
+    if not (text.isdecimal() and 1 <= int(text) <= MOST_PROPOSED):
+        raise BadParameter(f"{text!r} is not one of auto, off, 1 to {MOST_PROPOSED}")
     return int(text)
 
 
@@ -112,6 +121,11 @@ Factor = Annotated[
 ]
 _bits: dict[str, Any] = {"parser": _parser(_kv_bits), "autocompletion": completed_from(("8", "4")), "metavar": "8|4"}
 KvBits = Annotated[int | None, Option(**_bits, help="Bits of a quantized KV cache.")]
+_lookup: dict[str, Any] = {"parser": _parser(_prompt_lookup), "autocompletion": completed_from(("auto", "off"))}
+PromptLookup = Annotated[
+    Any,
+    Option(**_lookup, metavar="auto|off|N", help="Check up to N tokens per pass that followed the same words before."),
+]
 Temp = Annotated[float | None, Option(min=0, max=100, help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float | None, Option(min=0, max=1, help="Sample from the top tokens of this total probability.")]
 TopK = Annotated[int | None, Option(min=0, max=LARGEST, help="Sample from this many top tokens; 0 for all.")]

@@ -35,6 +35,7 @@ from .options import (
     NoCache,
     Penalty,
     PrefillStep,
+    PromptLookup,
     Temp,
     TopK,
     TopP,
@@ -76,6 +77,7 @@ def command(
     prompt_cache: CacheFolder = None,
     prompt_cache_size: CacheSize = "10GB",  # type: ignore[assignment]
     no_prompt_cache: NoCache = False,
+    prompt_lookup: PromptLookup = "off",
 ) -> None:
     """Serve a model with OpenAI's API, one request at a time."""
     check_server(api_key)
@@ -106,6 +108,7 @@ def command(
             prompt_cache=prompt_cache,
             prompt_cache_size=prompt_cache_size,
             no_prompt_cache=no_prompt_cache,
+            prompt_lookup=prompt_lookup,
         )
         if defaults:
             values = ", ".join(f"{name} {value}" for name, value in defaults.items())

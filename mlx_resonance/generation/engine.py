@@ -19,6 +19,7 @@ from ..scaling import check_context
 from ..tokenizer import check_ids
 from ..wired import wired
 from .cache import make_cache
+from .lookup import PromptLookup, check_lookup
 from .memory import MemoryPlan, plan_memory, require_memory
 from .prefill import STEP, Pace, Progress, prefill
 from .prompt_cache import PromptCache, common_prefix
@@ -44,6 +45,7 @@ class Engine:
         prefill_step_size: maximum number of prompt tokens in one pass.
         disk_cache: on-disk KV cache.
         context: maximum tokens of a prompt and its answer, such as a memory plan allows; None for the checkpoint's.
+        prompt_lookup: as in `stream_generate`; `auto` is off for several processes, whose times differ.
         agree: for several processes, as of `Pace`.
 
     Raises:
@@ -59,11 +61,14 @@ class Engine:
         prefill_step_size: int = STEP,
         disk_cache: PromptCache | None = None,
         context: int | None = None,
+        prompt_lookup: PromptLookup = "off",
         agree: Callable[[int], int] | None = None,
     ) -> None:
         check_option("prefill_step_size", prefill_step_size >= 1, "at least 1", prefill_step_size)
         check_option("kv_bits", kv_bits in (None, 4, 8), "4 or 8", kv_bits)
         self.model, self.tokenizer, self.kv_bits, self.disk_cache = model, tokenizer, kv_bits, disk_cache
+        check_lookup(prompt_lookup)
+        self.prompt_lookup: PromptLookup = "off" if agree is not None and prompt_lookup == "auto" else prompt_lookup
         self.pace = Pace(len(model.layers), prefill_step_size, agree=agree)
         self.context = context if context is not None else model.args.rope.context_length
         self.tokens: list[int] = []  # whose keys and values the caches hold
@@ -99,7 +104,8 @@ class Engine:
         new = self.check(prompt, max_tokens)
         processors = [*sampling.processors(), *logits_processors]
         options: dict[str, Any] = {"sampler": sampling.sampler(), "logits_processors": processors, "stop": stops}
-        return self._stream(prompt, new, sampling.seed, options | {"progress": progress})
+        options |= {"progress": progress, "prompt_lookup": self.prompt_lookup}
+        return self._stream(prompt, new, sampling.seed, options)
 
     def check(self, tokens: Sequence[int], max_tokens: int | None = None) -> int:
         """Check a request before anything is computed. Returns the maximum number of tokens to generate.

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import dataclass
-from importlib.metadata import version
 from typing import Any
 
 import mlx.core as mx
@@ -14,14 +14,15 @@ import mlx.nn as nn
 from mlx_lm.generate import GenerationResponse
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 
-from .._mlx_lm import generate_step, generation_stream, takes_stream
-from ..attention import Inference
+from .._mlx_lm import generation_stream
 from ..errors import DeviceError, UsageError, check_option
 from ..rope import expect
 from ..rope_config import RopeConfig
 from ..scaling import check_context
 from ..wired import wired
 from .cache import cached_tokens, check_format, make_cache, quantize
+from .decode import decode
+from .lookup import PromptLookup, check_lookup, lookup_proposals
 from .messages import prompt_tokens
 from .prefill import STEP, Pace, Progress, device_errors, prefill
 from .prompt_cache import PromptCache, refuse_changing_angles
@@ -68,6 +69,7 @@ def stream_generate(
     num_draft_tokens: int | None = None,
     prompt_progress_callback: Progress | None = None,
     stop: Sequence[str] = (),
+    prompt_lookup: PromptLookup = "off",
 ) -> Iterator[Response]:
     """Generate text, piece by piece: mlx-lm's function of this name, with the checks and caches of this package.
 
@@ -91,6 +93,9 @@ def stream_generate(
         num_draft_tokens: mlx-lm's, without effect where there is no draft model.
         prompt_progress_callback: called with the number of prompt tokens done and their total.
         stop: strings of which the first ends the text, which does not include it.
+        prompt_lookup: `auto` or a number of tokens: what followed the same words earlier in prompt and answer is
+            checked, several tokens per pass of the model: see `decode`. A sampler or logits processor must not keep a
+            state then.
 
     Returns:
         An iterator of mlx-lm's GenerationResponse: `text` is the new piece, the last one has a `finish_reason`.
@@ -99,10 +104,9 @@ def stream_generate(
     Raises:
         UsageError: an argument is out of range or not supported, the prompt is empty, or the context is too short.
     """
-    if stream is not generation_stream and not takes_stream():
-        raise UsageError(f"stream is not supported with mlx-lm {version('mlx-lm')}, which computes on its own")
     refuse(draft_model=draft_model, max_kv_size=max_kv_size, input_embeddings=input_embeddings)
     check_options(max_tokens, temp or 0.0, 1.0 if top_p is None else top_p, seed, prefill_step_size, kv_bits)
+    check_lookup(prompt_lookup)
     if kv_bits is not None:
         check_format(model, kv_group_size, quantized_kv_start)
     if not isinstance(tokenizer, TokenizerWrapper):
@@ -118,6 +122,7 @@ def stream_generate(
         "stop": StopStrings(stop),
         "disk_cache": disk_cache,
         "progress": prompt_progress_callback,
+        "prompt_lookup": prompt_lookup,
     }
     cache = open_cache(model, prompt_cache, disk_cache, len(tokens), max_tokens, kv_bits)
     if seed is not None:
@@ -142,11 +147,12 @@ def write(
     stream: mx.Stream | mx.ThreadLocalStream = generation_stream,
     disk_cache: PromptCache | None = None,
     progress: Progress | None = None,
+    prompt_lookup: PromptLookup = "off",
 ) -> Iterator[Response]:
     """Read a prompt and write its answer: what `stream_generate` and the engine have in common.
 
     Args:
-        model, tokenizer, max_tokens, sampler, logits_processors, stream: as in `stream_generate`.
+        model, tokenizer, max_tokens, sampler, logits_processors, stream, prompt_lookup: as in `stream_generate`.
         tokens: the prompt, checked.
         cache: one per layer: a text of `before` tokens that the prompt continues, then the prompt's first tokens.
         pace: decides how many tokens of the prompt are read at once.
@@ -160,17 +166,15 @@ def write(
     if disk_cache is not None and not (known or before):
         known = disk_cache.fetch(tokens, cache)
     written = tokens[:-1]  # those whose keys every layer has
-    options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": sampler, "prompt_cache": cache}
-    options["logits_processors"] = [after(tokens[:-1], processor) for processor in logits_processors or ()]
-    if stream is not generation_stream:
-        options["stream"] = stream  # mlx-lm 0.31 has no such argument
+    options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": sampler, "stream": stream}
+    options |= {"logits_processors": logits_processors or (), "proposals": lookup_proposals(tokens, prompt_lookup)}
     crossing, answer = _Crossing(model.args.rope, before + len(tokens)), AnswerText(tokenizer, first_space)
     speed = first = 0.0
     try:
-        with device_errors(), wired(stream, model=model):
+        with device_errors(), wired(stream, model=model), ExitStack() as stack:
             with mx.stream(stream):
                 prefill(model, tokens, cache, pace=pace, before=before, prompt_progress_callback=progress)
-            steps = generate_step(mx.array(tokens[-1:]), Inference(model), **options)
+            steps = stack.enter_context(closing(decode(model, cache, tokens, **options)))
             for count, (token, logprobs) in enumerate(steps, 1):
                 if count == 1:
                     first = time.perf_counter()
@@ -243,12 +247,6 @@ def choose_sampler(sampler: Sampler | None, temp: float | None, top_p: float | N
     if temp is not None or top_p is not None:
         raise UsageError("give either a sampler or temp and top_p")
     return sampler
-
-
-def after(tokens: list[int], processor: LogitsProcessor) -> LogitsProcessor:
-    """A logits processor that sees these tokens before those it is given, which lack the part that `prefill` reads."""
-    head = mx.array(tokens, mx.int32)
-    return lambda rest, logits: processor(mx.concatenate([head, rest]), logits)
 
 
 def open_cache(
