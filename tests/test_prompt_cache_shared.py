@@ -6,6 +6,7 @@ import hashlib
 import json
 import logging
 import os
+import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,7 @@ def store(folder: Path, tokens: list[int], **options: Any) -> int:
     """Store a text. Returns how many bytes of files are new."""
     before = {path: path.stat().st_size for path in folder.glob("*.safetensors")}
     PromptCache(folder, KEY, **options).store(tokens, read(tokens))
+    time.sleep(0.02)  # two ticks of the clock that stamps files, by which `files` sorts them
     after = {path: path.stat().st_size for path in folder.glob("*.safetensors")}
     return sum(size for path, size in after.items() if path not in before)
 
