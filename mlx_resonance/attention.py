@@ -122,48 +122,76 @@ def _attention(of_mlx_lm: Callable[..., mx.array]) -> Callable[..., mx.array]:
             queries, keys = rope.rotate(queries, keys, offset, rope.shared)
         if cache is not None:
             keys, values = cache.update_and_fetch(keys, values)
-        if L > 1 and hasattr(cache, "bits"):
-            # mlx-lm's product with quantized keys holds all scores of a chunk, which take more memory than a layer's
-            # keys and values in 16 bits: dequantize those for the fused attention instead.
-            size, bits = cache.group_size, cache.bits
-            keys, values = (mx.dequantize(w, s, b, group_size=size, bits=bits) for w, s, b in (keys, values))
-            cache = None
-        if L == 1 and mask is None and not hasattr(cache, "bits"):
+        if hasattr(cache, "group_size"):
+            output = attend_quantized(queries, keys, values, cache=cache, scale=self.scale, mask=mask)
+            output = output if L == 1 else output.transpose(0, 2, 1, 3)
+        elif L == 1 and mask is None:
             output = mx.fast.scaled_dot_product_attention(queries, keys, values, scale=self.scale)
         else:
-            output = attend(queries, keys, values, cache=cache, scale=self.scale, mask=mask).transpose(0, 2, 1, 3)
+            output = attend(queries, keys, values, scale=self.scale, mask=mask).transpose(0, 2, 1, 3)
         return part("o_proj")(output.reshape(B, L, -1))
 
     return call
 
 
 def attend(
-    queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: float, mask: mx.array | str | None
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None
 ) -> mx.array:
     """mlx-lm's attention, split along the queries if one launch would exceed `BUDGET`.
 
     Args:
         queries: (B, H, L, D).
         keys, values: (B, H_kv, S, D), as the cache returns them.
-        cache: the layer's cache; None if the keys are not quantized.
         scale: factor of the scores.
         mask: "causal", None, or an array that broadcasts to (B, H, L, S).
 
     Returns:
         Shape (B, H, L, D).
     """
-    length = queries.shape[2]
-    if length == 1 and isinstance(mask, mx.array) and hasattr(cache, "bits"):
-        # mlx-lm 0.31 does not expand the mask of a batch for grouped queries: make those of a group tokens of one head.
-        grouped = queries.reshape(queries.shape[0], keys[0].shape[1], -1, queries.shape[3])
-        output = scaled_dot_product_attention(grouped, keys, values, cache=cache, scale=scale, mask=mask)
-        return output.reshape(*queries.shape[:3], -1)
-    if length == 1:
-        return scaled_dot_product_attention(queries, keys, values, cache=cache, scale=scale, mask=mask)
+    if queries.shape[2] == 1:
+        return scaled_dot_product_attention(queries, keys, values, cache=None, scale=scale, mask=mask)
     size = max(1, BUDGET // (queries.shape[0] * keys.shape[2]))
     return attend_in_parts(
-        scaled_dot_product_attention, queries, keys, values, size, cache=cache, scale=scale, mask=mask
+        scaled_dot_product_attention, queries, keys, values, size, cache=None, scale=scale, mask=mask
     )
+
+
+def attend_quantized(
+    queries: mx.array, keys: Any, values: Any, *, cache: Any, scale: float, mask: mx.array | str | None
+) -> mx.array:
+    """Attention to quantized keys and values, which may have different bits and may be rotated.
+
+    Args:
+        queries, scale, mask: as in `attend`.
+        keys, values: packed numbers, scales and biases, as the cache returns them.
+        cache: the layer's: ours, which has a `format`, or mlx-lm's.
+    """
+    size, own = cache.group_size, getattr(cache, "format", None)
+    key_bits, value_bits = (cache.bits, cache.bits) if own is None else (own.key_bits, own.value_bits)
+    if own is not None:
+        queries = own.asked(queries)
+    if queries.shape[2] > 1:
+        # A product with quantized keys holds all scores of a chunk, which take more memory than a layer's keys and
+        # values in 16 bits: dequantize those for the fused attention instead.
+        like = queries.dtype
+        keys, values = (
+            mx.dequantize(packed, scales.astype(like), biases.astype(like), group_size=size, bits=bits)
+            for (packed, scales, biases), bits in ((keys, key_bits), (values, value_bits))
+        )
+        output = attend(queries, keys, values, scale=scale, mask=mask)
+    else:  # the queries that share keys are tokens of one head: each of those is read once
+        product: Any = mx.quantized_matmul  # of x, packed numbers, scales and biases
+        grouped = (scale * queries).reshape(queries.shape[0], keys[0].shape[1], -1, queries.shape[3])
+        if mx.default_device() == mx.cpu:  # where MLX computes this product in 16 bits 40 times slower
+            grouped = grouped.astype(mx.float32)
+        scores = product(grouped, *keys, transpose=True, group_size=size, bits=key_bits)
+        if isinstance(mask, mx.array):  # of a batch: (B, 1, 1, S)
+            least = mx.finfo(scores.dtype).min
+            scores = mx.where(mask, scores, least) if mask.dtype == mx.bool_ else scores + mask
+        weights = mx.softmax(scores, axis=-1, precise=True)
+        output = product(weights, *values, transpose=False, group_size=size, bits=value_bits)
+        output = output.reshape(*queries.shape[:3], -1).astype(queries.dtype)
+    return output if own is None else own.restored(output)
 
 
 def attend_in_parts(

@@ -188,13 +188,15 @@ class Checkpoint:
             digest.update(f"\n{path.relative_to(self.folder).as_posix()} {content_hash(path)}".encode())
         return digest.hexdigest()[:16]
 
-    def results_digest(self, kv_bits: int | None = None) -> str:
-        """A hash of what results depend on besides the prompt: the content, the rope settings, the KV format."""
+    def results_digest(self, kv_bits: int | str | None = None) -> str:
+        """A hash of what results depend on besides the prompt: the content, the rope settings, a KV format's value."""
         rope = json.loads(json.dumps(self.rope.to_hf("4")), parse_float=_as_integer)  # a factor of 8.0 is one of 8
         parts = [self.digest, rope, kv_bits]
+        if kv_bits is not None:
+            parts.append("scales in 16 bits")  # before, a float32 model's had 32
         return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:16]
 
-    def settings(self, kv_bits: int | None = None) -> dict[str, Any]:
+    def settings(self, kv_bits: int | str | None = None) -> dict[str, Any]:
         """The same, item by item, for the header of a run log: an error can then name what differs."""
         return {"digest": self.digest, "rope": self.rope.to_hf("4"), "kv_bits": kv_bits}
 

@@ -50,7 +50,7 @@ def complete(run: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
         (("convert", "--no-r"), {"--no-resonance"}),
         (("convert", "--rope", ""), {"linear", "ntk", "dynamic", "yarn"}),
         (("convert", "source", "--factor", "8", "--dtype", "f"), {"float32", "float16"}),
-        (("generate", "-m", "a model", "--kv-bits", ""), {"8", "4"}),
+        (("generate", "-m", "a model", "--kv-bits", ""), {"8", "8,4", "4"}),
         (("posgen", "train", "--subtask", ""), set(SUBTASKS)),
         (("posgen", "train", "--encoding", ""), set(ENCODINGS)),
         (("posgen", "sweep", "--preset", ""), set(PRESETS)),

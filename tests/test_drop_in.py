@@ -12,7 +12,9 @@ import mlx_resonance
 from mlx_resonance import _mlx_lm, generate, load, stream_generate
 from mlx_resonance.errors import UsageError
 from mlx_resonance.generation import PromptCache
+from mlx_resonance.generation.kv_format import KVFormat
 from mlx_resonance.generation.prefill import Pace
+from mlx_resonance.generation.quantized_cache import QuantizedCache
 
 import mlx.core as mx
 import mlx_lm
@@ -48,6 +50,8 @@ REFUSED: list[tuple[Options, str]] = [
     (lambda model: {"max_kv_size": 64}, "max_kv_size is not supported: .* drop the beginning"),
     (lambda model: {"input_embeddings": mx.zeros((4, 256))}, "input_embeddings is not supported: a prompt is read"),
     (lambda model: {"kv_bits": 3}, "kv_bits must be 4 or 8, got 3"),
+    (lambda model: {"kv_bits": (8, 2)}, "kv_bits must be 4 or 8, got 2"),
+    (lambda model: {"kv_rotate": True}, "rotation is for a quantized KV cache: try kv_bits=4"),
     (lambda model: {"kv_bits": 8, "kv_group_size": 32}, "kv_group_size must be 64 for this head size, got 32"),
     (lambda model: {"kv_bits": 8, "quantized_kv_start": 5000}, "quantized_kv_start must be 0: all tokens"),
     (lambda model: {"prompt_cache": make_prompt_cache(model)[:3]}, "a list of 5 caches, one per layer, got 3 of them"),
@@ -55,6 +59,7 @@ REFUSED: list[tuple[Options, str]] = [
     (lambda model: {"prompt_cache": [BatchKVCache([0])] * 5}, "the same number of tokens of one text in every layer"),
     (lambda model: {"prompt_cache": [RotatingKVCache(64)] * 5}, "rotating cache of 64 .* a text of 66"),
     (lambda model: {"prompt_cache": [QuantizedKVCache()] * 5, "kv_bits": 4}, "have 8 bits, kv_bits asks for 4"),
+    (lambda model: {"prompt_cache": [QuantizedKVCache()] * 5, "kv_bits": "8,4"}, "8 bits, kv_bits asks for 8,4"),
     (lambda model: {"sampler": make_sampler(), "temp": 0.0}, "give either a sampler or temp and top_p"),
     (lambda model: {"sampler": make_sampler(), "top_p": 0.5}, "give either a sampler or temp and top_p"),
 ]
@@ -205,6 +210,24 @@ def test_kv_bits_quantizes_a_cache_in_its_list(loaded: Any, tokens: list[int]) -
     found = told(stream_generate, *loaded, tokens, prompt_cache=ours, kv_bits=8)
     assert found == told(mlx_lm.stream_generate, *loaded, tokens, prompt_cache=its, kv_bits=8, quantized_kv_start=0)
     assert [(type(layer), layer.bits, layer.offset) for layer in ours] == [(QuantizedKVCache, 8, 132)] * 5
+
+
+@pytest.mark.parametrize(("kv_bits", "kv_rotate"), [((8, 4), False), ("8,4", True), (8, True)])
+def test_a_format_that_mlx_lm_lacks_quantizes_a_cache_in_its_list(
+    loaded: Any, tokens: list[int], kv_bits: Any, kv_rotate: bool
+) -> None:
+    format, cache = KVFormat.of(kv_bits, kv_rotate), make_prompt_cache(loaded[0])
+    told(mlx_lm.stream_generate, *loaded, tokens, prompt_cache=cache)
+    held = cache[0].offset
+    for turn in (1, 2):
+        options = {"kv_bits": kv_bits, "kv_rotate": kv_rotate, "max_tokens": 4}
+        told(stream_generate, *loaded, tokens[1:21], prompt_cache=cache, **options)
+        assert {(type(layer), layer.format) for layer in cache} == {(QuantizedCache, format)}
+        assert {layer.offset for layer in cache} == {held + 24 * turn}
+    for other in (8, 4, None):
+        if KVFormat.of(other) != format:
+            with pytest.raises(UsageError, match="the caches have"):
+                told(stream_generate, *loaded, tokens[1:21], prompt_cache=cache, kv_bits=other or "4,8")
 
 
 def test_the_context_counts_the_cached_tokens(loaded: Any, tokens: list[int]) -> None:

@@ -153,6 +153,7 @@ def test_none_is_started_to_say_that_nothing_can_be_compared(
     assert done.checks is not None and "GB" in done.checks["logits"] and elsewhere == []
 
 
+@pytest.mark.long
 def test_the_commands(elsewhere: Any, run: Any, random_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     code, stdout, stderr = run("convert", random_llama, "--mlx-path", out, "--verify", "--json")

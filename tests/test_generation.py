@@ -9,6 +9,8 @@ from typing import Any
 
 from mlx_resonance import generate, load, stream_generate
 from mlx_resonance.generation import prompt_tokens, sampling, stream
+from mlx_resonance.generation.kv_format import KVFormat
+from mlx_resonance.generation.quantized_cache import QuantizedCache
 
 import mlx.core as mx
 import numpy as np
@@ -38,7 +40,7 @@ def test_options_reach_the_loop(stdlib_llama: Path, monkeypatch: pytest.MonkeyPa
     assert calls["sampled"] == {"temp": 0.5, "top_p": 0.25, "top_k": 0, "min_p": 0.0}
     length = len(prompt_tokens(tokenizer, TEXT))
     for cache in calls["cache"]:  # quantized, allocated for everything, with all but the last token read
-        assert (type(cache).__name__, cache.bits, cache.step) == ("QuantizedKVCache", 4, length + 9)
+        assert (type(cache), cache.format, cache.step) == (QuantizedCache, KVFormat.of(4), length + 9)
         assert cache.offset == length - 1
     list(stream_generate(model, tokenizer, TEXT, max_tokens=9))
     assert calls["sampled"]["temp"] == calls["sampled"]["top_p"] == 0.0  # mlx-lm's value for "all tokens"

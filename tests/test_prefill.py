@@ -18,6 +18,7 @@ from mlx_resonance import attention, load, stream_generate
 from mlx_resonance.errors import DeviceError
 from mlx_resonance.generation import PromptCache
 from mlx_resonance.generation.cache import make_cache
+from mlx_resonance.generation.kv_format import KVBits, KVFormat
 from mlx_resonance.generation.prefill import STEP, Pace, prefill
 from mlx_resonance.generation.prompt_cache import entries
 
@@ -143,8 +144,8 @@ def test_what_the_gpu_refuses_is_one_line_that_names_the_step(loaded: Any, said:
         greedy(loaded, tokens, prefill_step_size=128)
 
 
-@pytest.mark.parametrize("kv_bits", [None, 8, 4])
-def test_the_same_text_whatever_the_chunks(loaded: Any, kv_bits: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("kv_bits", [None, 8, "8,4", 4, KVFormat.of(4, True)])
+def test_the_same_text_whatever_the_chunks(loaded: Any, kv_bits: KVBits, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = prompt(loaded[1], 300, start=500)
     expected = greedy(loaded, tokens, kv_bits=kv_bits)
     assert len(expected) == 24
@@ -282,7 +283,7 @@ def test_quantized_caches_are_small_from_the_first_chunk_on(stdlib_llama: Path) 
     model, tokenizer = load(stdlib_llama)  # in float16
     tokens = prompt(tokenizer, 301)
     sizes = {}
-    for kv_bits in (None, 8, 4):
+    for kv_bits in (None, 8, "8,4", 4):
         cache = make_cache(model, 300, kv_bits)
         first = list[int]()
         for at in range(2):
@@ -292,6 +293,7 @@ def test_quantized_caches_are_small_from_the_first_chunk_on(stdlib_llama: Path) 
         sizes[kv_bits] = first[0]
     assert sizes[None] == 2 * 5 * 2 * 64 * 2 * 300
     assert sizes[8] <= 0.56 * sizes[None] and sizes[4] <= 0.32 * sizes[None]
+    assert sizes["8,4"] == (sizes[8] + sizes[4]) / 2
 
 
 @pytest.mark.parametrize("length", [2048, pytest.param(4096, marks=pytest.mark.long)])
@@ -299,7 +301,7 @@ def test_quantized_caches_lower_the_peak(checkpoint: Path, length: int) -> None:
     """The peak above the weights. The step is small: its work is the same whatever the format."""
     model, tokenizer = load(checkpoint, factor=16)
     tokens, peaks = prompt(tokenizer, length), {}
-    for kv_bits in (None, 8, 4):
+    for kv_bits in (None, 8, "8,4", 4):
         gc.collect()
         mx.clear_cache()
         start = mx.get_active_memory()
@@ -307,14 +309,14 @@ def test_quantized_caches_lower_the_peak(checkpoint: Path, length: int) -> None:
         for _ in stream_generate(model, tokenizer, tokens, max_tokens=2, kv_bits=kv_bits, prefill_step_size=128):
             pass
         peaks[kv_bits] = mx.get_peak_memory() - start
-    assert peaks[4] < peaks[8] < peaks[None], peaks
+    assert peaks[4] < peaks["8,4"] < peaks[8] < peaks[None], peaks
 
 
 def test_8_bits_cost_less_than_a_percent_of_the_loss(loaded: Any) -> None:
     model, tokenizer = loaded
     losses = {}
     tokens = prompt(tokenizer, 1025, start=3000)
-    for kv_bits in (None, 8, 4):
+    for kv_bits in (None, 8, "8,4", 4, KVFormat.of(4, True)):
         cache = make_cache(model, 1024, kv_bits)
         logits = mx.concatenate(
             [model(mx.array(tokens[at : at + 256])[None], cache=cache)[0] for at in range(0, 1024, 256)]
@@ -323,3 +325,5 @@ def test_8_bits_cost_less_than_a_percent_of_the_loss(loaded: Any) -> None:
     assert losses[None] < 5
     assert losses[8] != losses[None] and losses[8] == pytest.approx(losses[None], rel=0.01)
     assert losses[4] != losses[8] and losses[4] == pytest.approx(losses[None], rel=0.1)
+    assert losses["8,4"] == pytest.approx(losses[None], rel=0.01)
+    assert losses[KVFormat.of(4, True)] == pytest.approx(losses[None], rel=0.05)

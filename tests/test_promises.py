@@ -11,7 +11,6 @@ import json
 import shutil
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -21,12 +20,12 @@ from mlx_resonance import Checkpoint, generation, stream_generate
 from mlx_resonance.cli.engine import open_engine
 from mlx_resonance.errors import UsageError
 from mlx_resonance.generation import PromptCache, cache_key, prompt_tokens, require_memory
-from mlx_resonance.generation.batch_cache import BatchQuantizedKVCache
+from mlx_resonance.generation.kv_format import KVFormat
 from mlx_resonance.generation.prefill import Pace
+from mlx_resonance.generation.quantized_cache import BatchQuantizedCache, QuantizedCache
 from mlx_resonance.generation.speculation import Proposals
 
 import pytest
-from mlx_lm.models.cache import QuantizedKVCache
 
 from .checkpoints import source
 from .pretend import pretend_gpu
@@ -40,6 +39,7 @@ HALF, TOO_LONG = TEXT[: len(TEXT) // 2], " ".join(source()[:9000].split())
 REPEATED = ("0, " * 40).strip()  # its answer goes on like that
 ASKED: list[tuple[str, dict[str, Any]]] = [  # of several machines, in this order
     (TEXT, {}), (TEXT, {"kv_bits": 8}), (TEXT, {"kv_bits": 4}), (TOO_LONG, {}), (TEXT, {"memory": "1GB"}),
+    (TEXT, {"kv_bits": "8,4"}), (TEXT, {"kv_bits": 4, "kv_rotate": True}),
     (TEXT, {"prefill_step_size": 64}), (HALF, {"prompt_cache": None}), (TEXT, {"prompt_cache": None}),
     (REPEATED, {"prompt_lookup": 4}), (REPEATED, {"prompt_lookup": "auto"}),
 ]  # fmt: skip
@@ -52,6 +52,12 @@ class Said:
     text: str = ""
     error: str = ""
     cached: int | None = None
+
+
+def flags_of(options: dict[str, Any]) -> list[str]:
+    """Options under the library's names, as flags of a command."""
+    flags = {f"--{key.replace('_', '-')}": value for key, value in options.items()}
+    return [part for flag, value in flags.items() for part in ([flag] if value is True else [flag, str(value)])]
 
 
 @dataclass
@@ -70,7 +76,7 @@ class Way:
     def flags(self, **options: Any) -> list[str]:
         """The options as flags of a command."""
         options = {"factor": self.factor} | options
-        return [part for key, value in options.items() for part in (f"--{key.replace('_', '-')}", str(value))]
+        return flags_of(options)
 
     def ask(self, text: str, **options: Any) -> Said:
         raise NotImplementedError
@@ -105,6 +111,7 @@ class Server(Way):
         defaults: dict[str, Any] = {"context": None, "kv_bits": None, "prefill_step_size": 2048, "memory": None}
         defaults |= {"force": False, "prompt_cache": None, "prompt_cache_size": 10**10, "prompt_lookup": "off"}
         opened = defaults | options | {"no_prompt_cache": "prompt_cache" not in options}
+        opened["kv_bits"] = KVFormat.of(opened["kv_bits"], opened.pop("kv_rotate", False))
         with serving(lambda: open_engine(Checkpoint.open(self.folder, factor=self.factor), **opened)) as served:
             asked = {"messages": [{"role": "user", "content": text}], "max_tokens": NEW, "temperature": 0}
             status, answer = served.ask(CHAT, asked)
@@ -169,8 +176,7 @@ def machines(folder: Path, factor: int) -> list[list[Any]]:
         work, commands = Path(name), []
         for text, options in ASKED:
             given = {"factor": factor} | {key: value or work / "kept" for key, value in options.items()}
-            flags = [part for key, value in given.items() for part in (f"--{key.replace('_', '-')}", str(value))]
-            commands.append([["-m", str(folder), "-p", text, "--max-tokens", str(NEW), "--json", *flags]] * 2)
+            commands.append([["-m", str(folder), "-p", text, "--max-tokens", str(NEW), "--json", *flags_of(given)]] * 2)
         (work / "commands.json").write_text(json.dumps(commands))
         both = start([[sys.executable, "-c", COMMANDS, work / "commands.json"]] * 2, work)
     assert [code for code, *_ in both] == [0, 0], both
@@ -208,36 +214,29 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
 
 @pytest.fixture
-def quantized(monkeypatch: pytest.MonkeyPatch) -> Iterator[set[int]]:
-    """The bits of the KV caches that this process writes to."""
-    bits: set[int] = set()
-    update = QuantizedKVCache.update_and_fetch
+def quantized(monkeypatch: pytest.MonkeyPatch) -> set[int | str]:
+    """The formats of the quantized KV caches that this process writes to."""
+    formats: set[int | str] = set()
+    for kind in (QuantizedCache, BatchQuantizedCache):
 
-    def seen(self: Any, keys: Any, values: Any) -> Any:
-        bits.add(self.bits)
-        return update(self, keys, values)
+        def seen(self: Any, keys: Any, values: Any, update: Any = kind.update_and_fetch) -> Any:
+            formats.add(self.format.value)
+            return update(self, keys, values)
 
-    monkeypatch.setattr(QuantizedKVCache, "update_and_fetch", seen)
-    of_batches = BatchQuantizedKVCache.update_and_fetch
-
-    def seen_in_a_batch(self: Any, keys: Any, values: Any) -> Any:
-        bits.add(self.bits)
-        return of_batches(self, keys, values)
-
-    monkeypatch.setattr(BatchQuantizedKVCache, "update_and_fetch", seen_in_a_batch)
-    yield bits
+        monkeypatch.setattr(kind, "update_and_fetch", seen)
+    return formats
 
 
 @pytest.fixture(scope="module")
-def expected(tiny: Path) -> dict[int | None, str]:
+def expected(tiny: Path) -> dict[Any, str]:
     """The greedy answer by KV bits."""
-    texts = of_mlx_lm(tiny, TEXT, (None, 8, 4))
+    texts = of_mlx_lm(tiny, TEXT, (None, 8, 4, "8,4", "4 rotated"))
     assert texts[None] and texts[4] != texts[None]
     return texts
 
 
 @cache
-def of_mlx_lm(folder: Path, text: str, kv_bits: tuple[int | None, ...]) -> dict[int | None, str]:
+def of_mlx_lm(folder: Path, text: str, kv_bits: tuple[Any, ...]) -> dict[Any, str]:
     """The greedy answer by KV bits, without any engine: mlx-lm's own functions."""
     from mlx_resonance.generation.cache import make_cache
 
@@ -247,7 +246,8 @@ def of_mlx_lm(folder: Path, text: str, kv_bits: tuple[int | None, ...]) -> dict[
     model, tokens = checkpoint.load(), prompt_tokens(checkpoint.tokenizer, text, chat=True)
     texts = {}
     for bits in kv_bits:
-        options = {"prompt_cache": make_cache(model, len(tokens) + NEW, bits), "max_tokens": NEW}
+        format = KVFormat.of(4, True) if bits == "4 rotated" else bits
+        options = {"prompt_cache": make_cache(model, len(tokens) + NEW, format), "max_tokens": NEW}
         texts[bits] = mlx_lm.generate(model, checkpoint.tokenizer, tokens, **options)
     return texts
 
@@ -256,9 +256,10 @@ def test_the_same_greedy_text(way: Way, expected: dict[int | None, str]) -> None
     assert way.ask(TEXT).text == expected[None]
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_kv_bits(way: Way, expected: dict[int | None, str], quantized: set[int], bits: int) -> None:
-    assert way.ask(TEXT, kv_bits=bits).text == expected[bits]
+@pytest.mark.parametrize("bits", [8, 4, "8,4", "4 rotated"])
+def test_kv_formats(way: Way, expected: dict[Any, str], quantized: set[int | str], bits: int | str) -> None:
+    options = {"kv_bits": 4, "kv_rotate": True} if bits == "4 rotated" else {"kv_bits": bits}
+    assert way.ask(TEXT, **options).text == expected[bits]
     assert quantized == {bits} or way.name == "Machines"  # other processes
 
 

@@ -46,8 +46,8 @@ def files(folder: Path) -> list[Path]:
     return sorted(path for path in folder.iterdir() if path.name != prompt_folder.LEDGER)
 
 
-@pytest.mark.parametrize("kv_bits", [None, 8, 4])
-def test_the_same_text_and_only_what_differs_is_read(loaded: Any, tmp_path: Path, kv_bits: int | None) -> None:
+@pytest.mark.parametrize("kv_bits", [None, 8, "8,4", 4])
+def test_the_same_text_and_only_what_differs_is_read(loaded: Any, tmp_path: Path, kv_bits: int | str | None) -> None:
     document = prompt(loaded[1], 700)
     first, second = [document + prompt(loaded[1], 30, start=start)[1:] for start in (2000, 3000)]
     expected = [ask(loaded, tokens, kv_bits=kv_bits)[0] for tokens in (first, second, document[:300])]

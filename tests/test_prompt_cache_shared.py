@@ -6,7 +6,6 @@ import hashlib
 import json
 import logging
 import os
-import time
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -53,9 +52,16 @@ def store(folder: Path, tokens: list[int], **options: Any) -> int:
     """Store a text. Returns how many bytes of files are new."""
     before = {path: path.stat().st_size for path in folder.glob("*.safetensors")}
     PromptCache(folder, KEY, **options).store(tokens, read(tokens))
-    time.sleep(0.02)  # two ticks of the clock that stamps files, by which `files` sorts them
     after = {path: path.stat().st_size for path in folder.glob("*.safetensors")}
     return sum(size for path, size in after.items() if path not in before)
+
+
+def stored(folder: Path, tokens: list[int]) -> Path:
+    """Store a text. Returns the one file that is new."""
+    before = files(folder)
+    store(folder, tokens)
+    [new] = set(files(folder)) - set(before)
+    return new
 
 
 def fetch(folder: Path, tokens: list[int], **options: Any) -> int:
@@ -148,10 +154,9 @@ def test_a_second_question_on_a_document_writes_no_document(checkpoint: Path, tm
 
 def test_a_segment_without_its_parent_is_removed(tmp_path: Path) -> None:
     tokens = text(0, 100)
-    store(tmp_path, tokens)
+    first = stored(tmp_path, tokens)
     store(tmp_path, tokens + text(500, 100))
     store(tmp_path, tokens + text(500, 100) + text(900, 100))
-    first, *_ = files(tmp_path)
     first.unlink()
     assert fetch(tmp_path, tokens + text(500, 200)) == 0
     assert files(tmp_path) == []
@@ -162,11 +167,10 @@ def test_after_damage_the_caches_hold_what_came_before_it(
     tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     tokens = text(0, 100)
-    for start in (500, 900):
-        store(tmp_path, tokens)
-        tokens = tokens + text(start, 100)
-    store(tmp_path, tokens)
-    _, second, third = files(tmp_path)
+    stored(tmp_path, tokens)
+    second = stored(tmp_path, tokens + text(500, 100))
+    tokens += text(500, 100) + text(900, 100)
+    third = stored(tmp_path, tokens)
     content = bytearray(second.read_bytes())
     content[200 if damage == "header" else -200] ^= 1
     second.write_bytes(content[:-1] if damage == "short" else content)
@@ -194,9 +198,8 @@ def test_the_ends_of_the_least_recently_used_texts_go_first(tmp_path: Path) -> N
 
 
 def test_a_beginning_goes_after_what_continues_it(tmp_path: Path) -> None:
-    store(tmp_path, text(0, 100))
-    store(tmp_path, text(0, 100) + text(500, 100))
-    beginning, end = files(tmp_path)
+    beginning = stored(tmp_path, text(0, 100))
+    end = stored(tmp_path, text(0, 100) + text(500, 100))
     os.utime(beginning, (0, 0))  # by a clock that was wrong
     store(tmp_path, text(2000, 100), max_bytes=250 * TOKEN)
     assert beginning.exists() and not end.exists()

@@ -15,7 +15,20 @@ from ..files import user_path
 from ..sizes import format_size
 from ..storage import check_output_folder
 from .errors import Command
-from .options import CacheFolder, CacheSize, Factor, Force, Json, KvBits, Memory, Model, PrefillStep, SystemPrompt
+from .options import (
+    CacheFolder,
+    CacheSize,
+    Factor,
+    Force,
+    Json,
+    KvBits,
+    KvRotate,
+    Memory,
+    Model,
+    PrefillStep,
+    SystemPrompt,
+    kv_format,
+)  # fmt: skip
 from .options import file as file_option
 from .options import model as model_option
 from .options import path as path_option
@@ -38,6 +51,7 @@ def add(
     system_prompt: SystemPrompt = None,
     factor: Factor = None,
     kv_bits: KvBits = None,
+    kv_rotate: KvRotate = False,
     prefill_step_size: PrefillStep = 2048,
     memory: Memory = None,
     force: Force = False,
@@ -54,7 +68,7 @@ def add(
     from ..generation.prompt_cache import cache_name, default_folder
     from ..scaling import check_context
 
-    folder = prompt_cache or default_folder()
+    folder, kv_bits = prompt_cache or default_folder(), kv_format(kv_bits, kv_rotate)
     check_output_folder(folder, "prompt_cache")
     texts = [read_text(path) for path in files]
     checkpoint = Checkpoint.open(model, factor=factor)

@@ -13,7 +13,22 @@ from typer import Option
 from ..errors import UsageError
 from ..storage import check_output_folder
 from . import options as shared
-from .options import LARGEST, Factor, Force, KvBits, Memory, MinP, Model, Penalty, PrefillStep, Seed, Temp, TopK, TopP
+from .options import (
+    LARGEST,
+    Factor,
+    Force,
+    KvBits,
+    KvRotate,
+    Memory,
+    MinP,
+    Model,
+    Penalty,
+    PrefillStep,
+    Seed,
+    Temp,
+    TopK,
+    TopP,
+)
 from .processes import processes, together
 from .prompts import STDIN, read_text
 from .signals import ended_by
@@ -46,6 +61,7 @@ def command(
         Option(min=1, max=2**31, help="Tokens of context. Default: the checkpoint's, or what memory has room for."),
     ] = None,
     kv_bits: KvBits = None,
+    kv_rotate: KvRotate = False,
     prefill_step_size: PrefillStep = 2048,
     memory: Memory = None,
     force: Force = False,
@@ -76,8 +92,9 @@ def command(
     given = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     sampling, defaults = sampling_for(checkpoint, **given, repetition_penalty=repetition_penalty)
     kept: dict[str, Any] = {"prompt_cache": prompt_cache, "prompt_cache_size": prompt_cache_size}
+    kept["kv_bits"] = shared.kv_format(kv_bits, kv_rotate)
     kept |= {"no_prompt_cache": no_prompt_cache, "memory": memory, "force": force, "prompt_lookup": prompt_lookup}
-    engine = open_engine(checkpoint, context=context, kv_bits=kv_bits, prefill_step_size=prefill_step_size, **kept)
+    engine = open_engine(checkpoint, context=context, prefill_step_size=prefill_step_size, **kept)
     how: dict[str, Any] = {"overflow": overflow, "max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
     conversation = Conversation(engine, system_prompt=system_prompt, **how)
     out = sys.stdout

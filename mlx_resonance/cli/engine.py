@@ -19,14 +19,14 @@ def open_engine(
     checkpoint: Checkpoint,
     *,
     context: int | None,
-    kv_bits: int | None,
+    kv_bits: Any,
     prefill_step_size: int,
     memory: int | None,
     force: bool,
     prompt_cache: Path | None,
     prompt_cache_size: int,
     no_prompt_cache: bool,
-    prompt_lookup: Any,
+    prompt_lookup: Any = "off",
 ) -> Engine:
     """Plan the memory, say what was planned, then load the model.
 
@@ -67,7 +67,7 @@ def open_engine(
     )
 
 
-def open_cache(checkpoint: Checkpoint, kv_bits: int | None, folder: Path | None, size: int) -> PromptCache | None:
+def open_cache(checkpoint: Checkpoint, kv_bits: Any, folder: Path | None, size: int) -> PromptCache | None:
     """The on-disk KV cache; None, said in a line, if the angles change with the length of a text."""
     from ..generation import PromptCache, cache_key
     from ..generation.prompt_cache import cache_name, default_folder

@@ -8,7 +8,7 @@ from typing import Annotated
 
 from typer import Option
 
-from .options import LARGEST, Context, Factor, Force, Json, KvBits, Memory, Model, names, path
+from .options import LARGEST, Context, Factor, Force, Json, KvBits, KvRotate, Memory, Model, kv_format, names, path
 from .output import check_outputs, print_json, stderr, stdout
 
 
@@ -31,6 +31,7 @@ def command(
     context: Context = None,
     factor: Factor = None,
     kv_bits: KvBits = None,
+    kv_rotate: KvRotate = False,
     memory: Memory = None,
     force: Force = False,
     output: Annotated[
@@ -49,6 +50,7 @@ def command(
 
     check_outputs(output)
     checkpoint = Checkpoint.open(model, factor=factor)
+    kv_bits = kv_format(kv_bits, kv_rotate)
     context = choose_context(checkpoint, context, kv_bits=kv_bits, memory=memory, force=force)
     result = run_harness(
         checkpoint, tasks, context=context, kv_bits=kv_bits, include_path=include_path, num_shots=num_shots,

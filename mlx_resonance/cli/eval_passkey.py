@@ -11,7 +11,7 @@ from typer import Option
 
 from ..errors import check_option
 from ..rope_types import LONGEST
-from .options import Factor, Force, Json, KvBits, Memory, Model, integers, path
+from .options import Factor, Force, Json, KvBits, KvRotate, Memory, Model, integers, kv_format, path
 from .output import check_outputs, count_bar, draw, print_json, stdout
 
 MOST_TRIALS = 10**6
@@ -30,6 +30,7 @@ def command(
     seed: Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of the keys.")] = 0,
     factor: Factor = None,
     kv_bits: KvBits = None,
+    kv_rotate: KvRotate = False,
     memory: Memory = None,
     force: Force = False,
     plot: Annotated[Path | None, Option(**path, metavar="FILE.png", help="Draw the grid.")] = None,
@@ -49,6 +50,7 @@ def command(
     check_option("repetitions", repetitions <= most, wanted, repetitions)
     grid = PasskeyGrid(lengths, depths, repetitions, seed)
     checkpoint = Checkpoint.open(model, factor=factor)
+    kv_bits = kv_format(kv_bits, kv_rotate)
     choose_context(checkpoint, max(lengths), kv_bits=kv_bits, memory=memory, force=force)
     with count_bar() as bar:
         task = bar.add_task("passkey", total=None)

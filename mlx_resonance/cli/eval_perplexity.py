@@ -10,7 +10,21 @@ from rich.table import Table
 from typer import Option
 
 from ..rope_types import LONGEST
-from .options import LARGEST, Factor, Force, Json, KvBits, Memory, PrefillStep, file, integers, names, path
+from .options import (
+    LARGEST,
+    Factor,
+    Force,
+    Json,
+    KvBits,
+    KvRotate,
+    Memory,
+    PrefillStep,
+    file,
+    integers,
+    kv_format,
+    names,
+    path,
+)
 from .options import model as model_parser
 from .output import check_outputs, draw, print_json, progress_bar, stderr, stdout
 
@@ -56,6 +70,7 @@ def command(
     ] = None,
     prefill_step_size: PrefillStep = 2048,
     kv_bits: KvBits = None,
+    kv_rotate: KvRotate = False,
     memory: Memory = None,
     force: Force = False,
     plot: Annotated[
@@ -73,7 +88,7 @@ def command(
 
     check_outputs(output, plot)
     protocol = Protocol(contexts, truncate, stride, last)
-    options = Options(batch_size, prefill_step_size, kv_bits)
+    options = Options(batch_size, prefill_step_size, kv_format(kv_bits, kv_rotate))
     check_files(data)
     chosen = {"field": field, "documents": documents, "min_tokens": min_tokens}
     subjects = [

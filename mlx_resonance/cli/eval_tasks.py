@@ -14,7 +14,22 @@ from typer import Option
 
 from ..errors import UsageError, check_option
 from ..rope_types import LONGEST
-from .options import LARGEST, Context, Factor, Force, Json, KvBits, Memory, Model, file, integers, names, path
+from .options import (
+    LARGEST,
+    Context,
+    Factor,
+    Force,
+    Json,
+    KvBits,
+    KvRotate,
+    Memory,
+    Model,
+    file,
+    integers,
+    kv_format,
+    names,
+    path,
+)
 from .output import check_outputs, count_bar, print_json, stdout
 
 if TYPE_CHECKING:
@@ -41,13 +56,15 @@ def _of_files(name: str, cut: Literal["words", "middle"], summary: str) -> Calla
     def command(
         model: Model, data: Data, output: Output, context: Context = None, max_tokens: MaxTokens = None,
         limit: Limit = None, truncation: Truncation = cut, ignore_chat_template: NoChat = False,
-        factor: Factor = None, kv_bits: KvBits = None, memory: Memory = None, force: Force = False, json: Json = False,
+        factor: Factor = None, kv_bits: KvBits = None, kv_rotate: KvRotate = False, memory: Memory = None,
+        force: Force = False, json: Json = False,
     ) -> None:  # fmt: skip
         from ..checkpoint import Checkpoint
         from ..evaluation.context import choose_context
 
         check_outputs(output)
         checkpoint = Checkpoint.open(model, factor=factor)
+        kv_bits = kv_format(kv_bits, kv_rotate)
         tokens = choose_context(checkpoint, context, kv_bits=kv_bits, memory=memory, force=force)
         benchmark = importlib.import_module(f"mlx_resonance.evaluation.{name}")
         ask_files(
@@ -80,6 +97,7 @@ def ruler(
     ignore_chat_template: NoChat = False,
     factor: Factor = None,
     kv_bits: KvBits = None,
+    kv_rotate: KvRotate = False,
     memory: Memory = None,
     force: Force = False,
     json: Json = False,
@@ -102,6 +120,7 @@ def ruler(
     wanted = f"at most {most}, which are a million examples of all tasks and lengths"
     check_option("samples", samples <= most, wanted, samples)
     checkpoint = Checkpoint.open(model, factor=factor)
+    kv_bits = kv_format(kv_bits, kv_rotate)
     context = choose_context(checkpoint, max(lengths), kv_bits=kv_bits, memory=memory, force=force)
     if data:
         options |= {"context": context, "truncation": "head", "limit": None, "kv_bits": kv_bits}
@@ -116,7 +135,7 @@ def ruler(
 
 def ask_files(
     benchmark: Any, checkpoint: Checkpoint, data: list[Path], output: Path, json: bool, *, context: int,
-    truncation: str, chat: bool, max_tokens: int | None, limit: int | None, kv_bits: int | None,
+    truncation: str, chat: bool, max_tokens: int | None, limit: int | None, kv_bits: Any,
 ) -> None:  # fmt: skip
     """Ask the questions of a benchmark's files, and show the scores."""
     from ..evaluation.answers import Answers
@@ -148,10 +167,13 @@ def _advance(bar: Any, total: int) -> Callable[[Record], None]:
 
 def show(rows: list[Record], answers: Answers, context: int, count: int, json: bool) -> None:
     """Print the scores of tasks as a table, or as a JSON object."""
+    from ..generation.kv_format import KVFormat
+
     mean = round(fmean(row["score"] for row in rows), 2)
     if json:
         result = {"output": str(answers.log.path), "answers": count, "score": mean, "results": rows}
-        print_json(result | {"model": answers.checkpoint.name} | answers.checkpoint.settings(answers.kv_bits))
+        settings = answers.checkpoint.settings(KVFormat.of(answers.kv_bits).value)
+        print_json(result | {"model": answers.checkpoint.name} | settings)
         return
     table = Table(box=None, pad_edge=False)
     for name in ("task", "length", "n", "cut", "score"):

@@ -16,6 +16,7 @@ from .options import (
     Files,
     Force,
     KvBits,
+    KvRotate,
     MaxTokens,
     Memory,
     MinP,
@@ -30,6 +31,7 @@ from .options import (
     TopK,
     TopP,
     file,
+    kv_format,
     path,
     size,
 )  # fmt: skip
@@ -63,6 +65,7 @@ def command(
     stop: Stop = None,
     factor: Factor = None,
     kv_bits: KvBits = None,
+    kv_rotate: KvRotate = False,
     prompt_lookup: PromptLookup = None,
     prefill_step_size: PrefillStep = 2048,
     prompt_cache: CacheFolder = None,
@@ -83,7 +86,7 @@ def command(
     json: Annotated[bool, Option("--json", help="Print one JSON object instead of the text.")] = False,
 ) -> None:
     """Generate text; progress and figures go to stderr. Sampling defaults: generation_config.json's, or greedy."""
-    group, documents = processes(), prompt_file or []
+    group, documents, kv_bits = processes(), prompt_file or [], kv_format(kv_bits, kv_rotate)
     given = {"prompt": prompt, "prompt_file": documents or None, "system_prompt": system_prompt}
     check_combination(given, prompts_file, output, group.size)
     if prompt_cache_size is not None and prompt_cache is None:
@@ -164,7 +167,7 @@ def check_combination(given: dict[str, Any], prompts_file: Path | None, output: 
 
 
 def open_cache(
-    group: Processes, checkpoint: Checkpoint, kv_bits: int | None, lengths: tuple[int, int], folder: Path, size: int
+    group: Processes, checkpoint: Checkpoint, kv_bits: Any, lengths: tuple[int, int], folder: Path, size: int
 ) -> PromptCache:
     """The on-disk KV cache; each of several processes has its own part. `lengths`: of the whole text, of its prompt."""
     from ..generation import cache_key
@@ -192,12 +195,14 @@ def answer(
 ) -> None:
     """Answer a file of prompts, with a progress bar; if there are several processes, the first writes the answers."""
     from ..generation.batch import answer_requests, generate_batch, open_answers
+    from ..generation.kv_format import KVFormat
     from ..generation.prompt_cache import refuse_changing_angles
     from .answer import in_words
 
     refuse_changing_angles(checkpoint.rope, "a batch has texts of several lengths")
     sampling: Sampling = options["sampling"]
-    settings = checkpoint.settings(options["kv_bits"]) | {"max_tokens": options["max_tokens"]} | sampling.settings()
+    settings = checkpoint.settings(KVFormat.of(options["kv_bits"]).value)
+    settings |= {"max_tokens": options["max_tokens"]} | sampling.settings()
     if options["stop"]:
         settings["stop"] = options["stop"]
     if sampling.temp > 0:  # an answer then depends on its neighbours

@@ -60,10 +60,20 @@ def completed_from(names: Collection[str]) -> Callable[[], list[str]]:
     return lambda: list(names)
 
 
-def _kv_bits(text: str) -> int:
-    if text not in ("8", "4"):
-        raise BadParameter(f"{text!r} is not one of 8, 4")
-    return int(text)
+def _kv_bits(text: str) -> int | tuple[int, ...]:
+    bits = tuple(int(part) if part in ("8", "4") else 0 for part in text.split(","))
+    if not all(bits) or len(bits) > 2:
+        raise BadParameter(f"{text!r} is not one of 8, 4, or two of them: for keys, for values")
+    return bits[0] if len(set(bits)) == 1 else bits
+
+
+def kv_format(kv_bits: Any, kv_rotate: bool) -> Any:
+    """The KV format that a command asks for, as its `kv_bits`. Raises UsageError if there is nothing to rotate for."""
+    if not kv_rotate:
+        return kv_bits
+    from ..generation.kv_format import KVFormat
+
+    return KVFormat.of(kv_bits, kv_rotate)
 
 
 def _prompt_lookup(text: str) -> int | str:
@@ -119,8 +129,11 @@ Context = Annotated[
 Factor = Annotated[
     float | None, Option(min=1, max=2**31, help="Stretch the context to this many times the trained one.")
 ]
-_bits: dict[str, Any] = {"parser": _parser(_kv_bits), "autocompletion": completed_from(("8", "4")), "metavar": "8|4"}
-KvBits = Annotated[int | None, Option(**_bits, help="Bits of a quantized KV cache.")]
+_bits: dict[str, Any] = {
+    "parser": _parser(_kv_bits), "autocompletion": completed_from(("8", "8,4", "4")), "metavar": "8|8,4|4",
+}  # fmt: skip
+KvBits = Annotated[Any, Option(**_bits, help="Bits of a quantized KV cache: of keys and values, or of each.")]
+KvRotate = Annotated[bool, Option("--kv-rotate", help="Rotate each head before it is quantized.")]
 _lookup: dict[str, Any] = {"parser": _parser(_prompt_lookup), "autocompletion": completed_from(("auto", "off"))}
 PromptLookup = Annotated[
     Any,

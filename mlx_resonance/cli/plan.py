@@ -8,7 +8,7 @@ from rich.table import Table
 from typer import Context as Invocation
 from typer import Option
 
-from .options import Factor, Json, KvBits, Memory, Model, PrefillStep
+from .options import Factor, Json, KvBits, KvRotate, Memory, Model, PrefillStep, kv_format
 from .output import print_json, stdout
 
 
@@ -20,6 +20,7 @@ def command(
     ] = None,
     factor: Factor = None,
     kv_bits: KvBits = None,
+    kv_rotate: KvRotate = False,
     memory: Memory = None,
     prefill_step_size: PrefillStep = 2048,
     json: Json = False,
@@ -30,13 +31,15 @@ def command(
     """
     from ..checkpoint import Checkpoint
     from ..errors import UsageError
+    from ..generation.kv_format import LOSSES
     from ..generation.memory import complaint, plan_memory
     from ..rope_types import LONGEST
     from ..scaling import check_context
     from ..sizes import format_size
     from .errors import in_words
 
-    options: dict[str, Any] = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size}
+    options: dict[str, Any] = {"memory": memory, "prefill_step_size": prefill_step_size}
+    options["kv_bits"] = kv_format(kv_bits, kv_rotate)
     checkpoint = Checkpoint.open(model, factor=factor)
     plan = plan_memory(checkpoint, context, **options)
     if json:
@@ -54,6 +57,8 @@ def command(
     context_length = plan.context_length or LONGEST
     for name, most in plan.max_context.items():
         past = ", past the checkpoint's context" if most > context_length else ""
+        loss = LOSSES.get(f"{name}, rotated" if kv_rotate else name)
+        past += "" if loss is None else f"; costs {loss:g} % perplexity in SmolLM2-135M"
         stdout.print(f"with a KV cache in {name}: up to {most:,} tokens{past}" if most else f"in {name}: nothing fits")
     try:
         beyond = [most for most in plan.max_context.values() if most > context_length]

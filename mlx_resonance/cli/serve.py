@@ -29,6 +29,7 @@ from .options import (
     Factor,
     Force,
     KvBits,
+    KvRotate,
     Memory,
     MinP,
     Model,
@@ -39,6 +40,7 @@ from .options import (
     Temp,
     TopK,
     TopP,
+    kv_format,
 )
 from .output import stderr
 from .processes import LAUNCHED
@@ -71,6 +73,7 @@ def command(
     factor: Factor = None,
     context: Context = None,
     kv_bits: KvBits = None,
+    kv_rotate: KvRotate = False,
     prefill_step_size: PrefillStep = 2048,
     memory: Memory = None,
     force: Force = False,
@@ -81,6 +84,7 @@ def command(
 ) -> None:
     """Serve a model with OpenAI's API, one request at a time."""
     check_server(api_key)
+    kv_bits = kv_format(kv_bits, kv_rotate)
     if prompt_cache is not None:
         check_output_folder(prompt_cache, "prompt_cache")
 

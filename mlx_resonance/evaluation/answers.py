@@ -18,6 +18,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from ..checkpoint import Checkpoint
 from ..generation import stream_generate
+from ..generation.kv_format import KVBits, KVFormat
 from ..generation.text import text_of
 from ..run_log import Record, RunLog
 from .prompts import Limits, Prompt, fit
@@ -75,11 +76,11 @@ class Answers:
     """
 
     def __init__(
-        self, kind: str, checkpoint: Checkpoint, output: Path, settings: Record, kv_bits: int | None = None
+        self, kind: str, checkpoint: Checkpoint, output: Path, settings: Record, kv_bits: KVBits = None
     ) -> None:
         self.checkpoint, self.kv_bits = checkpoint, kv_bits
         self.model: nn.Module | None = None
-        settings, about = checkpoint.settings(kv_bits) | settings, {"model": checkpoint.name}
+        settings, about = checkpoint.settings(KVFormat.of(kv_bits).value) | settings, {"model": checkpoint.name}
         self.log = RunLog(output, kind, settings, about=about, key=("task", "id"), fields=FIELDS)
 
     def ask(self, prompt: Prompt, limits: Limits) -> Record:

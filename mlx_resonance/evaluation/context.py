@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..checkpoint import Checkpoint
+from ..generation.kv_format import KVBits
 from ..generation.memory import require_memory
 from ..scaling import check_context
 
@@ -13,7 +14,7 @@ def choose_context(
     checkpoint: Checkpoint,
     context: int | None = None,
     *,
-    kv_bits: int | None = None,
+    kv_bits: KVBits = None,
     memory: int | None = None,
     force: bool = False,
 ) -> int:

@@ -37,6 +37,7 @@ except ModuleNotFoundError as error:
 from ..checkpoint import Checkpoint
 from ..generation import prompt_tokens
 from ..generation.cache import make_cache
+from ..generation.kv_format import KVBits, KVFormat
 from ..generation.prefill import prefill
 from ..rope import expect
 from ..run_log import Record
@@ -63,7 +64,7 @@ class ResonanceLM(TemplateLM):
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, context: int, *, kv_bits: int | None = None, responses: Responses | None = None
+        self, checkpoint: Checkpoint, context: int, *, kv_bits: KVBits = None, responses: Responses | None = None
     ) -> None:
         super().__init__()
         self.checkpoint, self.tokenizer = checkpoint, checkpoint.tokenizer
@@ -101,7 +102,7 @@ class ResonanceLM(TemplateLM):
     def get_model_info(self) -> Record:
         """What lm-eval adds to the `config` of its result."""
         versions = {f"{name}_version": version(name) for name in ("mlx", "mlx-lm", "mlx-resonance", "lm-eval")}
-        about = {"model": self.checkpoint.name} | self.checkpoint.settings(self.kv_bits)
+        about = {"model": self.checkpoint.name} | self.checkpoint.settings(KVFormat.of(self.kv_bits).value)
         return about | {"max_length": self.max_length, "truncated": self.responses.truncated} | versions
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
@@ -251,7 +252,7 @@ def run_harness(
     tasks: Sequence[str],
     *,
     context: int,
-    kv_bits: int | None = None,
+    kv_bits: KVBits = None,
     include_path: Path | None = None,
     num_shots: int | None = None,
     limit: int | None = None,
@@ -282,7 +283,7 @@ def run_harness(
     check_option("num_shots", num_shots is None or 0 <= num_shots <= SHOTS, f"in [0, {SHOTS}]", num_shots)
     check_option("limit", limit is None or limit >= 1, "at least 1", limit)
     check_option("max_tokens", max_tokens is None or max_tokens >= 1, "at least 1", max_tokens)
-    settings = checkpoint.settings(kv_bits) | {"context": context, "max_tokens": max_tokens}
+    settings = checkpoint.settings(KVFormat.of(kv_bits).value) | {"context": context, "max_tokens": max_tokens}
     settings |= {"num_shots": num_shots, "limit": limit, "chat_template": chat}
     responses = Responses(output, settings, about={"model": checkpoint.name})
     logging.getLogger("lm_eval").setLevel(logging.WARNING)

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from ..attention import next_token_logits
 from ..generation.cache import make_cache
+from ..generation.kv_format import KVBits
 from ..generation.prefill import STEP, Pace
 from ..rope import expect
 
@@ -23,7 +24,7 @@ def token_losses(
     scored: int,
     *,
     step: int = STEP,
-    kv_bits: int | None = None,
+    kv_bits: KVBits = None,
     on_tokens: Callable[[int], None] | None = None,
 ) -> NDArray[np.float32]:
     """The loss of each of the last tokens of some windows, given all tokens before it in its window.
@@ -36,7 +37,7 @@ def token_losses(
         rows: token ids, shape (B, L), start token included.
         scored: number of tokens at the end of each row, at most L - 1.
         step: maximum number of tokens of a chunk, over all rows.
-        kv_bits: keep keys and values in 4 or 8 bits.
+        kv_bits: format of the KV cache, as in `KVFormat.of`.
         on_tokens: called with the number of tokens of each chunk.
 
     Returns:

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from ..checkpoint import Checkpoint
 from ..errors import UsageError, check_option
 from ..generation import generate
+from ..generation.kv_format import KVBits, KVFormat
 from ..rope_types import LONGEST
 from ..run_log import Record, RunLog
 from ..scaling import check_context
@@ -116,7 +117,7 @@ def run_passkey(
     grid: PasskeyGrid,
     output: Path,
     *,
-    kv_bits: int | None = None,
+    kv_bits: KVBits = None,
     on_trial: Callable[[int, int, Record], None] | None = None,
 ) -> list[Record]:
     """Try every cell of the grid that the run log has no result of.
@@ -138,7 +139,7 @@ def run_passkey(
     tokenizer, cells, model = checkpoint.tokenizer, grid.cells(), None
     passkey_prompt(tokenizer, min(grid.lengths), 0, 50000)  # before the file is made
     check_context(checkpoint.rope, max(grid.lengths))
-    settings = checkpoint.settings(kv_bits) | {"seed": grid.seed}
+    settings = checkpoint.settings(KVFormat.of(kv_bits).value) | {"seed": grid.seed}
     log = RunLog(output, KIND, settings, about={"model": checkpoint.name}, key=KEY, fields=FIELDS)
     trials = []
     for number, cell in enumerate(cells, 1):

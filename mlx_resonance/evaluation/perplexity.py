@@ -30,6 +30,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from ..attention import set_rope
 from ..checkpoint import Checkpoint
 from ..errors import ANOTHER, UsageError, check_option
+from ..generation.kv_format import KVFormat
 from ..rope_config import RopeConfig
 from ..run_log import Record, RunLog
 from ..scaling import check_context, factor_for
@@ -125,13 +126,13 @@ def run_perplexity(
     """
     variants = [(subject, [subject.checkpoint.with_rope(rope) for rope in subject.ropes]) for subject in subjects]
     options = options or Options()
-    settings = settings | protocol.settings() | {"kv_bits": options.kv_bits}
+    settings = settings | protocol.settings() | {"kv_bits": KVFormat.of(options.kv_bits).value}
     log = RunLog(output, KIND, settings, key=KEY, fields=FIELDS | (LAST if protocol.truncate else {}))
     summaries = []
     for subject, checkpoints in variants:
         model = None
         for checkpoint in checkpoints:
-            rope, digest = checkpoint.rope, checkpoint.results_digest(options.kv_bits)
+            rope, digest = checkpoint.rope, checkpoint.results_digest(KVFormat.of(options.kv_bits).value)
             about = {"model": checkpoint.name, "rope": rope.rope_type, "factor": rope.parameters.get("factor")}
             jobs = make_jobs(subject, rope, digest, protocol, options, log)
             count = _counter(f"{checkpoint.name} {rope.rope_type}", sum(job.tokens for job in jobs), progress)

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
 from ..errors import check_option
+from ..generation.kv_format import KVBits, KVFormat
 from ..generation.memory import require_memory
 from ..generation.prefill import PREFILL_BATCH, STEP
 from ..rope_types import LONGEST
@@ -71,7 +72,7 @@ class Options:
     Args:
         batch_size: windows read together; None for as many as fit into a chunk: more would not be faster.
         step: maximum number of tokens of a chunk, over all windows.
-        kv_bits: keep keys and values in 4 or 8 bits.
+        kv_bits: format of the KV cache, as in `KVFormat.of`.
 
     Raises:
         UsageError: an argument is out of range.
@@ -79,12 +80,12 @@ class Options:
 
     batch_size: int | None = None
     step: int = STEP
-    kv_bits: int | None = None
+    kv_bits: KVBits = None
 
     def __post_init__(self) -> None:
         check_option("batch_size", self.batch_size is None or self.batch_size >= 1, "at least 1", self.batch_size)
         check_option("prefill_step_size", self.step >= 1, "at least 1", self.step)
-        check_option("kv_bits", self.kv_bits in (None, 4, 8), "4 or 8", self.kv_bits)
+        KVFormat.of(self.kv_bits)
 
     def batch(self, context: int) -> int:
         """Number of windows of a context that are read together."""

@@ -145,9 +145,9 @@ def activation_checkpointing(model: nn.Module, wanted: bool = True) -> Iterator[
 
 
 def _attend_in_turn(
-    queries: mx.array, keys: mx.array, values: mx.array, *, cache: Any, scale: float, mask: mx.array | str | None
+    queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None
 ) -> mx.array:
-    """As `attention.attend` of keys that no cache quantizes; the scores of `QUERIES` tokens are in memory at once."""
+    """As `attention.attend`; the scores of `QUERIES` tokens are in memory at once."""
 
     def attend(start: int, shared: tuple[mx.array, mx.array], part: mx.array) -> mx.array:
         end = start + part.shape[2]

@@ -19,6 +19,7 @@ from ..run_log import Record, RunLog, json_lines
 from ..wired import wired
 from .beginnings import SHARED, by_beginning
 from .engine import Engine
+from .kv_format import KVBits
 from .messages import prompt_tokens
 from .prefill import STEP
 from .prompt_cache import PromptCache, refuse_changing_angles
@@ -63,7 +64,8 @@ def generate_batch(
     seed: int | None = None,
     sampling: Sampling | None = None,
     stop: Sequence[str] = (),
-    kv_bits: int | None = None,
+    kv_bits: KVBits = None,
+    kv_rotate: bool = False,
     disk_cache: PromptCache | None = None,
     batch_size: int = BATCH,
     prefill_step_size: int = STEP,
@@ -77,8 +79,8 @@ def generate_batch(
     Args:
         model, tokenizer: from `load`.
         requests: the prompts.
-        max_tokens, temp, top_p, seed, stop, kv_bits, prefill_step_size: as in `stream_generate`. With temp above 0 an
-            answer depends on its neighbours in the batch.
+        max_tokens, temp, top_p, seed, stop, kv_bits, kv_rotate, prefill_step_size: as in `stream_generate`. With temp
+            above 0 an answer depends on its neighbours in the batch.
         sampling: instead of temp, top_p and seed.
         disk_cache: on-disk KV cache, for beginnings that prompts share and for prompts on their own.
         batch_size: maximum number of answers at once.
@@ -93,12 +95,12 @@ def generate_batch(
             the context, or the angles change with the length of a text.
         DeviceError: the GPU did not carry out a chunk.
     """
-    check_options(max_tokens, temp, top_p, seed, prefill_step_size, kv_bits, batch_size=batch_size)
+    check_options(max_tokens, temp, top_p, seed, prefill_step_size, batch_size=batch_size)
     refuse_changing_angles(model.args.rope, "a batch has texts of several lengths")
     sampling = sampling or Sampling(temp=temp, top_p=top_p, seed=seed)
     sampling.check(model.args.vocab_size)
     StopStrings(stop)
-    options: dict[str, Any] = {"kv_bits": kv_bits, "disk_cache": disk_cache, "agree": agree}
+    options: dict[str, Any] = {"kv_bits": kv_bits, "kv_rotate": kv_rotate, "disk_cache": disk_cache, "agree": agree}
     engine = Engine(model, tokenizer, prefill_step_size=prefill_step_size, **options)
     for request in requests:
         engine.check(request.tokens, max_tokens)

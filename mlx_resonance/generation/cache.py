@@ -1,4 +1,4 @@
-"""KV caches: mlx-lm's, allocated once for the whole text, in the model's type or in 8 or 4 bits."""
+"""KV caches: allocated once for the whole text, in the model's type or in a quantized KV format."""
 
 from __future__ import annotations
 
@@ -9,26 +9,27 @@ from mlx_lm.models.cache import make_prompt_cache
 
 from .._mlx_lm import KVCache, QuantizedKVCache
 from ..errors import UsageError, check_option
+from .kv_format import KVBits, KVFormat, group_size
 from .plain_cache import PlainCache
+from .quantized_cache import QuantizedCache
 
-GROUP_SIZES = (64, 32)  # values that share a scale and a bias; MLX has no smaller groups
 
-
-def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> list[Any]:
+def make_cache(model: nn.Module, capacity: int, kv_bits: KVBits = None) -> list[Any]:
     """Make a cache for every layer.
 
     Args:
         model: from `load`.
         capacity: tokens to allocate for. mlx-lm's caches grow by copying, which briefly needs twice the memory.
-        kv_bits: 4 or 8 to quantize keys and values from the first token on; None for the model's type.
+        kv_bits: as in `KVFormat.of`: keys and values are quantized from the first token on; None for the model's type.
 
     Raises:
-        UsageError: a layer's KV cache cannot be quantized: its head size is not a multiple of 32, or it has a sliding
-            window.
+        UsageError: the format is not supported, or not for this model: a layer has a sliding window, or the head size
+            is not one of its.
     """
-    caches = make_prompt_cache(model)
-    if kv_bits is not None:
-        quantize(model, caches, kv_bits)
+    caches, format = make_prompt_cache(model), KVFormat.of(kv_bits)
+    if format.quantized:
+        _check(model, caches, format)
+        caches = [QuantizedCache(group_size(head_dim(model)), format) for _ in caches]
     caches = [PlainCache() if type(cache) is KVCache else cache for cache in caches]
     for cache in caches:
         if isinstance(cache, (KVCache, QuantizedKVCache)):
@@ -36,19 +37,35 @@ def make_cache(model: nn.Module, capacity: int, kv_bits: int | None = None) -> l
     return caches
 
 
-def quantize(model: nn.Module, caches: list[Any], kv_bits: int) -> None:
+def quantize(model: nn.Module, caches: list[Any], kv_bits: KVBits) -> None:
     """Replace caches in their list by quantized ones with the same tokens.
 
+    They are mlx-lm's own, as its functions expect, if it has the format: one number of bits, not rotated.
+
     Raises:
-        UsageError: a layer cannot be quantized, as in `make_cache`, or it is, to another number of bits.
+        UsageError: a layer cannot be quantized, as in `make_cache`, or it is, in another format.
     """
-    size = group_size(head_dim(model))
+    format = KVFormat.of(kv_bits)
+    _check(model, caches, format)
     for cache in caches:
-        if not isinstance(cache, (KVCache, QuantizedKVCache)):
-            raise UsageError("a layer with a sliding window cannot quantize its KV cache", option="kv_bits")
-        if getattr(cache, "bits", kv_bits) != kv_bits:
-            raise UsageError(f"the caches have {cache.bits} bits, kv_bits asks for {kv_bits}", option="kv_bits")
-    caches[:] = [cache.to_quantized(size, kv_bits) if isinstance(cache, KVCache) else cache for cache in caches]
+        if isinstance(cache, QuantizedKVCache) and (held := format_of(cache)) != format:
+            raise UsageError(f"the caches have {held.value} bits, kv_bits asks for {format.value}", option="kv_bits")
+    size = group_size(head_dim(model))
+    for i, cache in enumerate(caches):
+        if not isinstance(cache, QuantizedKVCache):
+            same = format.key_bits == format.value_bits and not format.rotate
+            caches[i] = cache.to_quantized(size, format.key_bits) if same else QuantizedCache.of(cache, size, format)
+
+
+def format_of(cache: QuantizedKVCache) -> KVFormat:
+    """The KV format of a quantized cache, mlx-lm's or ours."""
+    return cache.format if isinstance(cache, QuantizedCache) else KVFormat.of(cache.bits)
+
+
+def _check(model: nn.Module, caches: list[Any], format: KVFormat) -> None:
+    format.check(head_dim(model))
+    if not all(isinstance(cache, (KVCache, QuantizedKVCache)) for cache in caches):
+        raise UsageError("a layer with a sliding window cannot quantize its KV cache", option="kv_bits")
 
 
 def check_format(model: nn.Module, kv_group_size: int | None, quantized_kv_start: int) -> None:
@@ -82,14 +99,6 @@ def cached_tokens(model: nn.Module, caches: list[Any], new: int) -> int:
                 f"a rotating cache of {most} tokens would drop the beginning of a text of {held + new} tokens"
             )
     return int(held)
-
-
-def group_size(dims: int) -> int:
-    """How many features of a head share a scale. Raises UsageError if no group size divides `dims`."""
-    for size in GROUP_SIZES:
-        if dims % size == 0:
-            return size
-    raise UsageError(f"kv_bits needs a head size that is a multiple of {GROUP_SIZES[-1]}, got {dims}", option="kv_bits")
 
 
 def head_dim(model: nn.Module) -> int:

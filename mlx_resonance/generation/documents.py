@@ -11,6 +11,7 @@ from .._mlx_lm import generation_stream
 from ..rope import expect
 from ..wired import wired
 from .cache import make_cache
+from .kv_format import KVBits
 from .prefill import STEP, Pace, Progress, prefill
 from .prompt_cache import PromptCache
 
@@ -23,7 +24,7 @@ def read_document(
     tokens: Sequence[int],
     kept: PromptCache,
     *,
-    kv_bits: int | None = None,
+    kv_bits: KVBits = None,
     prefill_step_size: int = STEP,
     progress: Progress | None = None,
 ) -> int:

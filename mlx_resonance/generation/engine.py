@@ -19,6 +19,7 @@ from ..scaling import check_context
 from ..tokenizer import check_ids
 from ..wired import wired
 from .cache import make_cache
+from .kv_format import KVBits, KVFormat
 from .lookup import PromptLookup, check_lookup
 from .memory import MemoryPlan, plan_memory, require_memory
 from .prefill import STEP, Pace, Progress, prefill
@@ -41,7 +42,7 @@ class Engine:
 
     Args:
         model, tokenizer: from `load`.
-        kv_bits: 8 or 4 for a quantized KV cache.
+        kv_bits, kv_rotate: for a quantized KV cache, as in `KVFormat.of`.
         prefill_step_size: maximum number of prompt tokens in one pass.
         disk_cache: on-disk KV cache.
         context: maximum tokens of a prompt and its answer, such as a memory plan allows; None for the checkpoint's.
@@ -57,7 +58,8 @@ class Engine:
         model: nn.Module,
         tokenizer: TokenizerWrapper,
         *,
-        kv_bits: int | None = None,
+        kv_bits: KVBits = None,
+        kv_rotate: bool = False,
         prefill_step_size: int = STEP,
         disk_cache: PromptCache | None = None,
         context: int | None = None,
@@ -65,14 +67,14 @@ class Engine:
         agree: Callable[[int], int] | None = None,
     ) -> None:
         check_option("prefill_step_size", prefill_step_size >= 1, "at least 1", prefill_step_size)
-        check_option("kv_bits", kv_bits in (None, 4, 8), "4 or 8", kv_bits)
-        self.model, self.tokenizer, self.kv_bits, self.disk_cache = model, tokenizer, kv_bits, disk_cache
+        self.model, self.tokenizer, self.disk_cache = model, tokenizer, disk_cache
+        self.kv_format = KVFormat.of(kv_bits, kv_rotate)
         check_lookup(prompt_lookup)
         self.prompt_lookup: PromptLookup = "off" if agree is not None and prompt_lookup == "auto" else prompt_lookup
         self.pace = Pace(len(model.layers), prefill_step_size, agree=agree)
         self.context = context if context is not None else model.args.rope.context_length
         self.tokens: list[int] = []  # whose keys and values the caches hold
-        self.cache: list[Any] = make_cache(model, GROWTH, kv_bits)
+        self.cache: list[Any] = make_cache(model, GROWTH, self.kv_format)
         self._prompt = 0  # length of the last prompt: it decides angles that change with the length
 
     def stream(
@@ -143,7 +145,7 @@ class Engine:
 
     def clear(self) -> None:
         """Forget the last text."""
-        self.cache, self.tokens = make_cache(self.model, GROWTH, self.kv_bits), []
+        self.cache, self.tokens = make_cache(self.model, GROWTH, self.kv_format), []
 
     def _stream(self, prompt: list[int], new: int, seed: int | None, options: dict[str, Any]) -> Iterator[Response]:
         cache = self._prepare(prompt, new)
@@ -200,7 +202,7 @@ def plan_context(
         checkpoint: an opened one.
         context: tokens asked for; None for the checkpoint's own.
         force: do not plan.
-        options: `kv_bits`, `memory`, `prefill_step_size`, as in `plan_memory`.
+        options: `kv_bits`, `kv_rotate`, `memory`, `prefill_step_size`, as in `plan_memory`.
 
     Returns:
         The tokens, None for no limit, and the plan for them; both may be None with `force`.

@@ -18,13 +18,12 @@ from ..dimensions import Dimensions
 from ..errors import UsageError, check_option
 from ..rope_types import LONGEST
 from ..sizes import format_size
-from .cache import group_size
+from .kv_format import KVBits, KVFormat, offered
 from .prefill import PREFILL_BATCH, STEP
 
 logger = logging.getLogger("mlx_resonance")
 
 RESERVE, RESERVE_PART = 3 * 2**30, 0.05  # bytes, and fraction of a machine's memory, that are left to everything else
-QUANTIZED = (8, 4)  # bits of a KV cache
 # Head sizes for which Metal's attention stores no scores, by the first MLX version that has them: for more than 8
 # queries of any type, with a causal or an array mask. Fewer queries may store theirs: less than a chunk's work.
 # 256, which came after 0.32.1, depends on the chip and needs chunks of 1024 tokens: it is left out.
@@ -88,12 +87,9 @@ def divided(checkpoint: Checkpoint, processes: int) -> Dimensions:
     )
 
 
-def kv_per_token(dims: Dimensions, kv_bits: int | None) -> int:
-    """Bytes of keys and values per token, scales and biases included."""
-    if kv_bits is None:
-        return 2 * dims.layers * dims.keys * dims.item_size
-    per_number = kv_bits / 8 + 2 * dims.item_size / group_size(dims.head_dim)
-    return int(2 * dims.layers * dims.keys * per_number)
+def kv_per_token(dims: Dimensions, kv_bits: KVBits) -> int:
+    """Bytes of keys and values per token, scales and biases included; `kv_bits` as in `KVFormat.of`."""
+    return int(dims.layers * dims.keys * KVFormat.of(kv_bits).bytes_per_pair(dims.head_dim, dims.item_size))
 
 
 def fused_dims(mlx: str = MLX) -> tuple[int, ...]:
@@ -103,7 +99,7 @@ def fused_dims(mlx: str = MLX) -> tuple[int, ...]:
 
 
 def prefill_memory(
-    dims: Dimensions, context: int, kv_bits: int | None, step: int, budget: int = BUDGET, sequences: int = 1
+    dims: Dimensions, context: int, kv_bits: KVBits, step: int, budget: int = BUDGET, sequences: int = 1
 ) -> int:
     """Peak bytes of reading `sequences` prompts of `context` tokens each, not counting weights and cache.
 
@@ -111,12 +107,13 @@ def prefill_memory(
     """
     rows, whole = min(sequences, PREFILL_BATCH), context // step * step
     chunks = (step, whole), (context - whole, context)  # tokens and keys of the last whole chunk, and of the remainder
-    work = max(_chunk_memory(dims, rows, min(size, keys), keys, kv_bits, budget) for size, keys in chunks)
+    quantized = KVFormat.of(kv_bits).quantized
+    work = max(_chunk_memory(dims, rows, min(size, keys), keys, quantized, budget) for size, keys in chunks)
     copied = context * kv_per_token(dims, kv_bits) / dims.layers  # by the on-disk cache, which copies layer by layer
     return int(max(work, 3 * 4 * dims.vocabulary * sequences, copied))
 
 
-def _chunk_memory(dims: Dimensions, rows: int, size: int, keys: int, kv_bits: int | None, budget: int) -> float:
+def _chunk_memory(dims: Dimensions, rows: int, size: int, keys: int, quantized: bool, budget: int) -> float:
     """Bytes in flight for a chunk of `size` tokens in each of `rows` rows that attends to `keys` keys."""
     in_flight = HIDDEN * dims.hidden + KEYS * dims.keys + FEED_FORWARD * dims.feed_forward
     rotation = 12 * (dims.hidden + dims.keys) if dims.item_size < 4 else 0  # in float32
@@ -125,7 +122,7 @@ def _chunk_memory(dims: Dimensions, rows: int, size: int, keys: int, kv_bits: in
     if working_set() is None or dims.head_dim not in fused_dims():
         pairs = min(rows * size * keys, LAUNCHES * budget)  # of queries and keys
         work += pairs * (dims.heads * dims.item_size + 1)  # their scores, and the causal mask
-    if kv_bits is not None:
+    if quantized:
         work += 2 * rows * dims.keys * keys * dims.item_size  # one layer's keys and values, dequantized
         work += UNPACKED * rows * dims.keys * keys if mx.default_device() == mx.cpu else 0
     return work
@@ -135,7 +132,8 @@ def plan_memory(
     model: str | Path | Checkpoint,
     context: int | None = None,
     *,
-    kv_bits: int | None = None,
+    kv_bits: KVBits = None,
+    kv_rotate: bool = False,
     memory: int | None = None,
     prefill_step_size: int = STEP,
     budget: int = BUDGET,
@@ -147,7 +145,7 @@ def plan_memory(
     Args:
         model: a folder, the id of a model on the hub, which is downloaded, or an opened checkpoint.
         context: tokens of prompt and answer; None for the checkpoint's whole context.
-        kv_bits: 8 or 4 for quantized keys and values; None for the model's type.
+        kv_bits, kv_rotate: format of the KV cache, as in `KVFormat.of`.
         memory: a budget in bytes, as in `usable`; None for the device's.
         prefill_step_size: maximum number of tokens of a prompt in a chunk.
         budget: maximum queries × keys per head in one launch of attention.
@@ -158,7 +156,8 @@ def plan_memory(
         MissingFileError, UsageError: as in `load`; or an argument is out of range, or config.json has no context.
     """
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
-    check_option("kv_bits", kv_bits in (None, 4, 8), "4 or 8", kv_bits)
+    asked = KVFormat.of(kv_bits, kv_rotate)
+    asked.check(checkpoint.dimensions.head_dim)
     context = context if context is not None else checkpoint.rope.context_length
     if context is None:
         raise UsageError("config.json has no context length", remedies=[{"context": None}])
@@ -168,36 +167,34 @@ def plan_memory(
     dims = divided(checkpoint, processes)
     limit, on_metal = usable(memory), working_set() is not None
 
-    def needed(tokens: int, bits: int | None) -> tuple[int, int]:
+    def needed(tokens: int, format: KVFormat) -> tuple[int, int]:
         """The exact part, and the fitted one."""
-        exact = dims.weights + sequences * tokens * kv_per_token(dims, bits)
-        return exact, prefill_memory(dims, tokens, bits, prefill_step_size, budget, sequences)
+        exact = dims.weights + sequences * tokens * kv_per_token(dims, format)
+        return exact, prefill_memory(dims, tokens, format, prefill_step_size, budget, sequences)
 
-    def accepted(tokens: int, bits: int | None) -> bool:
-        exact, fitted = needed(tokens, bits)
+    def accepted(tokens: int, format: KVFormat) -> bool:
+        exact, fitted = needed(tokens, format)
         return exact + (0 if on_metal else fitted) <= limit
 
-    def most(bits: int | None) -> int:
+    def most(format: KVFormat) -> int:
         low, high = 0, LONGEST  # what is needed grows with the tokens
         while low < high:
             middle = (low + high + 1) // 2
-            low, high = (middle, high) if accepted(middle, bits) else (low, middle - 1)
+            low, high = (middle, high) if accepted(middle, format) else (low, middle - 1)
         return low
 
-    formats: dict[str, int | None] = {f"{8 * dims.item_size} bit": None}
-    formats |= {f"{bits} bit": bits for bits in QUANTIZED if dims.head_dim % 32 == 0}
-    (exact, prefill), fits = needed(context, kv_bits), accepted(context, kv_bits)
+    (exact, prefill), fits = needed(context, asked), accepted(context, asked)
     return MemoryPlan(
         context=context,
         weights=dims.weights,
-        kv_per_token=kv_per_token(dims, kv_bits),
+        kv_per_token=kv_per_token(dims, asked),
         kv=exact - dims.weights,
         prefill=prefill,
         total=exact + prefill,
         limit=limit,
         fits=fits,
         tight=fits and exact + prefill > limit,
-        max_context={name: most(bits) for name, bits in formats.items()},
+        max_context={format.name(dims.item_size): most(format) for format in offered(dims.head_dim)},
         context_length=checkpoint.rope.context_length,
     )
 
@@ -273,7 +270,7 @@ def fitting_context(plan: MemoryPlan) -> str:
     return f"up to {best_tokens:,} tokens fit with keys and values in {best}{where}"
 
 
-def remedies(checkpoint: Checkpoint, plan: MemoryPlan, **options: Any) -> list[dict[str, int]]:
+def remedies(checkpoint: Checkpoint, plan: MemoryPlan, **options: Any) -> list[dict[str, Any]]:
     """Changes to the options of `plan_memory`, or to the batch size, that would make a context fit.
 
     None of them leaves it tight; where there is none such, a context that does not fit gets those that do.
@@ -282,20 +279,21 @@ def remedies(checkpoint: Checkpoint, plan: MemoryPlan, **options: Any) -> list[d
     return safe if safe or plan.fits else _changes(checkpoint, plan, True, options)
 
 
-def _changes(checkpoint: Checkpoint, plan: MemoryPlan, tight: bool, options: dict[str, Any]) -> list[dict[str, int]]:
-    kv_bits, step = options.get("kv_bits"), options.get("prefill_step_size", STEP)
+def _changes(checkpoint: Checkpoint, plan: MemoryPlan, tight: bool, options: dict[str, Any]) -> list[dict[str, Any]]:
+    dims, step = checkpoint.dimensions, options.get("prefill_step_size", STEP)
 
-    def fits(**changes: int) -> bool:
+    def fits(**changes: Any) -> bool:
         changed = plan_memory(checkpoint, plan.context, **options | changes)
         return changed.fits and (tight or not changed.tight)
 
-    ways: list[dict[str, int]] = []
+    ways: list[dict[str, Any]] = []
     if (count := options.get("sequences", 1)) > 1:
         sizes = (size for size in (16, 8, 4, 2, 1) if size < count and fits(sequences=size))
         ways += [{"batch_size": size} for size in sizes][:1]
-    fewer = [bits for bits in QUANTIZED if f"{bits} bit" in plan.max_context and bits < (kv_bits or 16)]
+    now = kv_per_token(dims, options.get("kv_bits"))
+    fewer = [format.value for format in offered(dims.head_dim)[1:] if kv_per_token(dims, format) < now]
     smaller = [size for size in (512, 128) if size < step]
-    alone = [{"kv_bits": bits} for bits in fewer if fits(kv_bits=bits)][:1]
+    alone: list[dict[str, Any]] = [{"kv_bits": bits} for bits in fewer if fits(kv_bits=bits)][:1]
     alone += [{"prefill_step_size": size} for size in smaller if fits(prefill_step_size=size)][:1]
     both = [{"kv_bits": bits, "prefill_step_size": size} for bits in fewer for size in smaller]
     return ways + (alone or [way for way in both if fits(**way)][:1])

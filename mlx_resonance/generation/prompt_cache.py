@@ -17,6 +17,7 @@ from ..errors import UsageError
 from ..files import user_path
 from ..rope_config import RopeConfig
 from ..rope_types import LONGEST
+from .kv_format import KVBits, KVFormat
 from .prompt_folder import ENOUGH, Known, Ledger, PromptFolder, clear, common_prefix, default_folder, entries
 from .prompt_segments import MOST_TOKENS, NewSegment, named, read_into
 
@@ -171,14 +172,12 @@ def _changing_angles(rope: RopeConfig, why: str) -> UsageError:
     return UsageError(f"the angles of {rope.rope_type} change with the length of a text: {why}")
 
 
-def cache_key(
-    checkpoint: Checkpoint, kv_bits: int | None, length: int | None = None, expected: int | None = None
-) -> str:
+def cache_key(checkpoint: Checkpoint, kv_bits: KVBits, length: int | None = None, expected: int | None = None) -> str:
     """A hash of what keys and values depend on besides the tokens: the model's content, its angles, the KV format.
 
     Args:
         checkpoint: an opened one.
-        kv_bits: as in `make_cache`.
+        kv_bits: as in `KVFormat.of`.
         length: tokens of prompt and answer, if the angles may change with it. Texts on the same side of the length
             at which they change have the same key.
         expected: the length that the model was told to `expect`, usually the prompt's; None for `length`.
@@ -187,7 +186,7 @@ def cache_key(
         UsageError: the angles change with the length of a text, and no length is given; or they change within this
             text; or every text beyond the context before scaling has its own.
     """
-    digest, rope = checkpoint.results_digest(kv_bits), checkpoint.rope
+    digest, rope = checkpoint.results_digest(KVFormat.of(kv_bits).value), checkpoint.rope
     if not rope.depends_on_length:
         return digest
     if length is None:

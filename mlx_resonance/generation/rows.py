@@ -70,7 +70,7 @@ class Batch:
         readers = min(PREFILL_BATCH, size)
         # It counts the tokens of all rows: the time of a chunk depends on their sum.
         self.pace = Pace(len(engine.model.layers), self.step_size * readers, agree=engine.pace.agree)
-        self.shares = shareable(row_caches(engine.model, engine.kv_bits))
+        self.shares = shareable(row_caches(engine.model, engine.kv_format))
         self.generator = BatchGenerator(
             Inference(engine.model),
             stop_tokens=[[token] for token in engine.tokenizer.eos_token_ids],
@@ -117,7 +117,7 @@ class Batch:
             known = shared
         if known:
             return beginning(engine.cache, known), known
-        caches = row_caches(engine.model, engine.kv_bits)
+        caches = row_caches(engine.model, engine.kv_format)
         return caches, 0 if engine.disk_cache is None else engine.disk_cache.fetch(tokens, caches)
 
     def step(self) -> Iterator[dict[str, Any]]:

@@ -22,6 +22,7 @@ from ..scaling import check_context
 from ..wired import wired
 from .cache import cached_tokens, check_format, make_cache, quantize
 from .decode import decode
+from .kv_format import KVBits, KVFormat
 from .lookup import PromptLookup, check_lookup, lookup_proposals
 from .messages import prompt_tokens
 from .prefill import STEP, Pace, Progress, device_errors, prefill
@@ -61,7 +62,8 @@ def stream_generate(
     prompt_cache: list[Any] | None = None,
     disk_cache: PromptCache | None = None,
     prefill_step_size: int = STEP,
-    kv_bits: int | None = None,
+    kv_bits: KVBits = None,
+    kv_rotate: bool = False,
     kv_group_size: int | None = None,
     quantized_kv_start: int = 0,
     max_kv_size: int | None = None,
@@ -86,7 +88,9 @@ def stream_generate(
         prompt_cache: mlx-lm's caches, one per layer. The prompt continues the text that they hold; they are extended.
         disk_cache: on-disk KV cache of earlier prompts; this one's keys and values are added, even if interrupted.
         prefill_step_size: maximum number of prompt tokens in one pass; fewer as the keys grow.
-        kv_bits: quantize keys and values to 4 or 8 bits, from the first token on.
+        kv_bits: quantize keys and values to 4 or 8 bits, from the first token on; two numbers, as (8, 4) or "8,4", are
+            for keys and for values.
+        kv_rotate: rotate keys and values before they are quantized, which often loses less.
         kv_group_size, quantized_kv_start: mlx-lm's, with kv_bits only as this package quantizes: in groups of 64, or
             of 32 if the head size is no multiple of 64, from token 0.
         draft_model, max_kv_size, input_embeddings: mlx-lm's, not supported.
@@ -105,9 +109,10 @@ def stream_generate(
         UsageError: an argument is out of range or not supported, the prompt is empty, or the context is too short.
     """
     refuse(draft_model=draft_model, max_kv_size=max_kv_size, input_embeddings=input_embeddings)
-    check_options(max_tokens, temp or 0.0, 1.0 if top_p is None else top_p, seed, prefill_step_size, kv_bits)
+    check_options(max_tokens, temp or 0.0, 1.0 if top_p is None else top_p, seed, prefill_step_size)
     check_lookup(prompt_lookup)
-    if kv_bits is not None:
+    kv_format = KVFormat.of(kv_bits, kv_rotate)
+    if kv_format.quantized:
         check_format(model, kv_group_size, quantized_kv_start)
     if not isinstance(tokenizer, TokenizerWrapper):
         tokenizer = TokenizerWrapper(tokenizer)
@@ -124,7 +129,7 @@ def stream_generate(
         "progress": prompt_progress_callback,
         "prompt_lookup": prompt_lookup,
     }
-    cache = open_cache(model, prompt_cache, disk_cache, len(tokens), max_tokens, kv_bits)
+    cache = open_cache(model, prompt_cache, disk_cache, len(tokens), max_tokens, kv_format)
     if seed is not None:
         mx.random.seed(seed)
     before, pace = cache[0].offset, Pace(len(model.layers), prefill_step_size)
@@ -255,7 +260,7 @@ def open_cache(
     disk_cache: PromptCache | None,
     prompt: int,
     new: int,
-    kv_bits: int | None,
+    kv_format: KVFormat,
 ) -> list[Any]:
     """The caches for a prompt and its answer: the given ones, or new ones with room for both.
 
@@ -273,9 +278,9 @@ def open_cache(
         refuse_changing_angles(rope, "a text cannot be continued from its cached keys")
     expect(model, held + prompt)
     if prompt_cache is None:
-        return make_cache(model, prompt + new, kv_bits)
-    if kv_bits is not None:
-        quantize(model, prompt_cache, kv_bits)
+        return make_cache(model, prompt + new, kv_format)
+    if kv_format.quantized:
+        quantize(model, prompt_cache, kv_format)
     return prompt_cache
 
 
@@ -340,12 +345,10 @@ def check_options(
     top_p: float,
     seed: int | None,
     prefill_step_size: int,
-    kv_bits: int | None = None,
     batch_size: int = 1,
 ) -> None:
     """Raise UsageError if an option of `stream_generate` or `generate_batch` is out of range."""
     check_option("max_tokens", max_tokens >= 1, "at least 1", max_tokens)
     Sampling(temp=temp, top_p=top_p, seed=seed)
     check_option("prefill_step_size", prefill_step_size >= 1, "at least 1", prefill_step_size)
-    check_option("kv_bits", kv_bits in (None, 4, 8), "4 or 8", kv_bits)
     check_option("batch_size", batch_size >= 1, "at least 1", batch_size)
