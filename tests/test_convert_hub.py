@@ -70,7 +70,7 @@ def test_a_model_is_downloaded_once_and_only_what_is_needed(hub: Hub, first: Fir
     assert record["source"] == {"name": REPO, "commit": COMMIT}
 
 
-@pytest.mark.parametrize("how", ["offline", "gone"])
+@pytest.mark.parametrize("how", ["offline", pytest.param("gone", marks=pytest.mark.long)])
 def test_without_the_hub_the_cache_is_used(hub: Hub, first: First, warm: Path, tmp_path: Path, how: str) -> None:
     environment = {"HF_HUB_OFFLINE": "1"} if how == "offline" else {"HF_ENDPOINT": "http://127.0.0.1:9"}
     for flags in ((), ("--dry-run",)) if how == "offline" else ((),):
@@ -158,6 +158,7 @@ def test_a_dry_run_fetches_headers_only(hub: Hub, random_llama: Path, tmp_path: 
     assert consumed["download"] < 0.6 * planned["download"]
 
 
+@pytest.mark.long
 def test_a_consumed_source_is_on_disk_one_file_at_a_time(hub: Hub, tmp_path: Path) -> None:
     present: list[list[str]] = []
     folder = tmp_path / "work" / "out.partial" / "source"
@@ -175,6 +176,7 @@ def test_a_consumed_source_is_on_disk_one_file_at_a_time(hub: Hub, tmp_path: Pat
     assert contents(tmp_path / "work" / "out") == contents(tmp_path / "plain" / "out")
 
 
+@pytest.mark.long
 def test_what_was_in_the_cache_is_used_and_stays(hub: Hub, warm: Path, tmp_path: Path) -> None:
     before = files_below(warm)
     done = hub.command(warm, "convert", REPO, "--mlx-path", tmp_path / "out", "--consume-source")

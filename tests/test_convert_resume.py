@@ -182,6 +182,7 @@ def run_code(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True)
 
 
+@pytest.mark.long
 def test_a_full_disk_is_one_line_and_what_is_done_stays(stdlib_llama: Path, tmp_path: Path) -> None:
     """A limit on file sizes stands in for a full disk: the first weight file fits, a later one does not."""
     options: dict[str, Any] = {"max_shard_size": "1.8MB"}

@@ -199,7 +199,7 @@ def test_it_writes_max_tokens_and_reads_them(loaded: Any, prompts: Any, new: int
         assert cache[0].keys.shape[2] == len(tokens) + new  # it did not grow
 
 
-@pytest.mark.parametrize("kv_bits", [None, 4])
+@pytest.mark.parametrize("kv_bits", [None, pytest.param(4, marks=pytest.mark.long)])
 @pytest.mark.parametrize("proposing", [False, True])
 def test_closed_at_any_token_the_caches_hold_no_more_than_was_yielded(
     loaded: Any, prompts: Any, proposing: bool, kv_bits: int | None
@@ -368,7 +368,7 @@ def test_nothing_is_proposed_to_caches_that_cannot_be_trimmed(loaded: Any, promp
 # A draft model.
 
 
-@pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.parametrize("kv_bits", [None, pytest.param(8, marks=pytest.mark.long)])
 @pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
 def test_a_draft_models_proposals_do_not_change_the_text(
     loaded: Any, random_llama: Path, prompts: Any, sampling: Sampling, kv_bits: int | None

@@ -182,6 +182,7 @@ def test_each_process_holds_half(models: list[Path], reports: Any, kind: int) ->
         assert half["kv"] == plan_memory(models[kind], 700, processes=2).kv
 
 
+@pytest.mark.long
 def test_mlx_launch_prints_one_answer(models: list[Path], run: Any) -> None:
     launch = Path(sysconfig.get_path("scripts")) / "mlx.launch"
     if not launch.exists():

@@ -61,7 +61,12 @@ def other(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return copy
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+BY_DAY = ("harness", "perplexity")
+
+
+@pytest.mark.parametrize(
+    "command", [name if name in BY_DAY else pytest.param(name, marks=pytest.mark.long) for name in COMMANDS]
+)
 def test_run_log(
     run: Any, checkpoint: Path, other: Path, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:

@@ -271,7 +271,13 @@ def test_a_gradient_that_overflows_stops_the_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("length", "changes"),
-    [(512, {}), (512, {"grad_checkpoint": False}), (1024, {"num_layers": 2}), (2048, {}), (128, {"q_bits": 4})],
+    [
+        (512, {}),
+        (512, {"grad_checkpoint": False}),
+        (1024, {"num_layers": 2}),
+        pytest.param(2048, {}, marks=pytest.mark.long),
+        (128, {"q_bits": 4}),
+    ],
     ids=["lora", "kept", "two layers", "long", "4 bits"],
 )
 def test_the_plan_matches_the_memory_used(checkpoint: Path, length: int, changes: dict[str, Any]) -> None:

@@ -59,6 +59,7 @@ def test_stock_mlx_lm_refuses_the_rope_type(extended: Path) -> None:
     assert done.returncode != 0 and "resonance_yarn" in done.stderr.splitlines()[-1]
 
 
+@pytest.mark.long
 def test_lora_then_fuse(extended: Path, tmp_path: Path) -> None:
     import mlx_resonance
 

@@ -60,6 +60,7 @@ def test_the_same_text_and_only_what_differs_is_read(loaded: Any, tmp_path: Path
     assert ask(loaded, document[:300], kept, kv_bits=kv_bits) == (expected[2], 299)
 
 
+@pytest.mark.long
 def test_a_second_question_on_4096_tokens_reads_the_question_only(loaded: Any, tmp_path: Path) -> None:
     document = prompt(loaded[1], 4000)
     ask(loaded, document + prompt(loaded[1], 40, start=6000)[1:], PromptCache(tmp_path, "key"), max_tokens=1)

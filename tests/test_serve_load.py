@@ -138,6 +138,7 @@ def test_one_after_another_in_order_and_a_full_queue(tokenizer: Any) -> None:
         assert served.ask(TEXT, {"prompt": "x"})[0] == 200
 
 
+@pytest.mark.long
 def test_32_clients_at_once_get_the_answers_of_one_at_a_time(checkpoint: Path) -> None:
     with serving(lambda: Engine(*load(checkpoint)), queue=31) as served:
 

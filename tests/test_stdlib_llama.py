@@ -64,6 +64,7 @@ def test_stock_mlx_lm_and_transformers_read_it_alike(stdlib_llama: Path) -> None
     assert tokenizer.decode(tokenizer.encode(text, add_special_tokens=False)) == text
 
 
+@pytest.mark.long
 def test_held_out_loss_is_the_recorded_one(stdlib_llama: Path) -> None:
     record = json.loads((stdlib_llama / "training.json").read_text())
     tokens = mx.array(held_out_tokens(stdlib_llama, 12))
