@@ -103,7 +103,7 @@ MEMORY = max(16 * 10**9, 3 * plans[whole][-1].weights)
 far = [2**i for i in range(12, 24)]
 totals = {name: [plan(context, bits).total for context in far] for name, bits in FORMATS.items()}
 there = plan(LENGTH, None, MEMORY)
-most = dict(zip(FORMATS, there.max_context.values(), strict=True))  # from many bits to few
+most = {name: there.max_context[name] for name in FORMATS}
 what_fits(far, totals, most, there.limit)
 
 # %% [markdown]
