@@ -11,7 +11,7 @@ RELEASE = runpy.run_path(str(ROOT / "mlx_resonance" / "release.py"))
 
 
 def project_urls(repository: str | None) -> dict[str, str]:
-    """The project's pages, by the names under which an index shows them; none while there is no address."""
+    """The project's pages by the names that an index shows; empty until the address is known."""
     if repository is None:
         return {}
     pages = {"Documentation": "tree/main/docs", "Changelog": "blob/main/CHANGELOG.md", "Issues": "issues"}
@@ -19,7 +19,7 @@ def project_urls(repository: str | None) -> dict[str, str]:
 
 
 def absolute_links(text: str, repository: str | None, ref: str) -> str:
-    """A page's Markdown with its relative links made absolute, at one commit; as it is while there is no address."""
+    """Make a page's relative links absolute, at one commit; until the address is known, return it unchanged."""
     if repository is None:
         return text
 

@@ -9,7 +9,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
-from inspect import signature
 from typing import Any
 
 from .errors import UsageError
@@ -90,11 +89,6 @@ def original(name: str) -> Any:
 def model_classes(file: str) -> tuple[Any, Any]:
     """The classes `Model` and `ModelArgs` of one of mlx-lm's model files."""
     return _look_up(MODELS + file, "Model"), _look_up(MODELS + file, "ModelArgs")
-
-
-def takes_stream() -> bool:
-    """Whether `generate_step` computes on a stream of the caller's: mlx-lm 0.31 has its own."""
-    return "stream" in signature(__getattr__("generate_step")).parameters
 
 
 def wrapped(wrapper: Any) -> Any:

@@ -16,7 +16,6 @@ from ..storage import check_input
 LARGEST = 2**31 - 1
 LARGEST_SIZE = "1000TB"
 MOST_NUMBERS = 1000  # of a list
-MOST_PROPOSED = 64  # of lookup.py, which imports MLX
 
 
 def _parser(parse: Callable[[str], Any]) -> Callable[[Any], Any]:
@@ -77,11 +76,11 @@ def kv_format(kv_bits: Any, kv_rotate: bool) -> Any:
 
 
 def _prompt_lookup(text: str) -> int | str:
-    if text in ("auto", "off"):
-        return text
-    if not (text.isdecimal() and 1 <= int(text) <= MOST_PROPOSED):
-        raise BadParameter(f"{text!r} is not one of auto, off, 1 to {MOST_PROPOSED}")
-    return int(text)
+    from ..generation.lookup import check_lookup
+
+    setting: Any = int(text) if text.isdecimal() else text
+    check_lookup(setting)
+    return setting
 
 
 def _size(text: str) -> int:

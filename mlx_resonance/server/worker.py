@@ -96,7 +96,7 @@ class Worker:
         work.tell(None)
 
     def stop(self) -> None:
-        """End the loop within a token, or a chunk of a prompt; every client hears at once that there is no answer."""
+        """End the loop within a token, or a chunk of a prompt; every client that waits is told at once."""
         with self._changed:
             self._stopped, left = True, list(self._waiting)
             left += [] if self._running is None else [self._running]
