@@ -29,14 +29,11 @@ COMMANDS = {
     "perplexity": "--contexts 32 --truncate --data texts.jsonl --rope default,yarn --factor 2",
     "passkey": "--lengths 160 --depths 50 --repetitions 1",
     "leval": f"{ANSWERS} coursera.jsonl",
-    "longbench": f"{ANSWERS} multifieldqa_en.jsonl",
-    "ruler": "--max-tokens 2 --lengths 330 --tasks niah_single_1 --samples 1",
     "harness": "--tasks tiny --include-path tasks",
 }
 LINES = {
     "texts.jsonl": {"text": "def f(x):\n    return x\n" * 9},
     "coursera.jsonl": {"input": "A text.", "instructions": ["Q?"], "outputs": ["A"], "evaluation": "exam"},
-    "multifieldqa_en.jsonl": {"input": "Who?", "context": "It was Ann.", "answers": ["Ann"]},
 }
 
 

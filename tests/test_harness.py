@@ -56,7 +56,7 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lm(checkpoint: Path) -> Any:
-    from mlx_resonance.evaluation.harness import ResonanceLM
+    from mlx_resonance.evaluation.harness_model import ResonanceLM
 
     return ResonanceLM(Checkpoint.open(checkpoint), 512)
 
@@ -118,7 +118,7 @@ def test_a_continuation_that_merges_with_the_context_is_scored(lm: Any, theirs: 
 
 
 def test_angles_that_change_with_the_length_do_not_depend_on_other_requests(checkpoint: Path) -> None:
-    from mlx_resonance.evaluation.harness import ResonanceLM
+    from mlx_resonance.evaluation.harness_model import ResonanceLM
 
     opened = Checkpoint.open(checkpoint)
     dynamic = ResonanceLM(opened.with_rope(named_rope(opened.own_rope, "dynamic", 4)), 2048)
@@ -174,17 +174,19 @@ def test_command(run: Any, checkpoint: Path, lm: Any, theirs: Any, tasks: Path, 
         scores = [float(theirs(ids)[0][start - 1 :].sum()) for ids in tokens]
         right.append(scores.index(max(scores)) == document["gold"])
     assert result["results"]["tiny_multiple_choice"]["acc,none"] == np.mean(right)
-    config = result["config"]
-    assert config["model"] == str(checkpoint) and config["rope"]["rope_theta"] == 10000 and config["digest"]
-    assert (config["max_length"], config["truncated"]) == (512, 0) and config["mlx-resonance_version"]
-    code, out, _ = run(*arguments, "tiny_multiple_choice", "--limit", 1, "--context", 300, "--kv-bits", 8)
-    assert code == 0 and "|tiny_multiple_choice|" in out
+    assert result["model"] == str(checkpoint) and result["rope"]["rope_theta"] == 10000 and result["digest"]
+    assert (result["context"], result["truncation"], result["chat_template"]) == (512, "left", False)
+    assert result["version"]["lm-eval"] and (result["config"]["requests"], result["config"]["truncated"]) == (6, 0)
+    options = ("--limit", 1, "--context", 300, "--kv-bits", 8, "--truncation", "middle")
+    code, out, _ = run(*arguments, "tiny_multiple_choice", *options)
+    assert code == 0 and "|tiny_multiple_choice|" in out and f"model {checkpoint}, digest {result['digest']}" in out
+    assert "rope default, base 10000" in out and "context 300, 0 of 2 prompts cut in the middle (middle)" in out
 
 
 def test_a_killed_run_resumes(
     run: Any, checkpoint: Path, tasks: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_resonance.evaluation import harness
+    from mlx_resonance.evaluation import harness_model as harness
 
     common = ["eval", "harness", "--include-path", tasks, "--json", "--model"]
     both, output = ["--tasks", "tiny_generate_until,tiny_multiple_choice"], tmp_path / "responses.jsonl"
@@ -226,12 +228,13 @@ def test_a_killed_run_resumes(
     code, out, _ = run(*common, checkpoint, *both, "--output", output)
     assert code == 0 and json.loads(out)["results"] == whole["results"] and output.read_bytes() == content
     for option, values in (
-        ("--limit", "limit is null there and 1 here"),
-        ("--context", "context is 512 there and 1 "),
-        ("--kv-bits", "kv_bits is null there and 8 here"),
-        ("--num-shots", "num_shots is null"),
+        ("--max-tokens 1", "max_tokens is null there and 1 here"),
+        ("--context 1", "context is 512 there and 1 "),
+        ("--kv-bits 8", "kv_bits is null there and 8 here"),
+        ("--num-shots 1", "num_shots is null"),
+        ("--truncation middle", 'truncation is "left" there and "middle" here'),
     ):
-        code, _, err = run(*common, checkpoint, *both, "--output", output, option, 8 if option == "--kv-bits" else 1)
+        code, _, err = run(*common, checkpoint, *both, "--output", output, *option.split())
         assert code == 2 and f"results with other settings: {values}" in err and err.endswith("give another --output\n")
     assert output.read_bytes() == content
 
@@ -267,7 +270,10 @@ def test_sampled_answers_to_one_request_are_several(tmp_path: Path) -> None:
 
 
 BAD = {
+    "": "either tasks or a suite is needed: give --tasks or --suite",
     "--tasks nothing": "lm-eval has no task named 'nothing' (--tasks)",
+    "--tasks nothing --suite ruler": "either tasks or a suite is needed: give --tasks or --suite",
+    "--suite longbench3": "'longbench3' is not one of 'ruler', 'babilong'",
     "--tasks tiny_multiple_choice --include-path none": "none is not a folder of tasks (--include-path)",
     "--tasks tiny_multiple_choice --context 513": "513 tokens exceed the checkpoint's context of 512 tokens: give --f",
     "--tasks tiny_multiple_choice --limit 0": "Invalid value for '--limit'",
@@ -278,6 +284,23 @@ BAD = {
     "--tasks tiny_multiple_choice --output /dev/null/x.json": "/dev/null is not a folder",
     "--tasks tiny_multiple_choice --output /dev/null": "/dev/null is a device: a file is needed: give another --output",
     "--tasks broken": "a task cannot be loaded: ",
+    "--tasks unsafe": "unsafe runs code that the model writes: give --confirm-run-unsafe-code",
+    "--tasks mrcr --lengths 1000": "1,000 tokens exceed the checkpoint's context of 512 tokens: give --factor 2",
+    "--tasks mrcr --lengths 500 --context 400": "prompts of 500 tokens exceed the context of 400 tokens (--lengths)",
+    "--tasks mrcr --lengths 0": "lengths must be in [1, 2**31] tokens, got [0] (--lengths)",
+    "--tasks tiny_multiple_choice --lengths 300": "none of these tasks comes in several lengths (--lengths)",
+    "--suite ruler --lengths 500": "RULER makes no prompts of less than 1024 tokens: it would not end (--lengths)",
+    "--tasks mrcr": "mrcr is asked at given lengths: give --lengths",
+    "--tasks mrcr --lengths 500": '{"mrcr": "PATH"} is missing in the metadata (--metadata)',
+    '--tasks mrcr --lengths 500 --metadata {"mrcr":"no.jsonl"}': "no.jsonl: no such file (--metadata)",
+    '--tasks nolima --lengths 500 --metadata {"nolima_needles":5}': '{"nolima_needles": "PATH"} is missing',
+    '--tasks mrcr --lengths 500 --metadata {"max_seq_lengths":[4]}': "lengths are given twice",
+    "--tasks mrcr --metadata {": "Invalid value for '--metadata': '{' is not JSON",
+    "--tasks mrcr --metadata [1]": "Invalid value for '--metadata': '[1]' is not a JSON object",
+    "--tasks babilong_qa1,mrcr --lengths 300": "babilong takes one length, and no other tasks beside it (--lengths)",
+    "--tasks babilong_qa1 --lengths 300": "babilong has lengths of 1024, 2048, 4096, …, not 300 (--lengths)",
+    "--tasks tiny_multiple_choice --log-samples /dev/null": "/dev/null is a device: a file is needed: give another --l",
+    "--tasks tiny_multiple_choice --log-samples responses.jsonl": "responses.jsonl is the file of the run log, too",
 }
 
 
@@ -285,12 +308,14 @@ BAD = {
 def test_bad_input(
     run: Any, checkpoint: Path, tasks: Path, tmp_path: Path, arguments: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mlx_resonance.evaluation import harness
+    from mlx_resonance.evaluation import harness_tasks
 
-    own = harness.Tasks  # lm-eval's own tasks take half a minute to read
-    monkeypatch.setattr(harness, "Tasks", lambda **options: own(**options | {"include_defaults": False}))
+    own = harness_tasks.Tasks  # lm-eval's own tasks take half a minute to read
+    monkeypatch.setattr(harness_tasks, "Tasks", lambda **options: own(**options | {"include_defaults": False}))
     text = (tasks / "multiple_choice.yaml").read_text()
     (tasks / "broken.yaml").write_text(text.replace("tiny_multiple_choice", "broken").replace("choices", "[0, 1]"))
+    (tasks / "unsafe.yaml").write_text(text.replace("tiny_multiple_choice", "unsafe") + "unsafe_code: true\n")
+    monkeypatch.chdir(tmp_path)
     output = tmp_path / "responses.jsonl"
     common = ("--model", checkpoint, "--include-path", tasks, "--output", output)
     code, out, err = run("eval", "harness", *common, *arguments.split())
@@ -299,7 +324,8 @@ def test_bad_input(
 
 def test_without_lm_eval(run: Any, checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    monkeypatch.delitem(sys.modules, "mlx_resonance.evaluation.harness", raising=False)
+    for name in ("harness", "harness_model", "harness_tasks"):
+        monkeypatch.delitem(sys.modules, f"mlx_resonance.evaluation.{name}", raising=False)
     code, out, err = run("eval", "harness", "--model", checkpoint, "--tasks", "any")
     assert (code, out) == (2, "")
     assert err == "error: lm_eval is missing: pip install '.[eval]' in a clone of mlx-resonance\n"

@@ -1,4 +1,4 @@
-"""L-Eval and LongBench: prompts cut to a context, and answers from which a killed run resumes."""
+"""L-Eval: prompts cut to a context, and answers from which a killed run resumes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from mlx_resonance import storage
 from mlx_resonance.errors import UsageError
-from mlx_resonance.evaluation import answers, leval, longbench
-from mlx_resonance.evaluation.answers import first_line, summarize
+from mlx_resonance.evaluation import answers, leval
+from mlx_resonance.evaluation.answers import summarize
 from mlx_resonance.evaluation.prompts import Limits, Prompt, cut, fit
 from mlx_resonance.files import read_config
 from mlx_resonance.tokenizer import load_tokenizer
@@ -20,13 +20,6 @@ from mlx_resonance.tokenizer import load_tokenizer
 import pytest
 
 LEVAL = {"input": "A long text. " * 5, "instructions": ["Q1\nA. x", "Q2"], "outputs": ["A", "B"], "evaluation": "exam"}
-LONGBENCH = {
-    "input": "Who?",
-    "context": "It was Ann. " * 5,
-    "answers": ["Ann", "Anna"],
-    "length": 15,
-    "dataset": "qasper",
-}
 
 
 def write(path: Path, *lines: Any) -> Path:
@@ -75,25 +68,6 @@ def test_leval_scores() -> None:
     assert leval.summary(lines)[0]["score"] == 50  # the mean of 50, 0 and 100
 
 
-def test_longbench_prompts_and_scores(tmp_path: Path) -> None:
-    (prompt,) = longbench.make_prompts([write(tmp_path / "anything.jsonl", LONGBENCH)])
-    assert prompt.task == "qasper" and prompt.budget == 128 and prompt.chat
-    assert prompt.before.endswith("\n\nArticle: ") and prompt.after.endswith("\n\nQuestion: Who?\n\nAnswer:")
-    line = prompt.saved | {"task": "qasper", "prediction": "Anna", "max_tokens": 128, "truncated": False}
-    assert longbench.summary([line])[0]["score"] == 100  # the better of two references
-    braces = {**LONGBENCH, "dataset": "lcc", "context": "f({input})", "input": "{context}"}
-    (code,) = longbench.make_prompts([write(tmp_path / "lcc.jsonl", braces)])
-    assert code.document == "f({input})" and code.after == "Next line of code:\n" and not code.chat
-    trec = {**LONGBENCH, "dataset": "trec", "all_classes": ["Ann", "Bob"], "answers": ["Bob"]}
-    (prompt,) = longbench.make_prompts([write(tmp_path / "trec_e.jsonl", {**trec, "length": 4000})])
-    assert (prompt.task, prompt.saved["bracket"], prompt.one_line) == ("trec_e", "4-8k", True)
-    line = prompt.saved | {"task": "trec_e", "prediction": "\nBob\nAnn", "max_tokens": 64, "truncated": False}
-    assert longbench.summary([line, line | {"bracket": "8k+", "prediction": "Bob Ann"}])[0] == {
-        "task": "trec_e", "metric": "classes", "n": 2, "score": 75, "scores": {"4-8k": 100, "8k+": 50},
-        "max_tokens": 64, "truncated": 0,
-    }  # fmt: skip
-
-
 def test_truncation(tokenizer: Any) -> None:
     words = [f"word{i}" for i in range(600)]
     text = " ".join(words)
@@ -105,13 +79,13 @@ def test_truncation(tokenizer: Any) -> None:
     head, tail = cut(tokenizer, text, 50, "head"), cut(tokenizer, text, 50, "words", keep_end=True)
     assert text.startswith(head) and text.endswith(tail) and len(tokenizer.encode(head)) in range(45, 52)
     prompt = Prompt("t", "1", "Begin: ", text, " End?", 20, {})
-    for truncation in ("words", "head", "middle"):
+    for truncation in ("words", "head"):
         ids, truncated = fit(tokenizer, prompt, Limits(1000, truncation))
         assert truncated and len(ids) <= 980 and (len(ids) > 900 or truncation == "words")
         found = tokenizer.decode(ids, skip_special_tokens=True)
         assert found.startswith("Begin: word0 ") and found.endswith(" End?")
-        assert ("word599" in found) == (truncation == "middle")
-    ids, truncated = fit(tokenizer, prompt, Limits(count + 60, "middle"))
+        assert "word599" not in found
+    ids, truncated = fit(tokenizer, prompt, Limits(count + 60, "head"))
     assert not truncated and tokenizer.decode(ids, skip_special_tokens=True) == "Begin: " + text + " End?"
     with pytest.raises(UsageError, match="t, 1: the question and 20 tokens of answer take"):
         fit(tokenizer, prompt, Limits(22))
@@ -127,11 +101,9 @@ def test_chat_template(stdlib_llama: Path, tokenizer: Any, tmp_path: Path) -> No
     assert prompt.tokens(chat, "Who is it?", False) == prompt.tokens(tokenizer, "Who is it?", True) == plain
     ids = prompt.tokens(chat, "Who is it?", True)
     assert ids == [*chat.encode("Who is it?"), *chat.encode(" It is", add_special_tokens=False)]
-    assert Prompt("t", "1", "", "", "", 20, {}, chat=False).tokens(chat, "Who is it? It is", True) == plain
 
 
-def test_first_line_and_summarize() -> None:
-    assert [first_line(text) for text in ("", "\n", "a", "\na\n", "a\nb")] == [None, None, None, 2, 1]
+def test_summarize() -> None:
     common = {"task": "a", "metric": "m", "max_tokens": 1, "truncated": False}
     rows = summarize(
         [common | {"x": 0}, common | {"task": "b", "x": 1}, common | {"x": 1}], lambda line: {"x": line["x"]}
@@ -149,6 +121,8 @@ def test_commands(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     arguments = ["--model", checkpoint, "--context", 256, "--max-tokens", 2, "--output"]
     code, out, _ = run("eval", "leval", *arguments, tmp_path / "a.jsonl", *files(tmp_path), "--json")
     result = json.loads(out)
+    about = ("context", "truncation", "chat_template")
+    assert [result[name] for name in about] == [256, "words", False] and result["version"]["mlx-lm"]
     assert code == 0 and result["answers"] == 4 and result["rope"] and result["model"] == str(checkpoint)
     assert [(row["task"], row["n"], row["truncated"]) for row in result["results"]] == [
         ("coursera", 2, 0), ("codeU", 2, 2)
@@ -157,12 +131,8 @@ def test_commands(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     assert code == 0 and "coursera (exam)" in out and "mean" in out
     kept = {json.loads(line).get("id") for line in (tmp_path / "b.jsonl").read_text().splitlines()}
     assert kept == {None, "1.1"}
-    short = {**LONGBENCH, "dataset": "multifieldqa_en"}
-    data = write(tmp_path / "any.jsonl", short, {**short, "context": "x = y + 1\n" * 60})
-    code, out, _ = run("eval", "longbench", *arguments, tmp_path / "c.jsonl", "--data", data, "--kv-bits", 8)
-    assert code == 0 and "multifieldqa_en (f1)" in out
-    lines = [json.loads(line) for line in (tmp_path / "c.jsonl").read_text().splitlines()[1:]]
-    assert [line["truncated"] for line in lines] == [False, True] and lines[1]["prompt_tokens"] in range(235, 255)
+    code, _, err = run("eval", "longbench", "--data", "qasper.jsonl")
+    assert code == 2 and err == "error: eval longbench is now: mlx-resonance eval harness --suite longbench\n"
 
 
 def test_killed_and_resumed(run: Any, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -224,12 +194,13 @@ BAD = {
     "leval poems.jsonl {}": "poems.jsonl must be named after its task, one of coursera, quality",
     f"leval coursera.jsonl {json.dumps({**LEVAL, 'outputs': ['A']})}": "line 1 has 2 instructions and 1 outputs",
     f"leval coursera.jsonl {json.dumps({**LEVAL, 'evaluation': 'f1'})}": "line 1: coursera has no evaluation 'f1'",
+    'leval qasper.jsonl {"input": "a", "context": "b", "answers": ["c"], "dataset": "qasper"}': (
+        "qasper.jsonl is a file of LongBench, whose tasks mlx-resonance eval harness --suite longbench runs (--data)"
+    ),
+    'leval vt.jsonl {"index": 0, "input": "a", "outputs": ["b"], "length": 60}': (
+        "vt.jsonl is a file of RULER, whose tasks mlx-resonance eval harness --suite ruler runs (--data)"
+    ),
     f"leval news_summ.jsonl {json.dumps({**LEVAL, 'evaluation': 'LLM'})}": "no question is left",
-    'longbench qasper.jsonl {"input": ""}': "qasper.jsonl, line 1 has no 'context' that is a string",
-    'longbench x.jsonl {"input": "", "context": "", "answers": ["a"]}': "no task is named 'x'; known are narrativeqa",
-    'longbench vcsum.jsonl {"input": "", "context": "", "answers": ["a"]}': "vcsum is scored by Chinese words",
-    'longbench trec.jsonl {"input": "", "context": "", "answers": ["a"]}': "line 1 has no 'all_classes' that is a list",
-    'longbench lcc_e.jsonl {"input": "", "context": "", "answers": ["a"]}': "has no 'length' that is an integer",
 }
 
 
@@ -247,7 +218,7 @@ OPTIONS = {
     "--context 40": "give another --context or another --max-tokens",
     "--max-tokens 0": "Invalid value for '--max-tokens'",
     "--limit 0": "Invalid value for '--limit'",
-    "--truncation tail": "'tail' is not one of 'words', 'head', 'middle'",
+    "--truncation tail": "'tail' is not one of 'words', 'head'",
     "--data none.jsonl": "none.jsonl",
     "--data coursera.jsonl": "are of the same task",
 }

@@ -66,10 +66,6 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
         "eval", "passkey", "-m", "{model}", "--lengths", 300, "--repetitions", 1, "--depths", 0, "--output",
         "{new}.jsonl", "--factor", 8,
     ),
-    "ruler": (
-        "eval", "ruler", "-m", "{model}", "--lengths", 500, "--samples", 1, "--tasks", "niah_single_1", "--output",
-        "{new}.jsonl", "--max-tokens", 2,
-    ),
     "finetune": (
         "finetune", "-m", "{model}", "--data", "{text}", "--mlx-path", "{new}", "--length", 64, "--steps", 1,
         "--accumulate", 1,

@@ -65,21 +65,21 @@ def test_first_integer(answer: str, number: int | None) -> None:
 
 
 def know(depths: set[int]) -> Any:
-    """A stand-in for `generate` that finds the keys at these depths, and answers 7 at the others."""
+    """A stand-in for `greedy` that finds the keys at these depths, and answers 7 at the others."""
 
-    def generate(_: Any, tokenizer: Any, prompt: list[int], **options: Any) -> str:
+    def greedy(_: Any, tokenizer: Any, prompt: list[int], *given: Any, **options: Any) -> tuple[str, int, str]:
         for length, depth, repetition in GRID.cells():
             key = GRID.key(length, depth, repetition)
             if depth in depths and prompt == passkey_prompt(tokenizer, length, depth, key):
-                return f" {key}. And {key + 1}"
-        return " 7, or so"
+                return f" {key}. And {key + 1}", 9, "length"
+        return " 7, or so", 4, "stop"
 
-    return generate
+    return greedy
 
 
 def test_a_grid_is_tried_once_and_resumes(stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checkpoint = Checkpoint.open(stdlib_llama)
-    monkeypatch.setattr(passkey, "generate", know({0, 100}))
+    monkeypatch.setattr(passkey, "greedy", know({0, 100}))
     whole = run_passkey(checkpoint, GRID, tmp_path / "whole.jsonl")
     assert accuracy(GRID, whole).tolist() == [[1, 1], [0, 0], [1, 1]]
     assert [(trial["length"], trial["depth"], trial["repetition"]) for trial in whole] == GRID.cells()
@@ -91,7 +91,7 @@ def test_a_grid_is_tried_once_and_resumes(stdlib_llama: Path, tmp_path: Path, mo
     with pytest.raises(KeyboardInterrupt):
         run_passkey(checkpoint, GRID, tmp_path / "part.jsonl", on_trial=kill)
     tried = []
-    monkeypatch.setattr(passkey, "generate", lambda *a, **k: tried.append(1) or know({0, 100})(*a, **k))
+    monkeypatch.setattr(passkey, "greedy", lambda *a, **k: tried.append(1) or know({0, 100})(*a, **k))
     assert run_passkey(checkpoint, GRID, tmp_path / "part.jsonl") == whole
     assert len(tried) == len(whole) - 5
     assert (tmp_path / "part.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
@@ -105,7 +105,7 @@ def test_a_grid_is_tried_once_and_resumes(stdlib_llama: Path, tmp_path: Path, mo
 
 
 def test_a_wrong_line(stdlib_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(passkey, "generate", know(set()))
+    monkeypatch.setattr(passkey, "greedy", know(set()))
     checkpoint, grid, output = Checkpoint.open(stdlib_llama), PasskeyGrid([200], [0], 1), tmp_path / "out.jsonl"
     (trial,) = run_passkey(checkpoint, grid, output)
     header = output.read_text().splitlines()[0]
@@ -131,6 +131,7 @@ def test_command(run: Any, checkpoint: Path, tmp_path: Path) -> None:
     code, out, _ = run(*arguments, "--output", output, "--plot", figure, "--json")
     result = json.loads(out)
     assert code == 0 and result["lengths"] == [160, 200] and np.shape(result["accuracy"]) == (2, 2)
+    assert result["context"] == 200 and result["version"]["mlx-resonance"] and result["model"] == str(checkpoint)
     assert result["trials"] == 4 == len(output.read_text().splitlines()) - 1 and figure.stat().st_size > 5000
     before = output.read_bytes()
     code, out, _ = run(*arguments, "--output", output)

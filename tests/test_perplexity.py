@@ -13,7 +13,7 @@ from typing import Any
 from mlx_resonance import Checkpoint, RopeConfig
 from mlx_resonance.attention import set_rope
 from mlx_resonance.errors import UsageError
-from mlx_resonance.evaluation import perplexity
+from mlx_resonance.evaluation import key_tokens, perplexity
 from mlx_resonance.evaluation.losses import token_losses
 from mlx_resonance.evaluation.perplexity import Subject, run_perplexity, select_documents
 from mlx_resonance.evaluation.windows import Document, Options, Protocol, sliding_windows, sums
@@ -197,3 +197,50 @@ def test_a_loss_that_is_not_a_number(checkpoint: Path, documents: list[Document]
     mx.save_safetensors(str(broken / "model.safetensors"), weights, {"format": "mlx"})
     with pytest.raises(UsageError, match="loss of document 1 at 100 tokens is nan"):
         run_perplexity([subject(broken, documents)], Protocol((100,), stride=50), tmp_path / "x.jsonl", {})
+
+
+def test_longppl_equals_its_definition(
+    checkpoint: Path, documents: list[Document], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Key tokens and their losses as transformers has them, with short windows of 40 to 55 tokens."""
+    monkeypatch.setattr(key_tokens, "SHORT", 40)
+    monkeypatch.setattr(key_tokens, "STRIDE", 16)
+    monkeypatch.setattr(key_tokens, "GAIN", 0.5)
+    long = [document for document in documents if len(document.tokens) >= 150]
+    of, other = subject(checkpoint, long), subject(checkpoint, long, "resonance_yarn")
+    protocol, output = Protocol((100, 150), truncate=True, last=30), tmp_path / "lines.jsonl"
+    rows = run_perplexity([of, other], protocol, output, {}, evaluator=of)
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32)
+
+    def losses(ids: list[int]) -> Any:
+        with torch.no_grad():
+            logits = model(torch.tensor([ids])).logits[0, :-1]
+        return torch.nn.functional.cross_entropy(logits, torch.tensor(ids[1:]), reduction="none").numpy()
+
+    found: dict[int, list[float]] = {100: [], 150: []}
+    for document in long:
+        ids = [0, *document.tokens[:149].tolist()]
+        whole = losses(ids)
+        for token in range(40, 150):
+            begin = (token - 40) // 16 * 16
+            short = losses(ids[begin : token + 1])[-1]
+            if short - whole[token - 1] > 0.5 and whole[token - 1] < 2:
+                for context in found:
+                    found[context] += [whole[token - 1]] if token < context else []
+    assert [row["key_tokens"] for row in rows] == [len(found[row["context"]]) for row in rows] and len(found[100]) > 3
+    for row in rows[:2]:
+        assert row["longppl"] == pytest.approx(np.exp(np.mean(found[row["context"]])), rel=1e-3)
+    assert rows[2]["longppl"] != rows[0]["longppl"]  # the same tokens, another model
+    whole_log = output.read_bytes()
+    output.write_bytes(whole_log[: len(whole_log) // 3])
+    assert run_perplexity([of, other], protocol, output, {}, evaluator=of) == rows and output.read_bytes() == whole_log
+    with pytest.raises(UsageError, match=r"evaluator is .* there and null here"):
+        run_perplexity([of], protocol, output, {})
+    monkeypatch.setattr(key_tokens, "GAIN", 99)
+    (row,) = run_perplexity([of], Protocol((100,), truncate=True), tmp_path / "none.jsonl", {}, evaluator=of)
+    assert (row["longppl"], row["key_tokens"]) == (None, 0)
+    with pytest.raises(UsageError, match="picked in one window per document: try truncate=True"):
+        run_perplexity([of], Protocol((100,), stride=50), tmp_path / "x.jsonl", {}, evaluator=of)
+    unlike = subject(checkpoint, long, start=())
+    with pytest.raises(UsageError, match="read the documents as different tokens"):
+        run_perplexity([of], Protocol((100,), truncate=True), tmp_path / "x.jsonl", {}, evaluator=unlike)

@@ -51,11 +51,17 @@ def test_command(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None
         (rope, context) for rope in ("default", "resonance_yarn") for context in (64, 200)
     ]
     assert {row["tokens"] for row in result["results"]} == {3 * 63, 3 * 199} and result["last"] == 50
+    assert (result["context"], result["truncation"], result["chat_template"]) == ([64, 200], "end", False)
+    assert result["version"]["mlx"] and result["rope"] == ["default", "resonance_yarn"] and "evaluator" in result
+    assert "last 50" not in err  # both windows have as many
     assert 2 < result["results"][1]["perplexity_last"] < 500 and figure.read_bytes().startswith(b"<?xml")
     before = output.read_bytes()
     code, out, _ = run(*common, "--model", checkpoint, *ropes, "--documents", "1")
     assert code == 0 and "resonance_yarn" in out and "last 50" in out and output.read_bytes() == before
     assert run(*common, "--model", checkpoint, "--rope", "default", "--stride", "9")[0] == 0  # means nothing here
+    other = (*both[:6], "--output", tmp_path / "other.jsonl", "--contexts", "64,200", "--truncate", "--last", 100)
+    code, out, err = run(*other, "--model", checkpoint, "--evaluator", checkpoint)
+    assert code == 0 and "last 100: windows have fewer tokens to score (63)" in err and "key tokens" in out
     code, _, err = run(*both, "--model", checkpoint, "--contexts", "64", "--stride", "40")
     assert code == 2 and "truncate is true there and false here" in err and "another --output" in err
 
@@ -63,7 +69,11 @@ def test_command(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None
 def test_beyond(run: Any, checkpoint: Path, data: Path, tmp_path: Path) -> None:
     common = ("eval", "perplexity", "--model", checkpoint, "--data", data / "short.txt", "--contexts", "600")
     code, out, err = run(*common, "--output", tmp_path / "x.jsonl")
-    assert (code, out, len(err.splitlines())) == (2, "", 1) and "--rope resonance_yarn --factor 2 or --beyond" in err
+    assert (
+        (code, out, len(err.splitlines())) == (2, "", 1)
+        and "--rope resonance_yarn --factor 2 (which" in err
+        and err.endswith("or --beyond\n")
+    )
     code, out, _ = run(*common, "--output", tmp_path / "x.jsonl", "--beyond", "--json")
     assert code == 0 and json.loads(out)["results"][0]["windows"] == 1
     assert run(*common, "--output", tmp_path / "x.jsonl", "--rope", "yarn", "--factor", "2")[0] == 0
@@ -97,6 +107,7 @@ BAD = {
     "--data a.py --kv-bits 3": "'--kv-bits': '3' is not one of 8, 4",
     "--data a.py --memory 1MB": "the limit is",
     "--data a.py --plot x.abc": "suffix must be one of",
+    "--data a.py --evaluator none": "none",
 }
 
 

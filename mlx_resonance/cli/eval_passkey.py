@@ -11,7 +11,7 @@ from typer import Option
 
 from ..errors import check_option
 from ..rope_types import LONGEST
-from .options import Factor, Force, Json, KvBits, KvRotate, Memory, Model, integers, kv_format, path
+from .options import Extend, Factor, Force, Json, KvBits, KvRotate, Memory, Model, integers, kv_format, path
 from .output import check_outputs, count_bar, draw, print_json, stdout
 
 MOST_TRIALS = 10**6
@@ -29,6 +29,7 @@ def command(
     repetitions: Annotated[int, Option(min=1, max=10_000, help="Keys at each length and depth.")] = 5,
     seed: Annotated[int, Option(min=0, max=2**32 - 1, help="Seed of the keys.")] = 0,
     factor: Factor = None,
+    extend: Extend = None,
     kv_bits: KvBits = None,
     kv_rotate: KvRotate = False,
     memory: Memory = None,
@@ -41,7 +42,7 @@ def command(
     At every length and depth of a grid.
     """
     from ..checkpoint import Checkpoint
-    from ..evaluation.context import choose_context
+    from ..evaluation.context import choose_context, describe
     from ..evaluation.passkey import PasskeyGrid, accuracy, run_passkey
 
     check_outputs(output, plot)
@@ -49,9 +50,9 @@ def command(
     wanted = f"at most {most}, which are a million trials at all lengths and depths"
     check_option("repetitions", repetitions <= most, wanted, repetitions)
     grid = PasskeyGrid(lengths, depths, repetitions, seed)
-    checkpoint = Checkpoint.open(model, factor=factor)
+    checkpoint = Checkpoint.open(model, factor=factor).extended(extend, max(lengths))
     kv_bits = kv_format(kv_bits, kv_rotate)
-    choose_context(checkpoint, max(lengths), kv_bits=kv_bits, memory=memory, force=force)
+    context = choose_context(checkpoint, max(lengths), kv_bits=kv_bits, memory=memory, force=force)
     with count_bar() as bar:
         task = bar.add_task("passkey", total=None)
         trials = run_passkey(
@@ -67,7 +68,8 @@ def command(
         draw(plot_passkey, sorted(lengths), depths, found, path=plot)
     if json:
         cells = {"lengths": sorted(lengths), "depths": list(depths), "accuracy": found.tolist()}
-        print_json({"output": str(output), "trials": len(trials), "found": float(found.mean()), **cells})
+        about = describe(checkpoint, kv_bits, context=context, truncation=None, chat_template=False)
+        print_json({"output": str(output), "trials": len(trials), "found": float(found.mean()), **cells, **about})
         return
     table = Table(box=None, pad_edge=False)
     for name in ("depth", *map(str, sorted(lengths))):

@@ -6,12 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+from rich.console import Console
 from rich.table import Table
 from typer import Option
 
 from ..rope_types import LONGEST
 from .options import (
     LARGEST,
+    Extend,
     Factor,
     Force,
     Json,
@@ -27,6 +29,8 @@ from .options import (
 )
 from .options import model as model_parser
 from .output import check_outputs, draw, print_json, progress_bar, stderr, stdout
+
+WIDTH = 100  # of the table with all columns
 
 if TYPE_CHECKING:
     from ..evaluation.perplexity import Subject
@@ -57,11 +61,15 @@ def command(
     last: Annotated[
         int, Option(min=1, max=LARGEST, help="Score the last N tokens of a truncated window separately, too.")
     ] = 512,
+    evaluator: Annotated[
+        str | None, Option(**model_parser, help="Checkpoint that picks the tokens of LongPPL, with --truncate.")
+    ] = None,
     rope: Annotated[
         Sequence[str] | None,
         Option(**names, help="default, linear, ntk, dynamic, yarn, each also resonance_…. Default: config.json's."),
     ] = None,
     factor: Factor = None,
+    extend: Extend = None,
     beyond: Annotated[
         bool, Option("--beyond", help="Measure contexts longer than the checkpoint is meant for.")
     ] = False,
@@ -82,6 +90,7 @@ def command(
 
     As YaRN's authors measure it: in sliding windows, or one per document.
     """
+    from ..evaluation.context import versions
     from ..evaluation.perplexity import run_perplexity
     from ..evaluation.texts import check_files, data_digest
     from ..evaluation.windows import Options, Protocol
@@ -91,29 +100,36 @@ def command(
     options = Options(batch_size, prefill_step_size, kv_format(kv_bits, kv_rotate))
     check_files(data)
     chosen = {"field": field, "documents": documents, "min_tokens": min_tokens}
-    subjects = [
-        _subject(name, data, chosen, protocol, None if force else options, rope, factor, beyond, memory)
-        for name in dict.fromkeys(model)
-    ]
+    limits = (None if force else options, beyond, memory)
+    subjects = [_subject(name, data, chosen, protocol, rope, factor, extend, *limits) for name in dict.fromkeys(model)]
+    picks = None if evaluator is None else _subject(evaluator, data, chosen, protocol, None, None, None, *limits)
     with progress_bar() as bar:
         task = bar.add_task("perplexity", total=None)
         rows = run_perplexity(
             subjects, protocol, output, {"data": data_digest(data, field)}, options,
-            lambda label, done, total: bar.update(task, completed=done, total=total, description=label),
+            lambda label, done, total: bar.update(task, completed=done, total=total, description=label), picks,
         )  # fmt: skip
+    if truncate and (fewer := [context - 1 for context in contexts if context <= last]):
+        stderr.print(f"last {last}: windows have fewer tokens to score ({', '.join(map(str, fewer))})", soft_wrap=True)
     if plot is not None:
         from ..plots import plot_perplexity
 
         draw(plot_perplexity, sorted(contexts), {"": _curves(rows, len(subjects))}, path=plot)
     if json:
-        print_json({"output": str(output)} | protocol.settings() | {"results": rows})
+        about: dict[str, Any] = {
+            "model": model,
+            "rope": list(dict.fromkeys(row["rope"] for row in rows)),
+            "evaluator": evaluator,
+        }
+        about |= {"context": list(contexts), "truncation": "end" if truncate else None, "chat_template": False}
+        print_json({"output": str(output)} | protocol.settings() | about | {"version": versions(), "results": rows})
     else:
-        _print(rows, protocol)
+        _print(rows, protocol, keys=evaluator is not None)
 
 
 def _subject(
-    name: str, paths: list[Path], chosen: dict[str, Any], protocol: Protocol, options: Options | None,
-    ropes: Sequence[str] | None, factor: float | None, beyond: bool, memory: int | None,
+    name: str, paths: list[Path], chosen: dict[str, Any], protocol: Protocol, ropes: Sequence[str] | None,
+    factor: float | None, extend: str | None, options: Options | None, beyond: bool, memory: int | None,
 ) -> Subject:  # fmt: skip
     """A checkpoint, its rope settings and its documents: all is checked, and no weight is read.
 
@@ -128,6 +144,7 @@ def _subject(
     checkpoint = Checkpoint.open(name, factor=None if ropes is not None else factor)
     own = checkpoint.rope
     settings = [own] if ropes is None else [named_rope(own, rope, factor) for rope in ropes]
+    settings = [checkpoint.with_rope(rope).extended(extend, max(protocol.contexts)).rope for rope in settings]
     for rope in () if beyond else settings:
         check_contexts(name, rope, protocol.contexts)
     if options is not None:
@@ -155,7 +172,7 @@ def _curves(rows: list[dict[str, Any]], models: int) -> dict[str, list[float]]:
     return curves
 
 
-def _print(rows: list[dict[str, Any]], protocol: Protocol) -> None:
+def _print(rows: list[dict[str, Any]], protocol: Protocol, keys: bool) -> None:
     figures = {"windows": "by windows", "tokens": "by tokens"}
     if protocol.truncate:
         figures["last"] = f"last {protocol.last}"
@@ -164,10 +181,13 @@ def _print(rows: list[dict[str, Any]], protocol: Protocol) -> None:
     if several:
         table.add_column("model", overflow="fold")
     table.add_column("rope", no_wrap=True)
-    for name in ("context", "documents", "tokens", *figures.values()):
+    for name in ("context", "documents", "tokens", *figures.values(), *(["LongPPL", "key tokens"] if keys else [])):
         table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         labels = (row["model"], row["rope"]) if several else (row["rope"],)
         counts = (str(row[name]) for name in ("context", "documents", "tokens"))
-        table.add_row(*labels, *counts, *(f"{row[f'perplexity_{name}']:.3f}" for name in figures))
-    stdout.print(table)
+        shown = [f"{row[f'perplexity_{name}']:.3f}" for name in figures]
+        if keys:
+            shown += ["" if row["longppl"] is None else f"{row['longppl']:.3f}", str(row["key_tokens"])]
+        table.add_row(*labels, *counts, *shown)
+    Console(highlight=False, markup=False, width=max(stdout.width, WIDTH)).print(table)

@@ -33,10 +33,10 @@ def print_json(value: dict[str, Any]) -> None:
     print(json.dumps(value, allow_nan=False), flush=True)
 
 
-def check_outputs(output: Path | None = None, plot: Path | None = None) -> None:
-    """Refuse now, not after hours, a result or a figure that cannot be written."""
+def check_outputs(output: Path | None = None, plot: Path | None = None, option: str = "output") -> None:
+    """Refuse now, not after hours, a result (of an option) or a figure that cannot be written."""
     if output is not None:
-        check_output(output)
+        check_output(output, option)
     if plot is not None:
         from ..plots import image_path
 

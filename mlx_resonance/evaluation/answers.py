@@ -42,6 +42,7 @@ def greedy(
         text, its number of tokens, "stop" or "length".
     """
     written, text, count, reason = list[int](), "", 0, "length"
+    options["prompt_lookup"] = "off"  # rounding must not depend on measured times
     stream: Any = stream_generate(model, tokenizer, tokens, max_tokens=max_tokens, **options)
     with closing(stream):
         for response in stream:
@@ -53,12 +54,6 @@ def greedy(
             if end is not None and (stop := end(text)) is not None:
                 return text[:stop], count, "stop"
     return text, count, reason
-
-
-def first_line(text: str) -> int | None:
-    """Where the first non-empty line of a text ends; None if it does not end yet."""
-    start = len(text) - len(text.lstrip("\n"))
-    return None if (end := text.find("\n", start)) < 0 else end
 
 
 class Answers:
@@ -103,8 +98,7 @@ class Answers:
         tokenizer = self.checkpoint.tokenizer
         tokens, truncated = fit(tokenizer, prompt, limits)
         self.model = self.model or self.checkpoint.load()
-        end = first_line if prompt.one_line else None
-        text, count, reason = greedy(self.model, tokenizer, tokens, prompt.budget, end, kv_bits=self.kv_bits)
+        text, count, reason = greedy(self.model, tokenizer, tokens, prompt.budget, kv_bits=self.kv_bits)
         name = {"task": prompt.task, "id": prompt.id, "digest": prompt.digest}
         figures = {"prompt_tokens": len(tokens), "truncated": truncated, "max_tokens": prompt.budget}
         return name | figures | {"prediction": text, "generation_tokens": count, "finish_reason": reason} | prompt.saved

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 
 from ..checkpoint import Checkpoint
 from ..errors import UsageError, check_option
-from ..generation import generate
 from ..generation.kv_format import KVBits, KVFormat
 from ..rope_types import LONGEST
 from ..run_log import Record, RunLog
 from ..scaling import check_context
 from ..wired import wired
+from .answers import greedy
 
 KIND = "passkey"
 KEY = ("length", "depth", "repetition")
@@ -148,7 +148,7 @@ def run_passkey(
         if trial is None:
             model = model or checkpoint.load()
             prompt = passkey_prompt(tokenizer, cell[0], cell[1], key)
-            answer = generate(model, tokenizer, prompt, max_tokens=ANSWER_TOKENS, kv_bits=kv_bits)
+            answer, *_ = greedy(model, tokenizer, prompt, ANSWER_TOKENS, kv_bits=kv_bits)
             found = first_integer(answer) == key
             trial = dict(zip(KEY, cell, strict=True)) | {"key": key, "answer": answer, "found": found}
             log.append(trial)

@@ -13,6 +13,7 @@ out, so that all contexts are measured on the same documents.
 `perplexity_windows` is exp of the mean of the windows' mean losses, in which each window counts the same, however few
 tokens it scores: the published figure. `perplexity_tokens` is exp of the mean over tokens. `perplexity_last` is exp of
 the mean over the last tokens of truncated windows: it shows far positions, the other two show mostly near ones.
+`longppl` is exp of the mean over the key tokens of truncated windows, which an evaluator picks (key_tokens.py).
 
 Source: jquesnelle/yarn `eval/perplexity.py`.
 """
@@ -26,6 +27,7 @@ from pathlib import Path
 
 import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
+from numpy.typing import NDArray
 
 from ..attention import set_rope
 from ..checkpoint import Checkpoint
@@ -35,16 +37,19 @@ from ..rope_config import RopeConfig
 from ..run_log import Record, RunLog
 from ..scaling import check_context, factor_for
 from ..wired import wired
-from .windows import Document, Job, Options, Protocol
+from .key_tokens import find_key_tokens, tokens_to_read
+from .windows import Document, Job, Options, Protocol, sums
 
 KIND = "perplexity"
 FIELDS = {"digest": str, "context": int, "document": int} | {
     "windows": int, "tokens": int, "nll": float, "window_mean_sum": float,
 }  # fmt: skip
 LAST = {"last_tokens": int, "last_nll": float}  # of truncated windows
+KEYS = {"key_tokens": int, "key_nll": float}  # with an evaluator
 KEY = ("digest", "context", "document")  # the digest is of the checkpoint, the rope settings and the KV format
 LARGEST = 700  # nats of a mean loss, beyond which exp overflows
 Progress = Callable[[str, int, int], None]
+Places = dict[int, NDArray[np.int64]]
 
 
 @dataclass(frozen=True)
@@ -65,7 +70,7 @@ def check_contexts(name: str, rope: RopeConfig, contexts: Sequence[int]) -> None
     except UsageError as error:
         ways = error.remedies
         if rope.base_type == "default":  # which has no factor of its own
-            ways = ({"rope": "resonance_yarn", "factor": factor_for(rope, longest)},)
+            ways = ({"rope": "resonance_yarn", "factor": factor_for(rope, longest)}, {"extend": "dynamic"})
         raise UsageError(error.message, remedies=[*ways, {"beyond": True}]) from None
 
 
@@ -102,6 +107,7 @@ def run_perplexity(
     settings: Record,
     options: Options | None = None,
     progress: Progress | None = None,
+    evaluator: Subject | None = None,
 ) -> list[Record]:
     """Measure every checkpoint, with every rope, at every context, on every document that has no result in the run log.
 
@@ -115,6 +121,7 @@ def run_perplexity(
         settings: what the results have in common, besides the protocol and kv_bits.
         options: how to compute.
         progress: called with a label, the number of tokens read and their total under this label.
+        evaluator: picks the key tokens of truncated windows, on which all checkpoints are also scored separately.
 
     Returns:
         One summary, as of `summarize`, per checkpoint, rope and context.
@@ -126,16 +133,21 @@ def run_perplexity(
     """
     variants = [(subject, [subject.checkpoint.with_rope(rope) for rope in subject.ropes]) for subject in subjects]
     options = options or Options()
+    if evaluator is not None:
+        check_evaluator(evaluator, subjects, protocol)
     settings = settings | protocol.settings() | {"kv_bits": KVFormat.of(options.kv_bits).value}
-    log = RunLog(output, KIND, settings, key=KEY, fields=FIELDS | (LAST if protocol.truncate else {}))
+    settings["evaluator"] = None if evaluator is None else evaluator.checkpoint.results_digest(settings["kv_bits"])
+    fields = FIELDS | (LAST if protocol.truncate else {}) | (KEYS if evaluator is not None else {})
+    log = RunLog(output, KIND, settings, key=KEY, fields=fields)
+    keys = {} if evaluator is None else pick_key_tokens(evaluator, protocol, options, log, progress)
     summaries = []
     for subject, checkpoints in variants:
         model = None
         for checkpoint in checkpoints:
             rope, digest = checkpoint.rope, checkpoint.results_digest(KVFormat.of(options.kv_bits).value)
-            about = {"model": checkpoint.name, "rope": rope.rope_type, "factor": rope.parameters.get("factor")}
-            jobs = make_jobs(subject, rope, digest, protocol, options, log)
-            count = _counter(f"{checkpoint.name} {rope.rope_type}", sum(job.tokens for job in jobs), progress)
+            about = {"model": checkpoint.name, "rope": rope.name, "factor": rope.parameters.get("factor")}
+            jobs = make_jobs(subject, rope, digest, protocol, options, log, keys)
+            count = _counter(f"{checkpoint.name} {rope.name}", sum(job.tokens for job in jobs), progress)
             for job in jobs:
                 model = model or checkpoint.load()
                 set_rope(model, rope)
@@ -149,8 +161,50 @@ def run_perplexity(
     return summaries
 
 
+def check_evaluator(evaluator: Subject, subjects: Sequence[Subject], protocol: Protocol) -> None:
+    """Raise UsageError where an evaluator cannot pick the tokens that other checkpoints are scored on."""
+    if not protocol.truncate:
+        raise UsageError("key tokens are picked in one window per document", remedies=[{"truncate": True}])
+    name, room = evaluator.checkpoint.name, max(protocol.contexts) - len(evaluator.start)
+    wanted = [(number, tokens[:room].tolist()) for number, tokens in evaluator.documents]
+    for subject in subjects:
+        found = [(number, tokens[:room].tolist()) for number, tokens in subject.documents]
+        if (subject.start, found) != (evaluator.start, wanted):
+            other = subject.checkpoint.name
+            raise UsageError(f"{name} and {other} read the documents as different tokens", option="evaluator")
+
+
+def pick_key_tokens(
+    evaluator: Subject, protocol: Protocol, options: Options, log: RunLog, progress: Progress | None
+) -> Places:
+    """The key tokens of each document within the longest context, from the run log or from the evaluator.
+
+    A line of the log has the evaluator's own sums, too, under a digest that no model has.
+    """
+    checkpoint, context, model, places = evaluator.checkpoint, max(protocol.contexts), None, Places()
+    digest = f"evaluator {checkpoint.results_digest(KVFormat.of(options.kv_bits).value)}"
+    missing = [document for document in evaluator.documents if (digest, context, document.number) not in log]
+    count = _counter(f"{checkpoint.name} evaluates", len(missing) * tokens_to_read(context), progress)
+    for number, ids in evaluator.documents:
+        line = log.find(digest, context, number)
+        if line is None:
+            model = model or checkpoint.load()
+            tokens = np.concatenate([np.array(evaluator.start, np.int32), ids])[:context]
+            key, losses = find_key_tokens(model, tokens, count, step=options.step, kv_bits=options.kv_bits)
+            line = _line(digest, context, number, sums([losses], protocol.last, key)) | {"places": key.tolist()}
+            log.append({"model": checkpoint.name} | line)
+        places[number] = np.array(line["places"], np.int64)
+    return places
+
+
 def make_jobs(
-    subject: Subject, rope: RopeConfig, digest: str, protocol: Protocol, options: Options, log: RunLog
+    subject: Subject,
+    rope: RopeConfig,
+    digest: str,
+    protocol: Protocol,
+    options: Options,
+    log: RunLog,
+    keys: Places,
 ) -> list[Job]:
     """The missing work, in the order of the contexts; a resumed run has the same batches."""
     contexts, documents = sorted(protocol.contexts), subject.documents
@@ -161,15 +215,18 @@ def make_jobs(
         for batch in (documents[i : i + size] for i in range(0, len(documents), size)):
             left = [c for c in group if any((digest, c, document.number) not in log for document in batch)]
             if left:
-                jobs.append(Job(batch, left, subject.start, protocol, options))
+                jobs.append(Job(batch, left, subject.start, protocol, options, keys))
     return jobs
 
 
 def summarize(lines: Sequence[Record]) -> Record:
-    """The perplexities of some documents, and their counts; `perplexity_last` is None for sliding windows."""
+    """The perplexities of some documents, and their counts.
+
+    `perplexity_last` is None for sliding windows, `longppl` where there is no evaluator or no key token.
+    """
 
     def total(name: str) -> float:
-        return math.fsum(line[name] for line in lines)
+        return math.fsum(line.get(name, 0) for line in lines)
 
     return {
         "documents": len(lines),
@@ -178,6 +235,8 @@ def summarize(lines: Sequence[Record]) -> Record:
         "perplexity_windows": math.exp(total("window_mean_sum") / total("windows")),
         "perplexity_tokens": math.exp(total("nll") / total("tokens")),
         "perplexity_last": math.exp(total("last_nll") / total("last_tokens")) if "last_nll" in lines[0] else None,
+        "longppl": math.exp(total("key_nll") / total("key_tokens")) if total("key_tokens") else None,
+        "key_tokens": int(total("key_tokens")),
     }
 
 

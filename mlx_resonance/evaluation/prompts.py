@@ -1,4 +1,4 @@
-"""Prompts about documents: read from the files of the benchmarks, and cut to a context."""
+"""Prompts about documents: read from a benchmark's files, and cut to a context."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ..generation import prompt_tokens
 from ..rope_types import LONGEST
 from ..run_log import Record, check_field, json_lines
 
-TRUNCATIONS = ("words", "head", "middle")
+TRUNCATIONS = ("words", "head")
 WORDS = 250  # L-Eval drops that many at once
 
 
@@ -29,9 +29,7 @@ class Prompt:
         budget: maximum number of tokens of the answer.
         saved: what scoring needs, saved with the answer.
         start: the beginning of the answer; it follows the end of the user's message in the chat template.
-        chat: whether the benchmark uses a chat template for this task.
         keep_end: cut the beginning of the document instead of its end.
-        one_line: the answer ends with its first non-empty line.
     """
 
     task: str
@@ -42,9 +40,7 @@ class Prompt:
     budget: int
     saved: Record
     start: str = ""
-    chat: bool = True
     keep_end: bool = False
-    one_line: bool = False
 
     @property
     def digest(self) -> str:
@@ -54,7 +50,7 @@ class Prompt:
 
     def tokens(self, tokenizer: TokenizerWrapper, text: str, chat: bool) -> list[int]:
         """Token ids of the prompt, with another text in place of its own."""
-        if not (chat and self.chat and tokenizer.has_chat_template):
+        if not (chat and tokenizer.has_chat_template):
             return prompt_tokens(tokenizer, text + self.start)
         messages = [{"role": "user", "content": text}]
         # The budgets leave no room for thinking before the answer.
@@ -70,16 +66,15 @@ class Limits:
     Args:
         context: maximum number of tokens of prompt and answer.
         truncation: how to cut a long prompt. words: keep the first words of the document, 250 fewer until they fit, as
-            in L-Eval; head: keep the first tokens of the document; middle: keep the first and the last tokens of the
-            whole text, half of them each, as in LongBench.
-        chat: use the tokenizer's chat template, if it has one and the benchmark uses one.
+            in L-Eval; head: keep the first tokens of the document.
+        chat: use the tokenizer's chat template, if it has one.
 
     Raises:
         UsageError: an argument is out of range.
     """
 
     context: int
-    truncation: str = "middle"
+    truncation: str = "words"
     chat: bool = True
 
     def __post_init__(self) -> None:
@@ -106,7 +101,6 @@ def fit(tokenizer: TokenizerWrapper, prompt: Prompt, limits: Limits) -> tuple[li
         UsageError: not even the question without its document fits.
     """
     whole = text = prompt.before + prompt.document + prompt.after
-    middle = limits.truncation == "middle"
     limit: int | None = None
     while True:
         ids = prompt.tokens(tokenizer, text, limits.chat)
@@ -115,19 +109,10 @@ def fit(tokenizer: TokenizerWrapper, prompt: Prompt, limits: Limits) -> tuple[li
             return ids, text != whole
         if limit is None:
             check_fits(tokenizer, prompt, limits)
-            limit = len(tokenizer.encode(whole if middle else prompt.document))
+            limit = len(tokenizer.encode(prompt.document))
         limit -= over  # more than once: the same text may take more tokens between other texts
-        if middle:
-            text = _middle(tokenizer, whole, limit)
-        else:
-            document = cut(tokenizer, prompt.document, max(limit, 0), limits.truncation, prompt.keep_end)
-            text = prompt.before + document + prompt.after
-
-
-def _middle(tokenizer: TokenizerWrapper, text: str, limit: int) -> str:
-    """`limit` tokens of a text, half of them from each end. Source: LongBench/pred.py, get_pred."""
-    ids, half = list(tokenizer.encode(text)), limit // 2
-    return "".join(tokenizer.decode(part, skip_special_tokens=True) for part in (ids[:half], ids[len(ids) - half :]))
+        document = cut(tokenizer, prompt.document, max(limit, 0), limits.truncation, prompt.keep_end)
+        text = prompt.before + document + prompt.after
 
 
 def cut(tokenizer: TokenizerWrapper, text: str, limit: int, truncation: str, keep_end: bool = False) -> str:

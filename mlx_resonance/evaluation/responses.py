@@ -38,7 +38,7 @@ class Responses:
         self, output: Path | None = None, settings: Mapping[str, Any] | None = None, about: Record | None = None
     ) -> None:
         self.output, self.settings, self.about = output, settings or {}, about
-        self.truncated = 0  # number of cut prompts
+        self.asked = self.truncated = 0  # number of requests, and of those whose prompts were cut
         if output is not None:
             check_output(output)
             if output.exists():
@@ -68,6 +68,7 @@ class Responses:
             if self.output is not None:
                 self.log.append(*records.values())
             known |= records
+        self.asked += len(keys)
         self.truncated += sum(known[key]["truncated"] for key in keys)
         return [known[key]["response"] for key in keys]
 

@@ -1,11 +1,10 @@
-"""The scorers of L-Eval, LongBench and RULER: functions of an answer and its reference, from 0 to 1.
+"""The scorers of L-Eval: functions of an answer and its reference, from 0 to 1.
 
-Reimplemented from the behavior of the benchmarks' own code, with the quirks that published numbers depend on.
+Reimplemented from the behavior of the benchmark's own code, with the quirks that published numbers depend on.
 """
 
 from __future__ import annotations
 
-import difflib
 import re
 import string
 from collections import Counter
@@ -18,7 +17,7 @@ PARTIAL = 0.25  # for some of the right letters, and no wrong one
 def normalize(text: str) -> str:
     """A text in lower case, without punctuation, articles and repeated spaces.
 
-    Source: SQuAD's evaluate-v1.1.py, as in LongBench/metrics.py and L-Eval's Evaluation/f1.py.
+    Source: SQuAD's evaluate-v1.1.py, as in L-Eval's Evaluation/f1.py.
     """
     return _plain(text.lower())
 
@@ -163,100 +162,21 @@ def rouge_n(prediction: str, reference: str, n: int) -> float:
 def rouge_l(prediction: str, reference: str) -> float:
     """ROUGE-L, F-measure: the longest common subsequence of words. Words and source as in `rouge_n`."""
     one, other = _words(prediction), _words(reference)
-    return _harmonic(len(_common_subsequence(other, one)), len(one), len(other))
-
-
-def rouge_l_sentences(prediction: str, reference: str) -> float:
-    """ROUGE-L of summaries, F-measure: distinct words in the common subsequences of all pairs of sentences.
-
-    Sentences end at a period; words are separated by spaces, and case counts.
-
-    Source: Lin 2004, section 3.2; equal to the package rouge 1.0.1, which LongBench uses, except for pairs of sentences
-    of a thousand words, where that package's recursion fails and LongBench gives 0.
-    """
-    one, other = (
-        [" ".join(sentence.split()).split(" ") for sentence in text.split(".") if sentence]
-        for text in (prediction, reference)
-    )
-    union = {word for right in other for said in one for word in _common_subsequence(right, said)}
-    return _harmonic(len(union), len(set().union(*one)), len(set().union(*other)))
+    return _harmonic(_common_subsequence(one, other), len(one), len(other))
 
 
 def _words(text: str) -> list[str]:
     return re.findall("[a-z0-9]+", text.lower())
 
 
-def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> list[str]:
-    """The longest common subsequence; if there are several, the one that the package rouge finds."""
-    table = [[0] * (len(other) + 1)]
+def _common_subsequence(one: Sequence[str], other: Sequence[str]) -> int:
+    """The length of the longest common subsequence."""
+    row = [0] * (len(other) + 1)
     for word in one:
-        above, row = table[-1], [0]
+        above, row = row, [0]
         for j, candidate in enumerate(other):
             row.append(above[j] + 1 if word == candidate else max(above[j + 1], row[j]))
-        table.append(row)
-    i, j, found = len(one), len(other), []
-    while i and j:
-        if one[i - 1] == other[j - 1]:
-            found.append(one[i - 1])
-            i, j = i - 1, j - 1
-        elif table[i - 1][j] > table[i][j - 1]:
-            i -= 1
-        else:
-            j -= 1
-    return found[::-1]
-
-
-def match_all(prediction: str, references: Sequence[str]) -> float:
-    """The share of the references that an answer contains; case does not count.
-
-    Source: RULER's scripts/eval/synthetic/constants.py, string_match_all, control characters as in evaluate.py.
-    """
-    answer = _printable(prediction)
-    return sum(reference.lower() in answer for reference in references) / len(references)
-
-
-def match_any(prediction: str, references: Sequence[str]) -> float:
-    """Whether an answer contains one of the references. Source as of `match_all`: string_match_part."""
-    return float(match_all(prediction, references) > 0)
-
-
-def _printable(text: str) -> str:
-    return re.sub(r"[\x00-\x1f]", "\n", text.strip()).strip().lower()
-
-
-def classification(prediction: str, reference: str, classes: Sequence[str]) -> float:
-    """1 divided by the number of classes that an answer names, if the reference is among them.
-
-    A class whose name is a part of the reference does not count; of several in a row, every second one counts.
-
-    Source: LongBench/metrics.py, classification_score (TREC, LSHT).
-    """
-    named = [name for name in classes if name in prediction]
-    for name in named:  # as in the source, the one after a deleted one is skipped
-        if name in reference and name != reference:
-            named.remove(name)
-    return 1 / len(named) if reference in named else 0.0
-
-
-def part_of_numbers(prediction: str, reference: str) -> float:
-    """The share of an answer's numbers that equal the first number of the reference.
-
-    Source: LongBench/metrics.py: count_score, retrieval_score ("Paragraph 7"), retrieval_zh_score ("段落7").
-    """
-    right, numbers = re.search(r"\d+", reference), re.findall(r"\d+", prediction)
-    return numbers.count(right[0]) / len(numbers) if right and numbers else 0.0
-
-
-def edit_similarity(prediction: str, reference: str) -> float:
-    """The similarity of the reference and the first line that is neither comment nor markup, in whole percent.
-
-    Source: LongBench/metrics.py, code_sim_score; the ratio is difflib's, as of fuzzywuzzy without python-Levenshtein.
-    """
-    lines = prediction.lstrip("\n").split("\n")
-    line = next((line for line in lines if not any(mark in line for mark in ("`", "#", "//"))), "")
-    if line == reference or not line or not reference:
-        return float(line == reference)
-    return round(100 * difflib.SequenceMatcher(None, line, reference).ratio()) / 100
+    return row[-1]
 
 
 def _squeeze(text: str) -> str:

@@ -82,21 +82,39 @@ def read_documents(paths: Sequence[Path], field: str) -> Iterator[str]:
 
 
 def _rows(path: Path, field: str) -> Iterator[str]:
+    for _, row in read_columns(path, [field], "field"):
+        yield row[field]
+
+
+def read_columns(path: Path, fields: Sequence[str], option: str) -> Iterator[tuple[str, dict[str, str]]]:
+    """The place of each row of a parquet file, for errors, and its texts in some columns.
+
+    Args:
+        path: the file.
+        fields: names of columns.
+        option: the parameter that a missing column is about.
+
+    Raises:
+        UsageError: it is not parquet, or has no such column, or a value is not text.
+    """
     pyarrow = _parquet(path)
     try:
         with pyarrow.ParquetFile(path) as file:
-            if field not in file.schema_arrow.names:
-                names = ", ".join(file.schema_arrow.names)
-                raise UsageError(f"{path} has no column {field!r}; its columns are {names}", option="field")
+            for field in fields:
+                if field not in file.schema_arrow.names:
+                    names = ", ".join(file.schema_arrow.names)
+                    raise UsageError(f"{path} has no column {field!r}; its columns are {names}", option=option)
             number = 0
-            for batch in file.iter_batches(batch_size=16, columns=[field]):
-                for value in batch.column(0).to_pylist():
+            for batch in file.iter_batches(batch_size=16, columns=list(fields)):
+                for row in batch.to_pylist():
                     number += 1
-                    yield check_field(f"{path}, row {number}", {field: value}, field, str, option="field")
+                    where = f"{path}, row {number}"
+                    yield where, {field: check_field(where, row, field, str, option=option) for field in fields}
     except UsageError:
         raise
     except ValueError as error:  # pyarrow's own errors are some of these
-        raise UsageError(f"{path} is not a whole parquet file: {error}", option="data") from None
+        broken = "data" if option == "field" else option
+        raise UsageError(f"{path} is not a whole parquet file: {error}", option=broken) from None
 
 
 def _parquet(path: Path) -> Any:

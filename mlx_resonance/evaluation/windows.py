@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any, NamedTuple
 
@@ -146,6 +146,7 @@ class Job:
         contexts: in rising order; several only if the losses of the longest window begin with those of the others.
         start: the start token, or nothing.
         protocol, options: what to score, and how to compute it.
+        keys: places of a document's key tokens among the losses of its window, by its number.
     """
 
     documents: Sequence[Document]
@@ -153,6 +154,7 @@ class Job:
     start: list[int]
     protocol: Protocol
     options: Options
+    keys: Mapping[int, NDArray[np.int64]] = field(default_factory=dict)
 
     def batches(self) -> Iterator[list[tuple[Document, Window]]]:
         """Windows of the same shape, to be read together."""
@@ -185,16 +187,21 @@ class Job:
             return {(self.contexts[0], number): sums(losses) for number, losses in found.items()}
         last = self.protocol.last
         return {
-            (c, number): sums([losses[0][: c - 1]], last) for number, losses in found.items() for c in self.contexts
+            (c, number): sums([losses[0][: c - 1]], last, self.keys.get(number))
+            for number, losses in found.items()
+            for c in self.contexts
         }
 
 
-def sums(windows: Sequence[NDArray[np.float32]], last: int | None = None) -> Record:
+def sums(
+    windows: Sequence[NDArray[np.float32]], last: int | None = None, key: NDArray[np.int64] | None = None
+) -> Record:
     """The sums from which the perplexities of a document are computed.
 
     Args:
         windows: losses of the scored tokens of each window, in nats.
         last: number of tokens at the end of each window that are also summed separately.
+        key: places of tokens of the only window that are also summed separately.
     """
     exact = [losses.astype(np.float64) for losses in windows]
     counts: Record = {
@@ -206,4 +213,7 @@ def sums(windows: Sequence[NDArray[np.float32]], last: int | None = None) -> Rec
     if last is not None:
         counts["last_tokens"] = sum(losses[-last:].size for losses in exact)
         counts["last_nll"] = math.fsum(losses[-last:].sum() for losses in exact)
+    if key is not None:
+        inside = key[key < exact[0].size]
+        counts |= {"key_tokens": inside.size, "key_nll": math.fsum(exact[0][inside])}
     return counts
