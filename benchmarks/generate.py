@@ -82,7 +82,7 @@ def compare(folder: Path, repeats: int) -> dict[str, Any]:
     """Ours and mlx-lm's in turns."""
     ours, stock = load(folder), mlx_lm.load(str(folder))
     sides = {
-        "ours": lambda: run(stream_generate, *ours, PROMPT, NEW),
+        "ours": lambda: run(stream_generate, *ours, PROMPT, NEW, prompt_lookup="off"),  # lookup.py measures that
         "mlx_lm": lambda: run(mlx_lm.stream_generate, *stock, PROMPT, NEW),
     }
     runs = in_turns(sides, repeats)

@@ -105,6 +105,7 @@ class Bench:
 
     def answer(self, prompt: int, new: int, **options: Any) -> Run:
         """Answer a prompt with our model."""
+        options |= {"prompt_lookup": "off"}  # a token per pass, as on the other side
         return run(stream_generate, self.ours, self.checkpoint.tokenizer, prompt, new, **options)
 
     def stock_answer(self, prompt: int, new: int) -> Run:

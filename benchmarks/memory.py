@@ -38,7 +38,7 @@ def measured(model: Any, tokenizer: Any, context: int, step: int, kv_bits: int |
     mx.clear_cache()
     mx.reset_peak_memory()
     options = {"max_tokens": 2, "kv_bits": kv_bits, "prefill_step_size": step}
-    for _ in stream_generate(model, tokenizer, [5] * (context - 2), **options):
+    for _ in stream_generate(model, tokenizer, [5] * (context - 2), prompt_lookup="off", **options):
         pass
     return mx.get_peak_memory()
 

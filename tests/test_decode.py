@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,6 @@ from mlx_resonance import load
 from mlx_resonance.attention import Inference
 from mlx_resonance.generation.cache import make_cache
 from mlx_resonance.generation.decode import decode
-from mlx_resonance.generation.draft import DraftProposer
 from mlx_resonance.generation.lookup import LookupProposer
 from mlx_resonance.generation.prefill import prefill
 from mlx_resonance.generation.sampling import Sampling
@@ -20,11 +18,7 @@ from mlx_resonance.generation.speculation import Proposals
 from mlx_resonance.rope import expect
 
 import mlx.core as mx
-import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from mlx.utils import tree_flatten, tree_map
 from mlx_lm.generate import generate_step
 from mlx_lm.models.cache import RotatingKVCache
 
@@ -32,7 +26,6 @@ REPEATING = "def area(width, height):\n    return width * height\n\n\n" * 4 + "d
 FRESH = "import argparse\nimport sys\n\n\nclass Parser:\n"
 NEW = 40
 GREEDY = Sampling()
-SAMPLED = Sampling(temp=0.8, top_p=0.9)
 
 
 @pytest.fixture(scope="module")
@@ -130,12 +123,6 @@ class Oracle:
         self.text += tokens
 
 
-def held(cache: list[Any]) -> list[np.ndarray]:
-    """The keys and values in caches, as arrays of bytes and scales, if they are quantized."""
-    arrays = [tree_map(lambda x, end=layer.offset: x[..., :end, :], (layer.keys, layer.values)) for layer in cache]
-    return [np.array(array) for _, array in tree_flatten(arrays)]
-
-
 @pytest.mark.parametrize("kv_bits", [None, 8, 4])
 @pytest.mark.parametrize("length", [None, 1, 5, 16])
 @pytest.mark.parametrize("name", ["repeating", "fresh"])
@@ -223,49 +210,6 @@ def test_closed_at_any_token_the_caches_hold_no_more_than_was_yielded(
         assert [token for token, _ in rest] == wanted[stop : stop + 8]
 
 
-@settings(deadline=None, max_examples=15)
-@given(
-    script=st.lists(st.tuples(st.integers(2, 9), st.integers(0, 9)), min_size=1, max_size=6),
-    kv_bits=st.sampled_from([None, 8, 4]),
-    name=st.sampled_from(["repeating", "fresh"]),
-    stop=st.integers(1, NEW),
-)
-def test_whatever_is_accepted_and_rejected_the_keys_are_those_of_plain_passes(
-    loaded: Any, prompts: Any, script: list[tuple[int, int]], kv_bits: int | None, name: str, stop: int
-) -> None:
-    model, tokens = Model(loaded[0]), prompts[name]
-    wanted, _ = of_mlx_lm(loaded[0], tokens, kv_bits=kv_bits)
-    cache = read(loaded[0], tokens, kv_bits)
-    proposals = Proposals(Oracle(len(tokens), wanted, script), 9)
-    steps = decode(model, cache, tokens, max_tokens=NEW, sampler=GREEDY.sampler(), proposals=proposals)
-    found = [token for token, _ in itertools.islice(steps, stop)]
-    steps.close()
-    assert found == wanted[:stop]
-
-    # The same passes over caches in which rejected keys leave no trace: bit-identical.
-    clean = read(loaded[0], tokens, kv_bits)
-    for offset, inputs in model.passes:
-        for layer in clean:
-            layer.trim(layer.offset - offset)
-            blank = mx.arange(tree_flatten(layer.keys)[0][1].shape[2])[:, None] >= offset
-            layer.keys, layer.values = tree_map(
-                lambda x, blank=blank: mx.where(blank, mx.zeros_like(x), x), (layer.keys, layer.values)
-            )
-        Inference(loaded[0])(inputs, cache=clean)
-    for layer in clean:
-        layer.trim(layer.offset - cache[0].offset)
-    for one, other in zip(held(cache), held(clean), strict=True):
-        assert np.array_equal(one, other)
-
-    # One pass over the whole text: equal but for rounding, which quantized keys amplify.
-    text = (tokens + found)[: cache[0].offset]
-    whole = make_cache(loaded[0], len(text), kv_bits)
-    Inference(loaded[0])(mx.array(text)[None], cache=whole)
-    if kv_bits is None:
-        for one, other in zip(held(cache), held(whole), strict=True):
-            np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-
-
 def test_plain_passes_start_before_the_token_is_known(loaded: Any, prompts: Any) -> None:
     tokens = prompts["fresh"]
     paused = Proposals(LookupProposer(tokens))
@@ -276,11 +220,11 @@ def test_plain_passes_start_before_the_token_is_known(loaded: Any, prompts: Any)
         model, started = Model(loaded[0]), []
 
         def clock(model: Any = model, started: list[int] = started) -> float:
-            started.append(len(model.passes))  # asked when the tokens of a pass are known, then around yielding each
+            started.append(len(model.passes))  # asked at the start, when a pass is known, around yielding
             return float(len(started))
 
         ours(model, tokens, proposals, new=9, clock=clock)
-        assert started[::3] == list(range(2, 11)) and model.lengths == [1] * 10
+        assert started[1::3] == list(range(2, 11)) and model.lengths == [1] * 10
 
 
 def test_the_times_of_passes_are_those_without_the_consumer(loaded: Any, prompts: Any) -> None:
@@ -301,7 +245,7 @@ def test_the_times_of_passes_are_those_without_the_consumer(loaded: Any, prompts
     ):
         now[0] += 100
     assert [(proposed, len(emitted)) for proposed, emitted, _ in told] == [(0, 1), (4, 5), (4, 5), (4, 5), (4, 5)]
-    assert told[0][2] is None and [seconds for *_, seconds in told[1:]] == pytest.approx([1.5] * 4)
+    assert [seconds for *_, seconds in told] == pytest.approx([1.1, *[1.5] * 4])
 
 
 @pytest.mark.parametrize("which", [1, 2, 3])
@@ -363,50 +307,3 @@ def test_nothing_is_proposed_to_caches_that_cannot_be_trimmed(loaded: Any, promp
     steps = decode(model, cache, tokens, max_tokens=NEW, sampler=GREEDY.sampler(), proposals=proposals)
     assert [token for token, _ in steps] == wanted
     assert model.lengths == [1] * (NEW + 1)
-
-
-# A draft model.
-
-
-@pytest.mark.parametrize("kv_bits", [None, pytest.param(8, marks=pytest.mark.long)])
-@pytest.mark.parametrize("sampling", [GREEDY, SAMPLED])
-def test_a_draft_models_proposals_do_not_change_the_text(
-    loaded: Any, random_llama: Path, prompts: Any, sampling: Sampling, kv_bits: int | None
-) -> None:
-    other, _ = load(random_llama)  # as many tokens, 128 of context, random weights
-    tokens = prompts["fresh"]
-    wanted, _ = of_mlx_lm(loaded[0], tokens, sampling, kv_bits)
-    for draft, fewer in ((loaded[0], True), (other, False)):
-        model, drafting = Model(loaded[0]), Model(draft)
-        proposals = Proposals(DraftProposer(drafting, tokens), 4)
-        assert ours(model, tokens, proposals, sampling, kv_bits)[0] == wanted
-        if sampling is GREEDY and kv_bits is None and fewer:
-            assert len(model.passes) == 1 + -(-(NEW - 1) // 5) + 1
-            text = tokens + wanted
-            for offset, inputs in drafting.passes:  # each token once, in its place
-                assert inputs[0].tolist() == text[offset : offset + inputs.shape[1]]
-
-
-def test_a_draft_models_caches_hold_the_text_whatever_was_accepted(loaded: Any, prompts: Any) -> None:
-    chosen, tokens = random.Random(3), prompts["fresh"]
-    model = Model(loaded[0])
-    proposer = DraftProposer(model, tokens)
-    text = list(tokens)
-    for _ in range(12):
-        proposed = proposer.propose(5)
-        cache = make_cache(loaded[0], len(text) + 5)
-        plain = decode(loaded[0], read(loaded[0], text), text, max_tokens=5, sampler=GREEDY.sampler())
-        assert proposed == [token for token, _ in plain], cache
-        right = chosen.randrange(6)
-        tail = [*proposed[:right], *([] if right == 5 and chosen.random() < 0.5 else [chosen.randrange(2, 2048)])]
-        if tail:
-            proposer.accepted(tail)
-            text += tail
-
-
-def test_a_draft_model_proposes_nothing_past_its_context(random_llama: Path) -> None:
-    model, _ = load(random_llama)
-    proposer = DraftProposer(model, [5 + i for i in range(120)])
-    assert len(proposer.propose(20)) == 8
-    proposer.accepted([5] * 8)
-    assert proposer.propose(20) == []

@@ -46,7 +46,6 @@ EQUAL: dict[str, Options] = {
 REFUSED: list[tuple[Options, str]] = [
     (lambda model: {"max_tokens": -1}, "max_tokens must be at least 1, got -1"),
     (lambda model: {"max_tokens": 0}, "max_tokens must be at least 1, got 0"),
-    (lambda model: {"draft_model": model}, "draft_model is not supported: the context check"),
     (lambda model: {"max_kv_size": 64}, "max_kv_size is not supported: .* drop the beginning"),
     (lambda model: {"input_embeddings": mx.zeros((4, 256))}, "input_embeddings is not supported: a prompt is read"),
     (lambda model: {"kv_bits": 3}, "kv_bits must be 4 or 8, got 3"),
@@ -63,7 +62,7 @@ REFUSED: list[tuple[Options, str]] = [
     (lambda model: {"sampler": make_sampler(), "temp": 0.0}, "give either a sampler or temp and top_p"),
     (lambda model: {"sampler": make_sampler(), "top_p": 0.5}, "give either a sampler or temp and top_p"),
 ]
-OTHERWISE = {"prompt_progress_callback", "verbose"}  # tests of their own
+OTHERWISE = {"prompt_progress_callback", "verbose", "draft_model"}  # tests of their own
 IS_0_31 = (
     "stream" not in inspect.signature(generate_step).parameters
 )  # it shows a processor the end of a prompt, not all of it
@@ -92,7 +91,7 @@ def test_every_argument_of_mlx_lm_is_covered() -> None:
     """A new version of mlx-lm may add some."""
     functions = (mlx_lm.generate, mlx_lm.stream_generate, generate_step, speculative_generate_step)
     theirs = set().union(*(inspect.signature(function).parameters for function in functions))
-    covered = EQUAL.keys() | OTHERWISE | {"draft_model", "max_kv_size", "input_embeddings"}
+    covered = EQUAL.keys() | OTHERWISE | {"max_kv_size", "input_embeddings"}
     assert covered == theirs - {"model", "tokenizer", "prompt", "kwargs"} | ({"stream"} if IS_0_31 else set())
     for ours, its in ((stream_generate, mlx_lm.stream_generate), (generate, mlx_lm.generate)):
         order = [name for name, one in inspect.signature(its).parameters.items() if one.kind is not one.VAR_KEYWORD]

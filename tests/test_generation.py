@@ -10,6 +10,7 @@ from typing import Any
 from mlx_resonance import generate, load, stream_generate
 from mlx_resonance.generation import prompt_tokens, sampling, stream
 from mlx_resonance.generation.kv_format import KVFormat
+from mlx_resonance.generation.lookup import LookupProposer
 from mlx_resonance.generation.quantized_cache import QuantizedCache
 
 import mlx.core as mx
@@ -36,7 +37,8 @@ def test_options_reach_the_loop(stdlib_llama: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sampling, "make_sampler", lambda **options: calls.update(sampled=options) or len)
     list(stream_generate(model, tokenizer, TEXT, temp=0.5, top_p=0.25, max_tokens=9, kv_bits=4, prefill_step_size=7))
     assert calls.keys() == {"sampled", "max_tokens", "sampler", "logits_processors", "cache", "stream", "proposals"}
-    assert calls["max_tokens"] == 9 and calls["logits_processors"] == () and calls["proposals"] is None
+    assert calls["max_tokens"] == 9 and calls["logits_processors"] == ()
+    assert isinstance(calls["proposals"].proposer, LookupProposer) and calls["proposals"].fixed is None
     assert calls["sampled"] == {"temp": 0.5, "top_p": 0.25, "top_k": 0, "min_p": 0.0}
     length = len(prompt_tokens(tokenizer, TEXT))
     for cache in calls["cache"]:  # quantized, allocated for everything, with all but the last token read
@@ -45,6 +47,13 @@ def test_options_reach_the_loop(stdlib_llama: Path, monkeypatch: pytest.MonkeyPa
     list(stream_generate(model, tokenizer, TEXT, max_tokens=9))
     assert calls["sampled"]["temp"] == calls["sampled"]["top_p"] == 0.0  # mlx-lm's value for "all tokens"
     assert type(calls["cache"][0]).__name__ == "PlainCache"
+
+    # What a caller's own functions remember must not contain guesses, unless that is asked for.
+    for options in ({"sampler": mx.argmax}, {"logits_processors": [lambda tokens, logits: logits]}):
+        list(stream_generate(model, tokenizer, TEXT, max_tokens=9, **options))
+        assert calls["proposals"] is None
+        list(stream_generate(model, tokenizer, TEXT, max_tokens=9, **options, prompt_lookup=5))
+        assert calls["proposals"].fixed == 5
 
 
 def test_progress_counts_the_prompt(loaded: Any) -> None:

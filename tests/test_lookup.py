@@ -121,6 +121,7 @@ class Run:
     def __init__(self, proposals: Proposals, each: float) -> None:
         self.proposals, self.each = proposals, each
         self.seconds, self.tokens, self.lengths = 0.0, 0, []
+        proposals._read = True  # of a proposer that is not free, the prompt
         for _ in range(3):
             self.proposals.passed(0, [1], 1.0)
         for proposed in (1, 2, 4, 8, 16, 32):  # the first ones of each length do not count
@@ -180,11 +181,45 @@ def test_what_was_lost_before_a_pause_does_not_count_after_it() -> None:
     assert run.step(right=0)
 
 
-def test_a_median_time_counts_and_the_first_pass_of_a_length_does_not() -> None:
+def test_a_median_time_counts_and_the_first_pass_of_a_length_only_until_there_is_a_second() -> None:
     times = Times()
-    for seconds in (100.0, 1.0, 1.1, 50.0, 0.9):
+    times.add(4, 100.0)
+    assert times.of(4) == times.of(7) == 100 and times.of(3) is None and times.of(0) is None
+    times.add(0, 0.5)
+    assert (times.of(4), times.of(7), times.of(0)) == (2.5, 4.0, 0.5)  # its tokens one by one
+    for seconds in (1.0, 1.1, 50.0, 0.9):
         times.add(4, seconds)
-    assert times.of(4) == times.of(7) == 1.0 and times.of(3) is None and times.of(0) is None
+    assert times.of(4) == times.of(7) == 1.0
+
+
+@pytest.mark.parametrize(("each", "most"), [(0.05, 32), (0.125, 32), (0.3, 13), (0.8, 5)])
+def test_a_wrong_proposal_costs_about_four_passes_at_most(each: float, most: int) -> None:
+    run = Run(Proposals(Script()), each)
+    lengths = [run.step(right=99) for _ in range(12)]
+    assert most <= max(lengths[1:]) < 2 * most  # times are known by powers of two
+    assert len(set(lengths[-4:])) <= 2
+
+
+@pytest.mark.parametrize("right", [0, 1, 2])
+def test_where_tokens_cost_nearly_a_pass_each_little_is_lost_from_the_first_one_on(right: int) -> None:
+    """Nothing is known but one plain pass; 4-bit weights on a CPU."""
+    proposals, lost = Proposals(Script()), 0.0
+    proposals._read = True
+    proposals.passed(0, [1], 1.0)
+    while proposed := len(proposals.propose(99)):
+        seconds = 1 + 0.86 * proposed
+        proposals.passed(proposed, [0] * min(right, proposed) + [1], seconds)
+        lost += seconds - 1 - min(right, proposed)
+    assert lost < 4.5
+
+
+def test_reading_the_prompt_is_not_the_time_of_a_pass() -> None:
+    proposals = Proposals(Script(free=False))
+    proposals.passed(0, [1], 1.0)
+    for seconds in (500.0, 2.0, 2.0):
+        assert len(proposals.propose(4)) == 4
+        proposals.passed(4, [0, 0, 0, 1], seconds)
+    assert proposals.times.of(4) == 2.0 and not proposals.paused
 
 
 def test_pauses_grow_and_fresh_text_keeps_its_speed() -> None:
@@ -248,5 +283,5 @@ def test_every_token_reaches_the_proposer() -> None:
     script = Script()
     proposals = Proposals(script)
     for tokens in ([5], [0, 0, 6], [7]):
-        proposals.passed(len(tokens) - 1, tokens, None)
+        proposals.passed(len(tokens) - 1, tokens, 1.0)
     assert script.text == [5, 0, 0, 6, 7]

@@ -15,6 +15,7 @@ from ..storage import check_output_folder
 from . import options as shared
 from .options import (
     LARGEST,
+    Extend,
     Factor,
     Force,
     KvBits,
@@ -56,6 +57,7 @@ def command(
     seed: Seed = None,
     stop: shared.Stop = None,
     factor: Factor = None,
+    extend: Extend = None,
     context: Annotated[
         int | None,
         Option(min=1, max=2**31, help="Tokens of context. Default: the checkpoint's, or what memory has room for."),
@@ -68,7 +70,8 @@ def command(
     prompt_cache: shared.CacheFolder = None,
     prompt_cache_size: shared.CacheSize = "10GB",  # type: ignore[assignment]
     no_prompt_cache: shared.NoCache = False,
-    prompt_lookup: shared.PromptLookup = "off",
+    prompt_lookup: shared.PromptLookup = "auto",
+    draft_model: shared.DraftModel = None,
 ) -> None:
     """Talk with a model, also about files.
 
@@ -88,12 +91,13 @@ def command(
     from .dialogue import Dialogue
     from .engine import open_engine
 
-    checkpoint = Checkpoint.open(model, factor=factor)
+    checkpoint = Checkpoint.open(model, factor=factor).extended(extend, context)
     given = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
     sampling, defaults = sampling_for(checkpoint, **given, repetition_penalty=repetition_penalty)
     kept: dict[str, Any] = {"prompt_cache": prompt_cache, "prompt_cache_size": prompt_cache_size}
     kept["kv_bits"] = shared.kv_format(kv_bits, kv_rotate)
-    kept |= {"no_prompt_cache": no_prompt_cache, "memory": memory, "force": force, "prompt_lookup": prompt_lookup}
+    kept |= {"no_prompt_cache": no_prompt_cache, "memory": memory, "force": force}
+    kept |= {"prompt_lookup": prompt_lookup, "draft_model": draft_model}
     engine = open_engine(checkpoint, context=context, prefill_step_size=prefill_step_size, **kept)
     how: dict[str, Any] = {"overflow": overflow, "max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
     conversation = Conversation(engine, system_prompt=system_prompt, **how)

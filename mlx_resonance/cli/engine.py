@@ -26,7 +26,8 @@ def open_engine(
     prompt_cache: Path | None,
     prompt_cache_size: int,
     no_prompt_cache: bool,
-    prompt_lookup: Any = "off",
+    prompt_lookup: Any = "auto",
+    draft_model: str | None = None,
 ) -> Engine:
     """Plan the memory, say what was planned, then load the model.
 
@@ -39,19 +40,23 @@ def open_engine(
         prompt_cache_size: its maximum size in bytes.
         no_prompt_cache: keep none on disk.
         prompt_lookup: as of the engine.
+        draft_model: folder or hub id of a draft model.
 
     Raises:
         UsageError: the options contradict each other or the checkpoint, or the memory holds no context.
     """
     from ..generation import Engine
+    from ..generation.draft import check_proposers, open_draft
     from ..generation.engine import plan_context
 
     if no_prompt_cache and prompt_cache is not None:
         raise UsageError("a folder for the KV cache contradicts keeping none on disk", option="prompt_cache")
+    check_proposers(prompt_lookup, draft_model)
+    draft = open_draft(checkpoint, draft_model)
     kept = None
     if not no_prompt_cache:
         kept = open_cache(checkpoint, kv_bits, prompt_cache, prompt_cache_size)
-    options = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size}
+    options = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size, "draft": draft}
     tokens, plan = plan_context(checkpoint, context, force, **options)
     if plan is not None:
         stderr.print(_planned(checkpoint, plan.context, plan.total, plan.limit), soft_wrap=not stderr.is_terminal)
@@ -64,27 +69,30 @@ def open_engine(
         disk_cache=kept,
         context=tokens,
         prompt_lookup=prompt_lookup,
+        draft_model=None if draft is None else draft.load(),
     )
 
 
 def open_cache(checkpoint: Checkpoint, kv_bits: Any, folder: Path | None, size: int) -> PromptCache | None:
     """The on-disk KV cache; None, said in a line, if the angles change with the length of a text."""
-    from ..generation import PromptCache, cache_key
-    from ..generation.prompt_cache import cache_name, default_folder
+    from ..generation import PromptCache
+    from ..generation.prompt_cache import cache_identity, default_folder
 
     if checkpoint.rope.depends_on_length:
         why = f"the angles of {checkpoint.rope.rope_type} change with the length of a text"
         stderr.print(f"no KV cache on disk: {why}", soft_wrap=not stderr.is_terminal)
         return None
-    key = cache_key(checkpoint, kv_bits)
-    return PromptCache(folder or default_folder(), key, size, least=LEAST, name=cache_name(checkpoint))
+    identity = cache_identity(checkpoint, kv_bits)
+    return PromptCache(folder or default_folder(), max_bytes=size, least=LEAST, **identity)
 
 
 def _planned(checkpoint: Checkpoint, context: int, total: int, limit: int) -> str:
+    from ..rope_types import LONGEST
     from ..sizes import format_size
 
-    own = checkpoint.rope.context_length
-    fewer = f" of the checkpoint's {own:,}, as many as fit" if own is not None and context < own else ""
+    own, fewer = checkpoint.rope.context_length, ""
+    if own is not None and context < own:
+        fewer = f" of the checkpoint's {own:,}, as many as fit" if own < LONGEST else ", as many as fit"
     return (
         f"{checkpoint.name}: {context:,} tokens of context{fewer}; "
         f"{format_size(total)} of {format_size(limit)} of memory"

@@ -12,6 +12,8 @@ from ..storage import check_output_folder
 from .options import (
     LARGEST,
     CacheFolder,
+    DraftModel,
+    Extend,
     Factor,
     Files,
     Force,
@@ -64,9 +66,11 @@ def command(
     seed: Seed = None,
     stop: Stop = None,
     factor: Factor = None,
+    extend: Extend = None,
     kv_bits: KvBits = None,
     kv_rotate: KvRotate = False,
     prompt_lookup: PromptLookup = None,
+    draft_model: DraftModel = None,
     prefill_step_size: PrefillStep = 2048,
     prompt_cache: CacheFolder = None,
     prompt_cache_size: Annotated[int | None, Option(**size, help="Maximum size of DIR. Default: 10GB.")] = None,
@@ -93,8 +97,7 @@ def command(
         raise UsageError("the size of a prompt cache needs its folder", remedies=[{"prompt_cache": None}])
     if batch_size is not None and prompts_file is None:
         raise UsageError("a batch size is for a file of prompts", remedies=[{"prompts_file": None}])
-    if prompt_lookup is not None and prompts_file is not None:
-        raise UsageError("prompt lookup is for one text at a time", option="prompt_lookup")
+    check_proposing(prompt_lookup, draft_model, prompts_file, group.size)
     check_outputs(output if group.rank == 0 else None)
     if prompt_cache is not None:
         check_output_folder(prompt_cache, "prompt_cache")
@@ -103,13 +106,15 @@ def command(
     from ..checkpoint import Checkpoint
     from ..generation import Engine, check_length, require_memory
     from ..generation.batch import BATCH, read_requests, sequences
+    from ..generation.draft import open_draft
     from ..generation.messages import question_tokens
     from ..generation.sampling import sampling_for
     from ..generation.stop import StopStrings
 
     stops, batch = stop or [], batch_size or BATCH
     StopStrings(stops)  # refused now
-    checkpoint = Checkpoint.open(model, factor=factor)
+    checkpoint = Checkpoint.open(model, factor=factor, extend=extend)
+    draft = open_draft(checkpoint, draft_model)
     sampling, defaults = sampling_for(
         checkpoint,
         temp=temp,
@@ -123,10 +128,11 @@ def command(
     requests = [] if prompts_file is None else read_requests(prompts_file, tokenizer, chat)
     tokens = [] if requests else question_tokens(tokenizer, texts, question, system_prompt, chat)
     longest = max((len(request.tokens) for request in requests), default=len(tokens))
+    checkpoint = checkpoint.extended(extend, longest + max_tokens)
     check_length(checkpoint.rope, longest, max_tokens)
     if not force:
         parts: dict[str, Any] = {"processes": group.size, "sequences": sequences([r.tokens for r in requests], batch)}
-        parts |= {"memory": memory, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits}
+        parts |= {"memory": memory, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits, "draft": draft}
         require_memory(checkpoint, longest + max_tokens, **parts)
     kept = None
     if prompt_cache is not None:
@@ -139,7 +145,7 @@ def command(
         template = chat and tokenizer.has_chat_template
         answer(group, checkpoint, requests, output, template, json, defaults, **options)
         return
-    options["prompt_lookup"] = prompt_lookup or "off"
+    options |= {"prompt_lookup": prompt_lookup or "auto", "draft_model": None if draft is None else draft.load()}
     loaded = group.load(checkpoint)
     _, shared_seed = group.start(tokens, [], (), sampling.seed)
     engine = Engine(loaded, tokenizer, **options)
@@ -166,14 +172,26 @@ def check_combination(given: dict[str, Any], prompts_file: Path | None, output: 
         raise UsageError("processes cannot share standard input", remedies=[{"prompt": None}, {"prompt_file": None}])
 
 
+def check_proposing(prompt_lookup: Any, draft_model: str | None, prompts_file: Path | None, processes: int) -> None:
+    """Refuse prompt lookup and draft models where they cannot work, or do not work together."""
+    if prompt_lookup is not None and prompts_file is not None:
+        raise UsageError("prompt lookup is for one text at a time", option="prompt_lookup")
+    if draft_model is not None and (prompts_file is not None or processes > 1):
+        what = "one text at a time" if prompts_file is not None else "one process"
+        raise UsageError(f"a draft model is for {what}", option="draft_model")
+    if draft_model is not None:
+        from ..generation.draft import check_proposers
+
+        check_proposers(prompt_lookup or "auto", draft_model)
+
+
 def open_cache(
     group: Processes, checkpoint: Checkpoint, kv_bits: Any, lengths: tuple[int, int], folder: Path, size: int
 ) -> PromptCache:
     """The on-disk KV cache; each of several processes has its own part. `lengths`: of the whole text, of its prompt."""
-    from ..generation import cache_key
-    from ..generation.prompt_cache import cache_name
+    from ..generation.prompt_cache import cache_identity
 
-    return group.prompt_cache(folder, cache_key(checkpoint, kv_bits, *lengths), size, cache_name(checkpoint))
+    return group.prompt_cache(folder, size, cache_identity(checkpoint, kv_bits, *lengths))
 
 
 def with_seed(sampling: Sampling, seed: int | None) -> Sampling:
@@ -194,12 +212,11 @@ def answer(
     **options: Any,
 ) -> None:
     """Answer a file of prompts, with a progress bar; if there are several processes, the first writes the answers."""
-    from ..generation.batch import answer_requests, generate_batch, open_answers
+    from ..generation.batch import answer_requests, generate_batch, open_answers, refuse_rope
     from ..generation.kv_format import KVFormat
-    from ..generation.prompt_cache import refuse_changing_angles
     from .answer import in_words
 
-    refuse_changing_angles(checkpoint.rope, "a batch has texts of several lengths")
+    refuse_rope(checkpoint.rope)
     sampling: Sampling = options["sampling"]
     settings = checkpoint.settings(KVFormat.of(options["kv_bits"]).value)
     settings |= {"max_tokens": options["max_tokens"]} | sampling.settings()

@@ -128,6 +128,21 @@ Context = Annotated[
 Factor = Annotated[
     float | None, Option(min=1, max=2**31, help="Stretch the context to this many times the trained one.")
 ]
+
+
+def _methods() -> list[str]:
+    from ..positions import METHODS
+
+    return list(METHODS)
+
+
+Extend = Annotated[
+    str | None,
+    Option(
+        metavar="METHOD", autocompletion=_methods,
+        help="Go past the context by other positions: dynamic, self-extend or dca[:WINDOW[:GROUP]].",
+    ),
+]  # fmt: skip
 _bits: dict[str, Any] = {
     "parser": _parser(_kv_bits), "autocompletion": completed_from(("8", "8,4", "4")), "metavar": "8|8,4|4",
 }  # fmt: skip
@@ -136,7 +151,14 @@ KvRotate = Annotated[bool, Option("--kv-rotate", help="Rotate each head before i
 _lookup: dict[str, Any] = {"parser": _parser(_prompt_lookup), "autocompletion": completed_from(("auto", "off"))}
 PromptLookup = Annotated[
     Any,
-    Option(**_lookup, metavar="auto|off|N", help="Check up to N tokens per pass that followed the same words before."),
+    Option(
+        **_lookup,
+        metavar="auto|off|N",
+        help="Check tokens that followed the same words before: as many per pass as pay (auto), none, or N.",
+    ),
+]
+DraftModel = Annotated[
+    str | None, Option(**model, help="Model of the same vocabulary whose guesses are checked, several per pass.")
 ]
 Temp = Annotated[float | None, Option(min=0, max=100, help="Sampling temperature; 0 is greedy.")]
 TopP = Annotated[float | None, Option(min=0, max=1, help="Sample from the top tokens of this total probability.")]

@@ -26,6 +26,8 @@ from .options import (
     CacheFolder,
     CacheSize,
     Context,
+    DraftModel,
+    Extend,
     Factor,
     Force,
     KvBits,
@@ -71,6 +73,7 @@ def command(
     min_p: MinP = None,
     repetition_penalty: Penalty = None,
     factor: Factor = None,
+    extend: Extend = None,
     context: Context = None,
     kv_bits: KvBits = None,
     kv_rotate: KvRotate = False,
@@ -80,7 +83,8 @@ def command(
     prompt_cache: CacheFolder = None,
     prompt_cache_size: CacheSize = "10GB",  # type: ignore[assignment]
     no_prompt_cache: NoCache = False,
-    prompt_lookup: PromptLookup = "off",
+    prompt_lookup: PromptLookup = "auto",
+    draft_model: DraftModel = None,
 ) -> None:
     """Serve a model with OpenAI's API, one request at a time."""
     check_server(api_key)
@@ -99,7 +103,7 @@ def command(
         if api_key is None and not local:
             warning = f"warning: everyone who reaches {host} can use this server: it has no --api-key"
             stderr.print(warning, soft_wrap=True)
-        checkpoint = Checkpoint.open(model, factor=factor)
+        checkpoint = Checkpoint.open(model, factor=factor).extended(extend, context)
         given = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         sampling, defaults = sampling_for(checkpoint, **given, repetition_penalty=repetition_penalty)
         engine = open_engine(
@@ -113,6 +117,7 @@ def command(
             prompt_cache_size=prompt_cache_size,
             no_prompt_cache=no_prompt_cache,
             prompt_lookup=prompt_lookup,
+            draft_model=draft_model,
         )
         if defaults:
             values = ", ".join(f"{name} {value}" for name, value in defaults.items())

@@ -66,7 +66,7 @@ def decode(
     """
     passes = _Passes(model, cache, list(prompt_tokens), sampler, list(logits_processors), stream)
     proposals = proposals if passes.can_trim() else None
-    seen, count, since = passes.offset + 1, 0, None
+    seen, count, since = passes.offset + 1, 0, clock()
     try:
         flight = passes.start(_ids(prompt_tokens[-1:]))
         while True:
@@ -77,7 +77,7 @@ def decode(
             count += len(tokens)
             now = clock()
             if proposals is not None:
-                proposals.passed(len(flight.proposed), tokens, None if since is None else now - since)
+                proposals.passed(len(flight.proposed), tokens, now - since)
             since = now
             if ahead is None:
                 with mx.stream(stream):  # a draft model computes

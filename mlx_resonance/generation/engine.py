@@ -19,8 +19,9 @@ from ..scaling import check_context
 from ..tokenizer import check_ids
 from ..wired import wired
 from .cache import make_cache
+from .draft import check_proposers, draft_for, proposals_for
 from .kv_format import KVBits, KVFormat
-from .lookup import PromptLookup, check_lookup
+from .lookup import PromptLookup
 from .memory import MemoryPlan, plan_memory, require_memory
 from .prefill import STEP, Pace, Progress, prefill
 from .prompt_cache import PromptCache, common_prefix
@@ -47,6 +48,7 @@ class Engine:
         disk_cache: on-disk KV cache.
         context: maximum tokens of a prompt and its answer, such as a memory plan allows; None for the checkpoint's.
         prompt_lookup: as in `stream_generate`; `auto` is off for several processes, whose times differ.
+        draft_model: as in `stream_generate`, for one process.
         agree: for several processes, as of `Pace`.
 
     Raises:
@@ -63,13 +65,17 @@ class Engine:
         prefill_step_size: int = STEP,
         disk_cache: PromptCache | None = None,
         context: int | None = None,
-        prompt_lookup: PromptLookup = "off",
+        prompt_lookup: PromptLookup = "auto",
+        draft_model: nn.Module | None = None,
         agree: Callable[[int], int] | None = None,
     ) -> None:
         check_option("prefill_step_size", prefill_step_size >= 1, "at least 1", prefill_step_size)
         self.model, self.tokenizer, self.disk_cache = model, tokenizer, disk_cache
         self.kv_format = KVFormat.of(kv_bits, kv_rotate)
-        check_lookup(prompt_lookup)
+        check_proposers(prompt_lookup, draft_model)
+        if draft_model is not None and agree is not None:
+            raise UsageError("a draft model is for one process", option="draft_model")
+        self.draft = draft_for(model, tokenizer, draft_model)
         self.prompt_lookup: PromptLookup = "off" if agree is not None and prompt_lookup == "auto" else prompt_lookup
         self.pace = Pace(len(model.layers), prefill_step_size, agree=agree)
         self.context = context if context is not None else model.args.rope.context_length
@@ -106,7 +112,7 @@ class Engine:
         new = self.check(prompt, max_tokens)
         processors = [*sampling.processors(), *logits_processors]
         options: dict[str, Any] = {"sampler": sampling.sampler(), "logits_processors": processors, "stop": stops}
-        options |= {"progress": progress, "prompt_lookup": self.prompt_lookup}
+        options["progress"] = progress
         return self._stream(prompt, new, sampling.seed, options)
 
     def check(self, tokens: Sequence[int], max_tokens: int | None = None) -> int:
@@ -153,8 +159,9 @@ class Engine:
             mx.random.seed(seed)
         text, disk = list(prompt), self.disk_cache
         answer = write(
-            self.model, self.tokenizer, prompt, cache, max_tokens=new, pace=self.pace, disk_cache=disk, **options
-        )
+            self.model, self.tokenizer, prompt, cache, max_tokens=new, pace=self.pace, disk_cache=disk,
+            proposals=proposals_for(prompt, self.prompt_lookup, self.draft), **options,
+        )  # fmt: skip
         try:
             with closing(answer):  # type: ignore[type-var]  # a generator
                 for response in answer:
@@ -202,7 +209,7 @@ def plan_context(
         checkpoint: an opened one.
         context: tokens asked for; None for the checkpoint's own.
         force: do not plan.
-        options: `kv_bits`, `kv_rotate`, `memory`, `prefill_step_size`, as in `plan_memory`.
+        options: `kv_bits`, `kv_rotate`, `memory`, `prefill_step_size`, `draft`, as in `plan_memory`.
 
     Returns:
         The tokens, None for no limit, and the plan for them; both may be None with `force`.

@@ -13,6 +13,7 @@ LOSS = 1.0  # or, before, when they have lost more than this many passes of one 
 PAUSE, LONGEST_PAUSE = 64, 1024  # tokens of the first pause and of the longest; each is twice the one before
 RUN = 2  # tokens in a row that would have been proposed rightly end the first pause; one more for each one after it
 TIMES = 9  # passes of a length whose median time counts
+RISK = 4.0  # passes of one token that a proposal may cost if nothing of it is right
 
 
 class Proposer(Protocol):
@@ -35,26 +36,31 @@ class Times:
     """Median times of the latest passes, by the number of tokens that were proposed."""
 
     def __init__(self) -> None:
+        self._first: dict[int, float] = {}
         self._seconds: dict[int, deque[float]] = {}
 
     def add(self, proposed: int, seconds: float) -> None:
-        """Count a pass. The first one of a length is not counted: a GPU compiles kernels for it."""
+        """Count a pass. The first one of a length counts until there is a second: a GPU compiles kernels for it."""
         bucket = proposed.bit_length()
-        if bucket in self._seconds:
-            self._seconds[bucket].append(seconds)
+        if bucket not in self._first:
+            self._first[bucket] = seconds
         else:
-            self._seconds[bucket] = deque(maxlen=TIMES)
+            self._seconds.setdefault(bucket, deque(maxlen=TIMES)).append(seconds)
 
     def of(self, proposed: int) -> float | None:
-        """Seconds of such a pass; None if it is not known yet."""
-        known = self._seconds.get(proposed.bit_length())
-        return median_low(known) if known else None
+        """Seconds of such a pass; None if it is not known yet. A first one costs no more than its tokens one by one."""
+        bucket = proposed.bit_length()
+        if known := self._seconds.get(bucket):
+            return median_low(known)
+        first, plain = self._first.get(bucket), self.of(0) if proposed else None
+        return first if first is None or plain is None else min(first, (proposed + 1) * plain)
 
 
 class Proposals:
     """Decides how many tokens to propose, from how many were accepted and what passes of the model took.
 
-    The length doubles after a proposal of that length was accepted whole, and halves after one of which nothing was.
+    The length doubles after a proposal of that length was accepted whole, and halves after one of which nothing was. It
+    is at most such that a proposal of which nothing is right would cost about 4 passes of one token.
     A pass that emits n tokens gains n times the time of a pass of one token, less its own. Proposals pause where the
     last 64 tokens lost time, or where more than a pass was lost since the gains were highest: for 64 tokens, then 128,
     up to 1024, and for 64 again after a gain of more than a pass. A pause ends early where a free proposer would have
@@ -71,6 +77,7 @@ class Proposals:
         self.times = Times()
         self.paused = 0  # tokens for which nothing more is proposed
         self._pauses = 0  # in a row, without a gain
+        self._read = proposer.free  # another reads the prompt first, which says nothing about later passes
         self._right, self._guess = 0, [-1]  # while paused: guesses in a row that were right, and the next one
         self._forget()
 
@@ -87,16 +94,17 @@ class Proposals:
         count = 0 if self.paused else min(self.length, most)
         return self.proposer.propose(count) if count > 0 else []
 
-    def passed(self, proposed: int, tokens: Sequence[int], seconds: float | None) -> None:
+    def passed(self, proposed: int, tokens: Sequence[int], seconds: float) -> None:
         """Learn from a pass.
 
         Args:
             proposed: number of tokens that it checked.
             tokens: those it emitted: the accepted ones, and one more.
-            seconds: that it took; None if that says nothing.
+            seconds: that it took.
         """
-        if seconds is not None:
+        if self._read or not proposed:
             self.times.add(proposed, seconds)
+        self._read = self._read or proposed > 0
         self.proposer.accepted(tokens)
         if self.fixed is not None:
             return
@@ -112,6 +120,9 @@ class Proposals:
             self.length = min(MOST, 2 * self.length)
         elif not accepted:
             self.length = max(1, self.length // 2)
+        plain, whole = self.times.of(0), self.times.of(proposed)
+        if plain is not None and whole is not None and whole > plain:
+            self.length = max(1, min(self.length, int(RISK * plain * proposed / (whole - plain))))
 
     def _weigh(self, proposed: int, emitted: int) -> None:
         """Pause if the latest proposals did not pay."""

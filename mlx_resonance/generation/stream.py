@@ -22,18 +22,19 @@ from ..scaling import check_context
 from ..wired import wired
 from .cache import cached_tokens, check_format, make_cache, quantize
 from .decode import decode
+from .draft import check_proposers, draft_for, proposals_for
 from .kv_format import KVBits, KVFormat
-from .lookup import PromptLookup, check_lookup, lookup_proposals
+from .lookup import PromptLookup
 from .messages import prompt_tokens
 from .prefill import STEP, Pace, Progress, device_errors, prefill
 from .prompt_cache import PromptCache, refuse_changing_angles
 from .sampling import LogitsProcessor, Sampler, Sampling
+from .speculation import Proposals
 from .stop import StopStrings
 from .text import AnswerText
 
 logger = logging.getLogger("mlx_resonance")
 REFUSED = {  # arguments of mlx-lm's
-    "draft_model": "the context check and the memory plan are for one model",
     "max_kv_size": "a rotating KV cache would drop the beginning of the text",
     "input_embeddings": "a prompt is read as tokens",
 }
@@ -71,7 +72,7 @@ def stream_generate(
     num_draft_tokens: int | None = None,
     prompt_progress_callback: Progress | None = None,
     stop: Sequence[str] = (),
-    prompt_lookup: PromptLookup = "off",
+    prompt_lookup: PromptLookup | None = None,
 ) -> Iterator[Response]:
     """Generate text, piece by piece: mlx-lm's function of this name, with the checks and caches of this package.
 
@@ -93,13 +94,15 @@ def stream_generate(
         kv_rotate: rotate keys and values before they are quantized, which often loses less.
         kv_group_size, quantized_kv_start: mlx-lm's, with kv_bits only as this package quantizes: in groups of 64, or
             of 32 if the head size is no multiple of 64, from token 0.
-        draft_model, max_kv_size, input_embeddings: mlx-lm's, not supported.
-        num_draft_tokens: mlx-lm's, without effect where there is no draft model.
+        draft_model: a small model with the same vocabulary, from `load`: what it thinks most likely is checked, several
+            tokens per pass of the model, in place of prompt lookup. It reads the prompt, too.
+        num_draft_tokens: always check as many of its tokens; None for as many as pay.
+        max_kv_size, input_embeddings: mlx-lm's, not supported.
         prompt_progress_callback: called with the number of prompt tokens done and their total.
         stop: strings of which the first ends the text, which does not include it.
         prompt_lookup: `auto` or a number of tokens: what followed the same words earlier in prompt and answer is
-            checked, several tokens per pass of the model: see `decode`. A sampler or logits processor must not keep a
-            state then.
+            checked, several tokens per pass of the model: see `decode`; or `off`. None for `auto`, or for `off` where a
+            sampler or logits processors are given: they must not keep a state if tokens are checked.
 
     Returns:
         An iterator of mlx-lm's GenerationResponse: `text` is the new piece, the last one has a `finish_reason`.
@@ -108,9 +111,11 @@ def stream_generate(
     Raises:
         UsageError: an argument is out of range or not supported, the prompt is empty, or the context is too short.
     """
-    refuse(draft_model=draft_model, max_kv_size=max_kv_size, input_embeddings=input_embeddings)
+    refuse(max_kv_size=max_kv_size, input_embeddings=input_embeddings)
     check_options(max_tokens, temp or 0.0, 1.0 if top_p is None else top_p, seed, prefill_step_size)
-    check_lookup(prompt_lookup)
+    if prompt_lookup is None:
+        prompt_lookup = "auto" if sampler is None and not logits_processors else "off"
+    check_proposers(prompt_lookup, draft_model, num_draft_tokens)
     kv_format = KVFormat.of(kv_bits, kv_rotate)
     if kv_format.quantized:
         check_format(model, kv_group_size, quantized_kv_start)
@@ -119,6 +124,7 @@ def stream_generate(
     if isinstance(prompt, mx.array):
         prompt = prompt.tolist()  # type: ignore[assignment]
     tokens = prompt_tokens(tokenizer, prompt, rows=model.args.vocab_size)  # type: ignore[arg-type]
+    draft = draft_for(model, tokenizer, draft_model)
     options: dict[str, Any] = {
         "max_tokens": max_tokens,
         "stream": stream,
@@ -127,7 +133,7 @@ def stream_generate(
         "stop": StopStrings(stop),
         "disk_cache": disk_cache,
         "progress": prompt_progress_callback,
-        "prompt_lookup": prompt_lookup,
+        "proposals": proposals_for(tokens, prompt_lookup, draft, num_draft_tokens),
     }
     cache = open_cache(model, prompt_cache, disk_cache, len(tokens), max_tokens, kv_format)
     if seed is not None:
@@ -152,12 +158,12 @@ def write(
     stream: mx.Stream | mx.ThreadLocalStream = generation_stream,
     disk_cache: PromptCache | None = None,
     progress: Progress | None = None,
-    prompt_lookup: PromptLookup = "off",
+    proposals: Proposals | None = None,
 ) -> Iterator[Response]:
     """Read a prompt and write its answer: what `stream_generate` and the engine have in common.
 
     Args:
-        model, tokenizer, max_tokens, sampler, logits_processors, stream, prompt_lookup: as in `stream_generate`.
+        model, tokenizer, max_tokens, sampler, logits_processors, stream: as in `stream_generate`.
         tokens: the prompt, checked.
         cache: one per layer: a text of `before` tokens that the prompt continues, then the prompt's first tokens.
         pace: decides how many tokens of the prompt are read at once.
@@ -165,6 +171,7 @@ def write(
         first_space: keep a space that the answer begins with; mlx-lm's own functions drop it.
         disk_cache: if the caches are empty, filled from it; the text is added to it.
         progress: called with the number of prompt tokens done and their total.
+        proposals: decides what is proposed; None for a token per pass.
     """
     start, stop = time.perf_counter(), stop or StopStrings()
     known = cache[0].offset - before
@@ -172,7 +179,7 @@ def write(
         known = disk_cache.fetch(tokens, cache)
     written = tokens[:-1]  # those whose keys every layer has
     options: dict[str, Any] = {"max_tokens": max_tokens, "sampler": sampler, "stream": stream}
-    options |= {"logits_processors": logits_processors or (), "proposals": lookup_proposals(tokens, prompt_lookup)}
+    options |= {"logits_processors": logits_processors or (), "proposals": proposals}
     crossing, answer = _Crossing(model.args.rope, before + len(tokens)), AnswerText(tokenizer, first_space)
     speed = first = 0.0
     try:
