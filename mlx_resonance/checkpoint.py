@@ -37,6 +37,7 @@ from .files import (
 )
 from .inspection import RECORDS
 from .kernels import trial
+from .positions import position_map
 from .rope_config import RopeConfig
 from .rope_reading import LENGTH_IS_UNCLEAR, is_about_rotation
 from .rope_types import LONGEST, ORIGINAL, PREFIX
@@ -89,6 +90,7 @@ class Checkpoint:
         *,
         revision: str | None = None,
         factor: float | None = None,
+        extend: str | None = None,
         weights: bool = True,
     ) -> Checkpoint:
         """Open a checkpoint: read config.json and the headers, once and for all, but no weights yet.
@@ -97,6 +99,7 @@ class Checkpoint:
             path_or_hf_repo: a folder, or the id of a model on the Hugging Face hub, which is downloaded.
             revision: branch, tag or commit on the hub.
             factor: multiple of the context before scaling; None for what config.json says.
+            extend: a position map for longer texts, as in `extended`; None for every token's own position.
             weights: False to download no weight files from the hub; the headers are then not checked.
 
         Raises:
@@ -111,7 +114,8 @@ class Checkpoint:
                 f"{path_or_hf_repo} has no {WEIGHTS}; convert reads other formats, such as .bin files"
             )
         checkpoint = cls.of_folder(str(path_or_hf_repo), folder, read_config(folder), weights=weights or is_folder)
-        return checkpoint if factor is None else checkpoint.rescaled(factor)
+        checkpoint = checkpoint if factor is None else checkpoint.rescaled(factor)
+        return checkpoint.extended(extend)
 
     @classmethod
     def of_folder(cls, name: str, folder: Path, config: dict[str, Any], weights: bool = True) -> Checkpoint:
@@ -156,8 +160,8 @@ class Checkpoint:
         Raises:
             UsageError: they lengthen the context beyond the window of its attention.
         """
-        window, own = attention_window(self.config), replace(self.own_rope, window=None).context_length
-        context = replace(rope, window=None).context_length or 0
+        window, own = attention_window(self.config), replace(self.own_rope, window=None).own_context
+        context = replace(rope, window=None).own_context or 0
         if window is not None and context > max(window, own or 0):
             raise UsageError(
                 f"sliding_window = {window} is shorter than the context of {context} tokens: "
@@ -168,6 +172,19 @@ class Checkpoint:
     def rescaled(self, factor: float) -> Checkpoint:
         """The checkpoint with `factor` times the context before scaling. Raises UsageError like `scaling.rescale`."""
         return self.with_rope(rescale(self.own_rope, factor))
+
+    def extended(self, extend: str | None, length: int | None = None) -> Checkpoint:
+        """The checkpoint with a position map for texts past its context; every wavelength stays as it is.
+
+        Args:
+            extend: as in `position_map`; None for every token's own position.
+            length: tokens of the longest text; None for eight times the context.
+
+        Raises:
+            UsageError: as of `position_map`.
+        """
+        positions = None if extend is None else position_map(extend, self.rope.own_context, length)
+        return replace(self, rope=replace(self.rope, positions=positions))
 
     @cached_property
     def tokenizer(self) -> TokenizerWrapper:
@@ -190,7 +207,7 @@ class Checkpoint:
 
     def results_digest(self, kv_bits: int | str | None = None) -> str:
         """A hash of what results depend on besides the prompt: the content, the rope settings, a KV format's value."""
-        rope = json.loads(json.dumps(self.rope.to_hf("4")), parse_float=_as_integer)  # a factor of 8.0 is one of 8
+        rope = json.loads(json.dumps(self.rope_settings), parse_float=_as_integer)  # a factor of 8.0 is one of 8
         parts = [self.digest, rope, kv_bits]
         if kv_bits is not None:
             parts.append("scales in 16 bits")  # before, a float32 model's had 32
@@ -198,7 +215,13 @@ class Checkpoint:
 
     def settings(self, kv_bits: int | str | None = None) -> dict[str, Any]:
         """The same, item by item, for the header of a run log: an error can then name what differs."""
-        return {"digest": self.digest, "rope": self.rope.to_hf("4"), "kv_bits": kv_bits}
+        return {"digest": self.digest, "rope": self.rope_settings, "kv_bits": kv_bits}
+
+    @property
+    def rope_settings(self) -> dict[str, Any]:
+        """The rope settings in use, as JSON: in transformers 4 keys, and a position map that no config.json has."""
+        positions = self.rope.positions
+        return self.rope.to_hf("4") | ({} if positions is None else {"extend": positions.extend})
 
     @property
     def mlx_config(self) -> dict[str, Any]:
@@ -248,7 +271,9 @@ class Checkpoint:
 
             def sanitize(weights: dict[str, mx.array]) -> dict[str, mx.array]:
                 del model.sanitize  # mlx-lm calls it once; kept, it would keep the model alive
-                return model.sanitize(self.head.apply(weights))
+                own = getattr(model, "sanitize", None)  # Granite's has none in mlx-lm 0.31
+                weights = self.head.apply(weights)
+                return weights if own is None else own(weights)
 
             model.sanitize = sanitize
             return model
@@ -315,11 +340,12 @@ def load(
     revision: str | None = None,
     adapter_path: str | None = None,
     factor: float | None = None,
+    extend: str | None = None,
 ) -> tuple[nn.Module, TokenizerWrapper]:
     """Load a checkpoint and its tokenizer, in either style of config.json.
 
     Args:
-        path_or_hf_repo, revision, factor: as in `Checkpoint.open`.
+        path_or_hf_repo, revision, factor, extend: as in `Checkpoint.open`.
         lazy, adapter_path: as in `Checkpoint.load`.
 
     Returns:
@@ -329,5 +355,5 @@ def load(
         MissingFileError: there is no such folder, or it has no weights.
         UsageError: config.json or a weight file cannot be right.
     """
-    checkpoint = Checkpoint.open(path_or_hf_repo, revision=revision, factor=factor)
+    checkpoint = Checkpoint.open(path_or_hf_repo, revision=revision, factor=factor, extend=extend)
     return checkpoint.load(lazy=lazy, adapter_path=adapter_path), checkpoint.tokenizer

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -15,7 +17,10 @@ from . import kernels
 from .errors import UsageError
 from .frequencies import RotaryFrequencies
 from .kernels import Angles
+from .positions import PositionMap
 from .rope_types import LONGEST
+
+T = TypeVar("T")
 
 
 class ResonanceRoPE(nn.Module):
@@ -25,18 +30,22 @@ class ResonanceRoPE(nn.Module):
         frequencies: the wavelengths and the attention scale; or, if they change with the sequence length (dynamic NTK,
             LongRoPE), a function that returns them for a length.
         traditional: pairs are neighbours (2i, 2i + 1) instead of (i, i + dims / 2).
+        positions: the position map of an attention that uses it; this module itself rotates by what it is given.
 
     Raises:
         TypeError: `frequencies` is neither.
     """
 
     def __init__(
-        self, frequencies: RotaryFrequencies | Callable[[int], RotaryFrequencies], traditional: bool = False
+        self,
+        frequencies: RotaryFrequencies | Callable[[int], RotaryFrequencies],
+        traditional: bool = False,
+        positions: PositionMap | None = None,
     ) -> None:
         super().__init__()
         if not (isinstance(frequencies, RotaryFrequencies) or callable(frequencies)):
             raise TypeError(f"[ResonanceRoPE] frequencies must be RotaryFrequencies, got {type(frequencies).__name__}")
-        self.traditional = traditional
+        self.traditional, self.positions = traditional, positions
         self._expected_length = 0
         self._step = _Step()
         self._by_length = None if isinstance(frequencies, RotaryFrequencies) else frequencies
@@ -44,7 +53,9 @@ class ResonanceRoPE(nn.Module):
 
     def _use(self, frequencies: RotaryFrequencies) -> None:
         self._frequencies = frequencies
-        self._constants = kernels.phase_constants(frequencies)
+        self._constants = self._unscaled = kernels.phase_constants(frequencies)
+        if frequencies.attention_scale != 1:
+            self._unscaled = kernels.phase_constants(replace(frequencies, attention_scale=1.0))
 
     @property
     def frequencies(self) -> RotaryFrequencies:
@@ -74,11 +85,12 @@ class ResonanceRoPE(nn.Module):
         if self._by_length is not None and not _of_every_token(offset):
             self._check_one_length(self._by_length, length, _values(offset))
         step = self._step
-        before, step.angles = step.angles, self.angles(length, offset, like, step.transformable)
+        before = step.angles, step.known
+        step.angles, step.known = self.angles(length, offset, like, step.transformable), {}
         try:
             yield
         finally:
-            step.angles = before
+            step.angles, step.known = before
 
     @contextmanager
     def inference(self) -> Iterator[None]:
@@ -113,7 +125,11 @@ class ResonanceRoPE(nn.Module):
             self._use(self._by_length(length))  # keys from a cache were rotated so
 
     def angles(
-        self, length: int, offset: int | mx.array = 0, like: mx.array | None = None, transformable: bool = True
+        self,
+        length: int,
+        offset: int | mx.array = 0,
+        like: mx.array | None = None,
+        transformable: bool = True,
     ) -> Angles:
         """The angles of one step, to be shared by all layers: see `rotate`.
 
@@ -205,6 +221,30 @@ class ResonanceRoPE(nn.Module):
         rotated_q, rotated_k = kernels.rotate([q, k], angles, self.traditional)
         return rotated_q, rotated_k
 
+    def turn(self, x: mx.array, angles: Angles) -> mx.array:
+        """Rotate one array (B, H, L, D) by given angles."""
+        return kernels.rotate([x], self._fitting(angles, x.shape[0], x.shape[2]), self.traditional)[0]
+
+    def of_positions(self, positions: NDArray[np.int64], scaled: bool = True) -> Angles:
+        """The angles of given positions (L,), in any order, by the frequencies in use.
+
+        Args:
+            positions: below 2³¹; negative ones turn back.
+            scaled: whether the attention scale applies. Keys that are moved on from their own position have it.
+        """
+        offset = mx.array(positions.astype(np.int32))[None]
+        return kernels.angles(offset, len(positions), self._constants if scaled else self._unscaled)
+
+    def once(self, name: Hashable, make: Callable[[], T]) -> T:
+        """What `make` returns, computed once for the layers that share a step; `name` tells it from others."""
+        known = self._step.known
+        if known is None:
+            return make()
+        if name not in known:
+            known[name] = make()
+        made: T = known[name]
+        return made
+
     def _fitting(self, angles: Angles, batch: int, length: int) -> Angles:
         rows = angles.offset.shape[0]
         if rows not in (1, batch) or angles.length != length:
@@ -228,8 +268,8 @@ def _of_every_token(offset: int | mx.array) -> bool:
 
 def _values(offset: int | mx.array) -> NDArray[np.integer]:
     """The offset as numbers. Raises UsageError where MLX has none, since it traces the function."""
-    try:
-        return np.array(offset)
+    try:  # NumPy does not notice MLX's error when it reads an array itself
+        return np.array(offset.tolist() if isinstance(offset, mx.array) else offset)
     except ValueError:
         raise UsageError(
             "[ResonanceRoPE] angles that change with the length of a text need an offset whose value is known, "
@@ -242,10 +282,12 @@ class _Step(threading.local):
 
     Attributes:
         angles: what the layers share; None outside `sharing`.
+        known: what else they share, by name: see `once`; None outside `sharing`.
         transformable: False inside `inference`.
     """
 
     angles: Angles | None = None
+    known: dict[Hashable, Any] | None = None
     transformable = True
 
     def __reduce__(self) -> tuple[type[_Step], tuple[()]]:

@@ -6,6 +6,7 @@ import gc
 import json
 import threading
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,6 @@ RUNS = {
 }
 for name, one, two in (  # work that has several pieces
     ("passkey", "--repetitions 1", "--repetitions 2"),
-    ("ruler", "--samples 1", "--samples 2"),
     ("leval", "coursera.jsonl", "OUT/coursera.jsonl"),
     ("harness", "--include-path tasks", "--include-path OUT"),
 ):
@@ -271,6 +271,7 @@ def test_a_gpu_that_fails_at_the_end_leaves_the_old_limit(mac: Mac, monkeypatch:
     assert mac.once()
 
 
+@pytest.mark.skipif(version("mlx-lm") < "0.32", reason="mlx-lm 0.31 looks for Metal where it cannot be pretended")
 def test_mlx_lm_warns_on_stdout(mac: Mac, loaded: Any, capsys: pytest.CaptureFixture[str]) -> None:
     """Which is why its own wired_limit is not used."""
     with wired_limit(loaded[0], [generation_stream]):
