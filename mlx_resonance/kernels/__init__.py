@@ -55,12 +55,7 @@ def rotate(xs: list[mx.array], angles: Angles, traditional: bool) -> list[mx.arr
         The arrays rotated, shapes and types as they came.
     """
     backend = trial.current_backend()
-    if backend and angles.offset.ndim == 2:  # the kernel counts from the offset of a row: make each token a row
-        rows = [x.swapaxes(1, 2).flatten(0, 1)[:, :, None] for x in xs]
-        size = xs[0].shape[0], xs[0].shape[2]
-        of_rows = Angles(mx.broadcast_to(angles.offset, size).flatten(), 1, angles.constants, None)
-        return [mx.unflatten(y[:, :, 0], 0, size).swapaxes(1, 2) for y in rotate(rows, of_rows, traditional)]
-    if backend and trial.can_rotate(backend, xs, angles.constants, traditional):
+    if backend and trial.can_rotate(backend, xs, angles.offset, angles.constants, traditional):
         if angles.bare is not None and len(xs) == 2:
             return angles.bare.prepare(backend, xs, angles.offset, angles.constants, traditional)
         return gpu.rotate(backend, xs, angles.offset, angles.constants, traditional)

@@ -1,5 +1,5 @@
 // One thread of the rotary kernel: PAIRS neighbouring feature pairs of a token in up to HEADS heads of q or of k.
-// q, k: (B, H, L, D) in any layout; offset: (B,); constants: (2 * pairs + 1,), as ops.py packs them; q_out, k_out:
+// q, k: (B, H, L, D) in any layout; offset: (B, 1), of the first token, or (B, L), of every one; constants: (2 * pairs + 1,), as ops.py packs them; q_out, k_out:
 // row-contiguous. Grid: (B * L * groups, blocks of heads, 1), q's blocks first.
 //
 // The kernel that MLX generates is a single call of this, since MLX searches the text of a kernel, but not of its
@@ -14,6 +14,7 @@ template <
     typename Shape,
     typename Strides,
     typename Offset,
+    typename OffsetShape,
     typename OffsetStrides,
     typename Constants,
     typename ConstantsShape,
@@ -27,6 +28,7 @@ DEVICE_FUNCTION void rotate_thread(
     Shape k_shape,
     Strides k_strides,
     Offset offset,
+    OffsetShape offset_shape,
     OffsetStrides offset_strides,
     Constants constants,
     ConstantsShape constants_shape,
@@ -61,10 +63,12 @@ DEVICE_FUNCTION void rotate_thread(
   if (is_copy) {
     runs = {copied, dims, copied + PAIRS, dims};
   }
+  const int64_t place = row * offset_strides[0];
+  const int32_t position = offset_shape[1] == 1 ? int32_t(uint32_t(offset[place]) + uint32_t(step))
+                                                : int32_t(offset[place + step * offset_strides[1]]);
   Turns<PAIRS> turned = {};
   for (int j = 0; j < PAIRS; ++j) {
     if (first + j < pairs) {
-      const int32_t position = int32_t(uint32_t(offset[row * offset_strides[0]]) + uint32_t(step));
       const uint32_t phase = phase_of(position, uint32_t(constants[first + j]), constants[pairs + first + j]);
       turned.at[j] = turn_by(phase, FLOAT_OF_BITS(uint32_t(constants[2 * pairs])));
       if (BACKWARD) {

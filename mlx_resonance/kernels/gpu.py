@@ -42,7 +42,7 @@ class BareLaunches:
         built = partial(
             kernel.build(backend, kernel.heads_per_thread(xs), traditional, False), **kernel.options(xs, constants)
         )
-        offset, packed = mx.broadcast_to(offset, q.shape[:1]), constants.packed
+        offset, packed = kernel.per_row(offset, q.shape[0]), constants.packed
 
         def launch(q: mx.array, k: mx.array) -> list[mx.array] | None:
             if (q.shape, k.shape, q.dtype, k.dtype) != of:
@@ -60,7 +60,7 @@ def _rotation(backend: str, traditional: bool, backward: bool) -> mx.custom_func
     def forward(xs: list[mx.array], offset: mx.array, *constants: mx.array) -> list[mx.array]:
         of_pairs = PhaseConstants(*constants)
         # Asked again: what is mapped grows, and the kernel that turns backward is built for the first gradient.
-        can_rotate = trial.can_rotate(backend, xs, of_pairs, traditional, backward)
+        can_rotate = trial.can_rotate(backend, xs, offset, of_pairs, traditional, backward)
         rotate = partial(kernel.launch, backend) if can_rotate else twin
         return rotate(xs, offset, of_pairs, traditional, backward)
 
@@ -87,10 +87,11 @@ def _rotation(backend: str, traditional: bool, backward: bool) -> mx.custom_func
         def first(x: mx.array, axis: int | None) -> mx.array:
             return mx.broadcast_to(x, (size, *x.shape)) if axis is None else mx.moveaxis(x, axis, 0)
 
-        # The mapped axis and the batch become one batch, with one offset per row.
+        # The mapped axis and the batch become one batch, with an offset for each row, or for each of its tokens.
         xs = [first(x, axis) for x, axis in zip(xs, xs_axes, strict=True)]
         batch = xs[0].shape[1]
-        offsets = mx.broadcast_to(first(offset, offset_axis), (size, batch)).flatten()
+        offsets = first(offset, offset_axis)
+        offsets = mx.broadcast_to(offsets, (size, batch, *offsets.shape[2:])).flatten(0, 1)
         rotated: Any = rotation([x.flatten(0, 1) for x in xs], offsets, *constants)
         return [mx.unflatten(x, 0, (size, batch)) for x in rotated], [0] * len(xs)
 

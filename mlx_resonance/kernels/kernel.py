@@ -22,8 +22,8 @@ DTYPES = (mx.float32, mx.float16, mx.bfloat16)
 # keys that small are not worth a launch.
 SMALL = 8
 ARGUMENTS = (  # of rotate_thread, by the names that MLX gives them
-    "q", "q_shape", "q_strides", "k", "k_shape", "k_strides", "offset", "offset_strides",
-    "constants", "constants_shape", "q_out", "k_out",
+    "q", "q_shape", "q_strides", "k", "k_shape", "k_strides", "offset", "offset_shape",
+    "offset_strides", "constants", "constants_shape", "q_out", "k_out",
 )  # fmt: skip
 
 
@@ -35,7 +35,7 @@ def launch(
     Args:
         backend: `metal` or `cuda`.
         xs: float32, float16 or bfloat16, each of its own H; they agree in B, L and D.
-        offset: position of the first token, int32, shape (1,) or (B,).
+        offset: position of the first token, int32, shape (1,) or (B,), or of every token, shape (1 or B, L).
         constants: of P pairs, 2·P <= D.
         traditional: pairs are neighbours (2i, 2i + 1) instead of (i, i + P).
         backward: turn the other way, which is the transpose.
@@ -44,10 +44,16 @@ def launch(
         The arrays rotated, row-contiguous, shapes and types as they came.
     """
     q, k = xs[0], xs[-1]
-    inputs = [q, k, mx.broadcast_to(offset, q.shape[:1]), constants.packed]
+    inputs = [q, k, per_row(offset, q.shape[0]), constants.packed]
     built = build(backend, heads_per_thread(xs), traditional, backward)
     outputs: list[mx.array] = built(inputs=inputs, **options(xs, constants))
     return outputs[: len(xs)]
+
+
+def per_row(offset: mx.array, batch: int) -> mx.array:
+    """The offset as the kernel takes it: shape (B, 1), or (B, L)."""
+    offset = offset if offset.ndim == 2 else offset[:, None]
+    return mx.broadcast_to(offset, (batch, offset.shape[1]))
 
 
 def options(xs: list[mx.array], constants: PhaseConstants) -> dict[str, Any]:

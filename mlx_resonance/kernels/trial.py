@@ -33,7 +33,7 @@ class Variant(NamedTuple):
         dtypes: of the arrays, one or two.
         traditional, backward: as in `kernel.launch`.
         heads: per thread.
-        few_pairs, few_rows: fewer than `kernel.SMALL`.
+        few_pairs, few_offsets: fewer than `kernel.SMALL`.
     """
 
     backend: str
@@ -42,7 +42,7 @@ class Variant(NamedTuple):
     backward: bool
     heads: int
     few_pairs: bool
-    few_rows: bool
+    few_offsets: bool
 
 
 def current_backend() -> str | None:
@@ -56,14 +56,19 @@ def current_backend() -> str | None:
 
 
 def can_rotate(
-    backend: str, xs: list[mx.array], constants: PhaseConstants, traditional: bool, backward: bool = False
+    backend: str,
+    xs: list[mx.array],
+    offset: mx.array,
+    constants: PhaseConstants,
+    traditional: bool,
+    backward: bool = False,
 ) -> bool:
     """Whether the kernel is for these arrays, and was right when it was tried; if it fails, one warning says why."""
     if backend in _unusable or any(x.dtype not in kernel.DTYPES or x.size < kernel.SMALL for x in xs):
         return False
     if kernel.grid(xs, constants.modulus.size)[0] >= 2**31:  # MLX counts a grid in 31 bits
         return False
-    few = constants.modulus.size < kernel.SMALL, xs[0].shape[0] < kernel.SMALL
+    few = constants.modulus.size < kernel.SMALL, kernel.per_row(offset, xs[0].shape[0]).size < kernel.SMALL
     dtypes = tuple(x.dtype for x in xs)
     reason = fault(Variant(backend, dtypes, traditional, backward, kernel.heads_per_thread(xs), *few))
     if reason is not None:
@@ -112,23 +117,25 @@ def _sources() -> list[str]:
 
 def _try(variant: Variant) -> str | None:
     # One size lets the kernel move whole packs, the other does not; both have more heads than one thread takes, and
-    # features to copy.
+    # features to copy. The second has a position for every token, where there are as few of those, or as many.
     for pairs in (4, 3) if variant.few_pairs else (8, 11):
         wavelengths = np.array([6.0, 2 * np.pi, 44.0, 54410.0, 1e5 / 3, *range(700, 706)])[:pairs]
         frequencies = RotaryFrequencies(wavelengths, 1.25)
-        rows, length = 2 if variant.few_rows else kernel.SMALL, 3 if variant.heads == 1 else kernel.FEW_TOKENS
+        rows, length = 2 if variant.few_offsets else kernel.SMALL, 3 if variant.heads == 1 else kernel.FEW_TOKENS
         shape = rows, length, kernel.HEADS + 1, 2 * pairs + 8
-        first = np.arange(rows) * 1000003 - 2
+        positions = (np.arange(rows) * 1000003 - 2)[:, None] + np.arange(length)
+        per_token = pairs in (3, 11) and (positions.size < kernel.SMALL) == variant.few_offsets
+        positions = positions[:, ::-1] if per_token else positions
         values = np.sin(np.arange(np.prod(shape))).reshape(shape).astype(np.float32)
         # The casts run on the CPU, so that the GPU compiles nothing for them.
         xs = [mx.array(values).astype(dtype, stream=mx.cpu).swapaxes(1, 2) for dtype in variant.dtypes]
-        offset, constants = mx.array(first.astype(np.int32)), ops.phase_constants(frequencies)
-        positions = first[:, None, None] + np.arange(length)
+        offset = mx.array((positions if per_token else positions[:, 0]).astype(np.int32))
+        constants = ops.phase_constants(frequencies)
         try:
             rotated = kernel.launch(variant.backend, xs, offset, constants, variant.traditional, variant.backward)
             for x, y in zip(xs, rotated, strict=True):
                 given, got = (np.array(array.astype(mx.float32, stream=mx.cpu), np.float64) for array in (x, y))
-                expected = _rotated(given, positions, frequencies, variant)
+                expected = _rotated(given, positions[:, None], frequencies, variant)
                 off = np.abs(got - expected).max()
                 # A rounding to 16 bits may go either way; compilers contract float32 each in their own way.
                 if not off <= max(float(mx.finfo(y.dtype).eps), 4 * 2.0**-23):  # nor if it is not a number

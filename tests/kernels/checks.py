@@ -50,7 +50,8 @@ def check(
     cos, sin = ops.cos_sin(mx.array(offset), length, constants)
     twins = ops.rotate([x.mlx() for x in xs], cos, -sin if backward else sin, traditional)
     sign = -1 if backward else 1
-    theta = np.stack([oracle.angles(range(m, m + length), frequencies.wavelengths) for m in offset.tolist()])
+    positions = offset if offset.ndim == 2 else offset[:, None] + np.arange(length)
+    theta = np.stack([oracle.angles(of_row, frequencies.wavelengths) for of_row in positions.tolist()])
     for x, y, twin in zip(xs, rotated, twins, strict=True):
         values = x.values()
         assert y.shape == x.shape, y.shape

@@ -243,9 +243,12 @@ class Request:
             values = np.array(self.constants.packed)
             x = Strided(values, values.shape, (1,), 0, mx.float32)
         elif name == "offset":
-            # MLX broadcasts one offset for all rows: a stride of 0.
-            values = np.ascontiguousarray(self.offset, dtype=np.int32)
-            x = Strided(values, (self.xs[0].shape[0],), (0 if values.size == 1 else 1,), 0, mx.float32)
+            # MLX broadcasts one row for all: a stride of 0. Rows are neighbours in memory, which the kernel must see.
+            values = np.asarray(self.offset, dtype=np.int32)
+            values = np.asfortranarray(values if values.ndim == 2 else values[:, None])
+            rows, count = values.shape
+            memory, strides = values.ravel(order="F"), (0 if rows == 1 else 1, rows)
+            x = Strided(memory, (self.xs[0].shape[0], count), strides, 0, mx.float32)
         else:
             x = self.xs[0] if name == "q" else self.xs[-1]
         stretched = self.stretch if name in ("q", "k") else None

@@ -45,7 +45,8 @@ def launch_twin(
     backend: str, xs: list[mx.array], offset: mx.array, constants: PhaseConstants, traditional: bool, backward: bool
 ) -> list[mx.array]:
     """Does the kernel's work with its twin, without the twin's derivatives."""
-    assert offset.dtype == mx.int32 and offset.shape in ((1,), (xs[0].shape[0],))
+    rows, length = xs[0].shape[0], xs[0].shape[2]
+    assert offset.dtype == mx.int32 and offset.shape in ((1,), (rows,), (1, length), (rows, length))
     return gpu.twin([mx.stop_gradient(x) for x in xs], offset, constants, traditional, backward)
 
 
@@ -178,7 +179,8 @@ def assert_used(backend: str) -> None:
             for length in (3, 60):
                 x = normal(1, 2, length, 128).astype(dtype)
                 for xs in ([x, x], [x]):
-                    assert trial.can_rotate(backend, xs, constants, *turns)
+                    for shape in ((1,), (1, length)):
+                        assert trial.can_rotate(backend, xs, mx.zeros(shape, mx.int32), constants, *turns)
 
 
 # --- the trial
@@ -191,7 +193,8 @@ def launch_oracle(
     modulus, turns, [scale] = (np.array(part) for part in pretend.constants_of(constants.packed)[:3])
     wavelengths = np.array([float(m) if m else 2.0**64 / float(t) for m, t in zip(modulus, turns, strict=True)])
     length = xs[0].shape[2]
-    theta = np.stack([oracle.angles(range(m, m + length), wavelengths) for m in np.array(offset).tolist()])[:, None]
+    positions = np.array(offset if offset.ndim == 2 else offset[:, None] + mx.arange(length))
+    theta = np.stack([oracle.angles(of_row, wavelengths) for of_row in positions.tolist()])[:, None]
     values = [np.array(x.astype(mx.float32)).astype(np.float64) for x in xs]
     turned = [oracle.rotate(value, -theta if backward else theta, float(scale), traditional) for value in values]
     return [mx.array(y.astype(np.float32)).astype(x.dtype) for x, y in zip(xs, turned, strict=True)]
@@ -207,7 +210,8 @@ def test_the_trial_does_not_ask_the_twin(monkeypatch: pytest.MonkeyPatch) -> Non
         for traditional, backward in ((False, False), (True, True)):
             for length in (1, 40):
                 xs = [normal(1, 4, length, 128).astype(dtype)] * 2
-                assert trial.can_rotate("metal", xs, ops.phase_constants(YARN), traditional, backward)
+                for offset in (mx.array([7]), mx.arange(length)[None]):
+                    assert trial.can_rotate("metal", xs, offset, ops.phase_constants(YARN), traditional, backward)
 
 
 def test_the_backward_kernel_is_built_for_the_first_gradient(launches: list[bool]) -> None:

@@ -169,6 +169,17 @@ def test_one_offset_or_one_per_row(run: Run, table: str, values: list[int]) -> N
 
 
 @layouts
+@pytest.mark.parametrize("rows, length", [(3, 5), (1, 5), (2, 1), (1, 40)])
+def test_a_position_for_every_token(run: Run, rows: int, length: int, traditional: bool) -> None:
+    """In any order, negative ones too, in any layout; of every row, or one row of positions for all."""
+    positions = np.random.default_rng(length).integers(-MAX_POSITION, MAX_POSITION, (rows, length), dtype=np.int32)
+    positions[0, 0] = -1
+    xs = [Strided.of(heads(max(rows, 2), count, length, 128, count)) for count in (4, 1)]
+    for laid_out in (positions, np.asfortranarray(positions)):
+        check(run, xs, laid_out, TABLES["resonance"], traditional)
+
+
+@layouts
 @pytest.mark.parametrize("q_dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("k_dtype", DTYPES, ids=str)
 def test_types_of_queries_and_keys_may_differ(

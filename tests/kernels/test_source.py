@@ -213,5 +213,5 @@ def test_the_kernel_passes_its_trial(
     generated = kernel.launch
     monkeypatch.setattr(kernel, "launch", launch)
     monkeypatch.setattr(kernel, "FEW_TOKENS", 32)
-    variant = trial.Variant("metal", dtypes, *turns, heads, few_pairs=False, few_rows=True)
+    variant = trial.Variant("metal", dtypes, *turns, heads, few_pairs=False, few_offsets=True)
     assert trial._try(variant) is None
