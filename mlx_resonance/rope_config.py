@@ -11,6 +11,7 @@ from typing import Any
 
 from .errors import UsageError
 from .frequencies import RotaryFrequencies
+from .positions import PositionMap
 from .rope_reading import LENGTH_IS_UNCLEAR, read_rope
 from .rope_types import DEFAULT_BASE, LONGEST, MAKERS, PREFIX, WIDEST, check_kind, check_type, type_keys
 
@@ -29,6 +30,7 @@ class RopeConfig:
         parameters: the type's own keys (`factor`, `beta_fast`, …).
         partial_rotary_factor: `dims` as a fraction of a head's features.
         window: tokens that the model was made to attend to, where the one here attends to all; None for no limit.
+        positions: for texts longer than the context; None for every token's own position. No config.json has it.
 
     Raises:
         UsageError: the type is unknown, a key is unknown to it or missing, or a value is out of range.
@@ -41,6 +43,7 @@ class RopeConfig:
     parameters: Mapping[str, Any] = field(default_factory=dict)
     partial_rotary_factor: float = 1.0
     window: int | None = None
+    positions: PositionMap | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "parameters", MappingProxyType(dict(self.parameters)))
@@ -91,6 +94,11 @@ class RopeConfig:
         return self.rope_type.removeprefix(PREFIX)
 
     @property
+    def name(self) -> str:
+        """The rope type, and the position map if there is one, in words."""
+        return self.rope_type if self.positions is None else f"{self.rope_type}, {self.positions.extend}"
+
+    @property
     def is_resonant(self) -> bool:
         """Whether the wavelengths are rounded to whole numbers of tokens."""
         return self.rope_type.startswith(PREFIX)
@@ -108,6 +116,11 @@ class RopeConfig:
 
     @property
     def context_length(self) -> int | None:
+        """Tokens of context in use: `own_context`, or those that a position map serves."""
+        return self.own_context if self.positions is None else self.positions.longest
+
+    @property
+    def own_context(self) -> int | None:
         """Tokens of context the checkpoint is meant for, scaling included; None if config.json does not state it."""
         lengths = [self.max_position_embeddings]
         # Most files state the scaled length; Qwen's yarn files and all dynamic ones state the length before scaling.
@@ -131,12 +144,17 @@ class RopeConfig:
         return MAKERS[self.base_type]
 
     def frequencies(self, seq_len: int | None = None) -> RotaryFrequencies:
-        """The rotary frequencies for a sequence of `seq_len` tokens (None: within the context before scaling)."""
+        """The rotary frequencies for a sequence of `seq_len` tokens (None: within the context before scaling).
+
+        With a position map no token counts as further than the context: neither do they.
+        """
         frequencies = self.unrounded_frequencies(seq_len)
         return frequencies.resonate() if self.is_resonant else frequencies
 
     def unrounded_frequencies(self, seq_len: int | None = None) -> RotaryFrequencies:
         """The base type's frequencies, before any rounding: what `inspect` compares with."""
+        if seq_len is not None and self.positions is not None:
+            seq_len = min(seq_len, self.positions.trained)
         arguments = dict(self.parameters)
         available = {"seq_len": seq_len, "max_position_embeddings": self.max_position_embeddings}
         wanted = inspect.signature(self._maker).parameters

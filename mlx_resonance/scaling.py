@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from .errors import UsageError
+from .positions import position_map
 from .rope_config import RopeConfig
 from .rope_types import LONGEST, MAKERS, ORIGINAL, PREFIX
 
@@ -98,7 +99,8 @@ def named_rope(source: RopeConfig, name: str, factor: float | None, original: in
 
 def with_scaling(source: RopeConfig, rope_type: str, parameters: Mapping[str, Any], length: int | None) -> RopeConfig:
     """Settings for the same heads with another rope type, its parameters, and `max_position_embeddings`."""
-    return replace(source, rope_type=rope_type, parameters=parameters, max_position_embeddings=length)
+    changes: dict[str, Any] = {"rope_type": rope_type, "parameters": parameters, "max_position_embeddings": length}
+    return replace(source, **changes, positions=None)
 
 
 def largest_shift(rope: RopeConfig) -> float:
@@ -148,11 +150,18 @@ def check_context(rope: RopeConfig, tokens: int, what: str = "") -> None:
         what: the tokens in words; empty for just their number.
 
     Raises:
-        UsageError: they exceed the context; the factor that would cover them is a remedy.
+        UsageError: they exceed the context; the factor that would cover them is a remedy, a position map another.
     """
     limit = rope.context_length
     if limit is None or tokens <= limit:
         return
+    what = what or f"{tokens:,} tokens"
+    if rope.positions is not None:
+        larger = position_map(f"self-extend:{rope.positions.window}", rope.positions.trained, tokens)
+        raise UsageError(
+            f"{what} exceed the {limit:,} tokens that {rope.positions.extend} serves",
+            remedies=[{"extend": larger.extend}, {"extend": "dynamic"}],
+        )
     if tokens <= (rope.length_if_unscaled or 0):
         _warn_unclear(rope.rope_type, limit, rope.parameters["factor"])
         return
@@ -161,8 +170,8 @@ def check_context(rope: RopeConfig, tokens: int, what: str = "") -> None:
     if rope.window == limit:
         factor, why = None, ", the window of its attention"
     raise UsageError(
-        f"{what or f'{tokens:,} tokens'} exceed the checkpoint's context of {limit:,} tokens{why}",
-        remedies=[] if factor is None else [{"factor": factor}],
+        f"{what} exceed the checkpoint's context of {limit:,} tokens{why}",
+        remedies=[*([] if factor is None else [{"factor": factor}]), {"extend": "dynamic"}],
     )
 
 

@@ -127,3 +127,40 @@ def llama_logits(
     x = norm("model.norm", x)
     head = "model.embed_tokens" if config.get("tie_word_embeddings") else "lm_head"
     return x @ weights[f"{head}.weight"].T
+
+
+def place(extend: str, trained: int, window: int, group: int | None, query: int, key: int) -> tuple[int, int]:
+    """Positions that a query and a key count as for each other, from the papers, one pair of tokens at a time.
+
+    Sources: Self-Extend arXiv 2401.01325, equations 3 and 4; Dual Chunk Attention arXiv 2402.17463, equations 2 to 7;
+    `dynamic` takes the smallest group for which no position of the query reaches the trained length.
+    """
+    if extend == "dca":
+        chunks = query // window - key // window
+        if chunks == 0:
+            return query % window, key % window
+        return (min(window + query % window, trained - 1) if chunks == 1 else trained - 1), key % window
+    if query - key < window:
+        return query, key
+    if group is None:
+        group = next(g for g in range(1, query + 2) if query // g + window - window // g < trained)
+    return query // group + window - window // group, key // group
+
+
+def mapped_attention(
+    q: Array, k: Array, v: Array, wavelengths: Array, attention_scale: float, where: tuple[str, int, int, int | None],
+    traditional: bool = False,
+) -> Array:  # fmt: skip
+    """Causal attention of one head, (L, D), whose every score has positions of its own: see `place`, which takes
+    `where` before the query and the key."""
+    output, table = np.zeros_like(v), angles(range(len(q) + where[1]), wavelengths)  # no position is larger
+    for i in range(len(q)):
+        of_queries, of_keys = (
+            table[list(places)] for places in zip(*(place(*where, i, j) for j in range(i + 1)), strict=True)
+        )
+        queries = rotate(np.repeat(q[i : i + 1], i + 1, 0), of_queries, attention_scale, traditional)
+        keys = rotate(k[: i + 1], of_keys, attention_scale, traditional)
+        scores = (queries * keys).sum(-1) / math.sqrt(q.shape[-1])
+        weights = np.exp(scores - scores.max())
+        output[i] = weights @ v[: i + 1] / weights.sum()
+    return output

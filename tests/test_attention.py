@@ -5,7 +5,7 @@ import subprocess
 import sys
 from types import SimpleNamespace
 
-from mlx_resonance import ResonanceRoPE, RopeConfig, attention
+from mlx_resonance import ResonanceRoPE, RopeConfig, attend
 from mlx_resonance.attention import Inference, set_rope
 from mlx_resonance.errors import UsageError
 
@@ -272,13 +272,13 @@ def test_stock_models_of_mlx_lm_work_as_before():
 def test_no_launch_of_attention_exceeds_the_budget(monkeypatch, random, kv):
     """Whoever calls the model, a chunk of any size is read in launches of bounded size, with the same result."""
     launches = []
-    original = attention.scaled_dot_product_attention
+    original = attend.scaled_dot_product_attention
 
     def counted(queries, keys, values, **options):
         launches.append(queries.shape[0] * queries.shape[2] * keys.shape[2])
         return original(queries, keys, values, **options)
 
-    monkeypatch.setattr(attention, "scaled_dot_product_attention", counted)
+    monkeypatch.setattr(attend, "scaled_dot_product_attention", counted)
     model, tokens = random(), mx.array(TOKENS)
 
     def chunks():
@@ -287,9 +287,9 @@ def test_no_launch_of_attention_exceeds_the_budget(monkeypatch, random, kv):
 
     whole, unbounded = chunks(), max(launches)
     launches.clear()
-    monkeypatch.setattr(attention, "BUDGET", 2 * 100 * 7)
+    monkeypatch.setattr(attend, "BUDGET", 2 * 100 * 7)
     assert relative_error(chunks(), whole) <= TOLERANCE / 10
-    assert max(launches) <= attention.BUDGET < unbounded
+    assert max(launches) <= attend.BUDGET < unbounded
 
 
 # --- runtimes that lack the rope type

@@ -126,8 +126,8 @@ def test_a_factor_is_a_remedy_where_it_would_help(folder: Path) -> None:
     limit = loaded[0].args.rope.context_length
     with pytest.raises(ContextFullError, match=f"exceed the context of {limit:,}") as error:
         talk(loaded).put(source()[: 8 * limit])
-    (remedy,) = error.value.remedies
-    assert remedy["factor"] > 1
+    factor, extend = error.value.remedies
+    assert factor["factor"] > 1 and extend == {"extend": "dynamic"}
 
 
 def test_the_oldest_turns_are_dropped_until_half_of_their_room_is_free(loaded: Any) -> None:

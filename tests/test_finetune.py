@@ -13,7 +13,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import Checkpoint, RopeConfig, attention, load
+from mlx_resonance import Checkpoint, RopeConfig, attend, load
 from mlx_resonance.convert import convert
 from mlx_resonance.errors import UsageError
 from mlx_resonance.finetuning import chunks, result
@@ -242,11 +242,11 @@ def test_checkpointed_gradients_are_the_same(monkeypatch: pytest.MonkeyPatch, ki
     monkeypatch.setattr(mx.fast, "scaled_dot_product_attention", counted)
     monkeypatch.setattr(chunks, "LOGITS", 64 * chunks.COPIES * 4 * 256)  # of 64 tokens
     monkeypatch.setattr(chunks, "QUERIES", 64)
-    before = type(model.layers[0]).__call__, attention.attend
+    before = type(model.layers[0]).__call__, attend.attend
     with chunks.activation_checkpointing(model):
         loss, found = nn.value_and_grad(model, chunks.next_token_loss)(model, tokens)
         mx.eval(loss, found)
-    assert (type(model.layers[0]).__call__, attention.attend) == before
+    assert (type(model.layers[0]).__call__, attend.attend) == before
     forward, backward = [64, 64, 22], [22, 64, 64]
     assert lengths == 4 * forward + 4 * (forward + backward)  # of each layer
     assert loss.item() == pytest.approx(wanted.item(), rel=1e-6)

@@ -41,12 +41,12 @@ from matplotlib.figure import Figure
 from .test_errors import COMMANDS
 
 APP = typer.main.get_command(cli.app)  # once, not for every command line
-MODELS = {"model", "src", "source"}  # strings that name a folder or a model of the hub
+MODELS = {"model", "src", "source", "draft_model", "evaluator"}  # strings that name a folder or a model of the hub
 OTHER_STRINGS = {
     "prompt", "field", "file", "rope", "revision", "tasks", "subtask", "arithmetic", "encoding", "preset", "split",
-    "api_key", "host", "stop", "system_prompt",
+    "api_key", "extend", "host", "stop", "system_prompt", "weights",
 }  # fmt: skip
-OUTPUTS = {"output", "plot", "mlx_path", "prompt_cache"}
+OUTPUTS = {"output", "plot", "mlx_path", "prompt_cache", "log_samples"}
 
 
 class Parameter(NamedTuple):
@@ -177,9 +177,8 @@ TO_FILES = {
     "eval passkey output": "-m none --lengths 300 --output",
     "eval passkey plot": "-m none --lengths 300 --output new.jsonl --plot",
     "eval leval output": "-m none --data in.jsonl --output",
-    "eval longbench output": "-m none --data in.jsonl --output",
-    "eval ruler output": "-m none --output",
     "eval harness output": "-m none --tasks none --output",
+    "eval harness log_samples": "-m none --tasks none --log-samples",
     "posgen data output": "--subtask cot --output",
     "posgen sweep output": "--preset smoke --output",
     "posgen report plot": "in.jsonl --plot",
@@ -244,9 +243,6 @@ INPUTS = {
     "finetune": "-m {model} --mlx-path new --data",
     "eval perplexity": "-m {model} --contexts 300 --output new.jsonl --data",
     "eval leval": "-m {model} --output new.jsonl --data",
-    "eval longbench": "-m {model} --output new.jsonl --data",
-    "eval ruler": "-m {model} --output new.jsonl --data",
-    "eval ruler ": "-m {model} --output new.jsonl --haystack",
     "posgen report": "",
 }
 
@@ -342,7 +338,7 @@ def beyond(parameter: Parameter) -> list[str]:
 LISTS = {
     "eval passkey": "-m none --output new.jsonl --lengths 300",
     "eval perplexity": "-m none --output new.jsonl --data in.txt",
-    "eval ruler": "-m none --output new.jsonl",
+    "eval harness": "-m none --tasks mrcr",
 }
 
 
@@ -369,13 +365,10 @@ def test_every_number_has_bounds_that_the_help_shows(run: Any, parameter: Parame
     [
         ("eval passkey --lengths 300,400 --depths {hundred} --repetitions 10000", "at most 4950, which are a million"),
         ("eval passkey --lengths {thousand},1001", "'--lengths': expected at most 1000 integers, got 1001"),
-        ("eval ruler --lengths {hundred} --samples 1000", "at most 909, which are a million"),
     ],
 )
 def test_a_grid_is_not_too_large(run: Any, arguments: str, words: str) -> None:
     numbers = {"hundred": range(101), "thousand": range(1, 1001)}
-    if "ruler" in arguments:
-        numbers["hundred"] = range(1, 101)
     lists = {name: ",".join(map(str, values)) for name, values in numbers.items()}
     code, out, err = run(*arguments.format(**lists).split(), "-m", "none", "--output", "new.jsonl")
     assert (code, out, err.count("\n")) == (2, "", 1) and words in err, err

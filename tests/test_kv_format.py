@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import Checkpoint, load, plan_memory
-from mlx_resonance.attention import attend, attend_quantized
+from mlx_resonance.attend import attend, attend_quantized
 from mlx_resonance.errors import UsageError
 from mlx_resonance.generation import Engine, PromptCache, cache_key
 from mlx_resonance.generation.batch import Request, generate_batch
@@ -218,7 +218,7 @@ def test_each_has_the_error_of_its_bits(format: KVFormat) -> None:
 
 @FORMATS
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
-@pytest.mark.parametrize("length", [1, 4])
+@pytest.mark.parametrize("length", [1, 2, 4, 17])
 def test_attention_is_that_of_the_dequantized_keys(format: KVFormat, dtype: mx.Dtype, length: int) -> None:
     """With grouped queries, and a mask of a batch whose second row begins with padding."""
     keys, values = (numbers(2, 3, 70, DIMS, seed=seed, dtype=dtype) for seed in (1, 2))

@@ -227,13 +227,13 @@ def test_plan_says_what_is_past_the_context(stdlib_llama: Path, copy_of: Any, ru
         f"in {name}: up to {count:,} tokens, past the checkpoint's context" in out for name, count in most.items()
     )
     least, factor = min(most.values()), math.ceil(min(most.values()) / 512)
-    assert f"{least:,} tokens exceed the checkpoint's context of 512 tokens: give --factor {factor}\n" in out
+    assert f"{least:,} tokens exceed the checkpoint's context of 512 tokens: give --factor {factor} (which" in out
     assert "past" in run(*common, "--factor", factor - 1)[1]
     code, out, _ = run(*common, "--factor", 2**20)
     assert code == 0 and "past" not in out and "exceed" not in out
     code, out, _ = run(*common, "--context", 9 * least)
     factor = math.ceil(9 * least / 512)
-    assert f"{9 * least:,} tokens exceed the checkpoint's context of 512 tokens: give --factor {factor}\n" in out
+    assert f"{9 * least:,} tokens exceed the checkpoint's context of 512 tokens: give --factor {factor} (which" in out
     windowed = copy_of(stdlib_llama, model_type="mistral", sliding_window=256, architectures=["MistralForCausalLM"])
     assert "the window of its attention" in run("plan", "--model", windowed, "--memory", "3.3GB")[1]
     error = refusal(stdlib_llama, 10**9, memory=33 * 10**8).message

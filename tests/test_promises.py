@@ -36,12 +36,15 @@ from .test_distributed import COMMANDS, MAIN, start
 NEW = 16  # tokens of an answer
 TEXT = " ".join(source()[4000:5200].split())  # a line of a pipe is a question to the chat
 HALF, TOO_LONG = TEXT[: len(TEXT) // 2], " ".join(source()[:9000].split())
+LONGER = " ".join(source()[4000:7000].split())  # than the trained context
 REPEATED = ("0, " * 40).strip()  # its answer goes on like that
 ASKED: list[tuple[str, dict[str, Any]]] = [  # of several machines, in this order
     (TEXT, {}), (TEXT, {"kv_bits": 8}), (TEXT, {"kv_bits": 4}), (TOO_LONG, {}), (TEXT, {"memory": "1GB"}),
     (TEXT, {"kv_bits": "8,4"}), (TEXT, {"kv_bits": 4, "kv_rotate": True}),
     (TEXT, {"prefill_step_size": 64}), (HALF, {"prompt_cache": None}), (TEXT, {"prompt_cache": None}),
-    (REPEATED, {"prompt_lookup": 4}), (REPEATED, {"prompt_lookup": "auto"}),
+    (LONGER, {"factor": 1, "extend": "dynamic"}), (LONGER, {"factor": 1, "extend": "dynamic", "kv_bits": 8}),
+    (REPEATED, {"prompt_lookup": 4}), (REPEATED, {"prompt_lookup": "off"}), (REPEATED, {}),
+    (REPEATED, {"draft_model": None}),
 ]  # fmt: skip
 
 
@@ -109,10 +112,12 @@ class Server(Way):
             _, _, err = self.run("server", "-m", self.folder, "--port", 0, *self.flags(**options))
             return Said(error=err.splitlines()[-1])
         defaults: dict[str, Any] = {"context": None, "kv_bits": None, "prefill_step_size": 2048, "memory": None}
-        defaults |= {"force": False, "prompt_cache": None, "prompt_cache_size": 10**10, "prompt_lookup": "off"}
+        defaults |= {"force": False, "prompt_cache": None, "prompt_cache_size": 10**10}
         opened = defaults | options | {"no_prompt_cache": "prompt_cache" not in options}
         opened["kv_bits"] = KVFormat.of(opened["kv_bits"], opened.pop("kv_rotate", False))
-        with serving(lambda: open_engine(Checkpoint.open(self.folder, factor=self.factor), **opened)) as served:
+        factor, extend = opened.pop("factor", self.factor), opened.pop("extend", None)
+        checkpoint = Checkpoint.open(self.folder, factor=factor, extend=extend)
+        with serving(lambda: open_engine(checkpoint, **opened)) as served:
             asked = {"messages": [{"role": "user", "content": text}], "max_tokens": NEW, "temperature": 0}
             status, answer = served.ask(CHAT, asked)
         if status != 200:
@@ -140,13 +145,16 @@ class Python(Way):
     def ask(self, text: str, **options: Any) -> Said:
         memory, kept = options.pop("memory", None), options.pop("prompt_cache", None)
         try:
-            checkpoint = Checkpoint.open(self.folder, factor=self.factor)
+            factor, extend = options.pop("factor", self.factor), options.pop("extend", None)
+            checkpoint = Checkpoint.open(self.folder, factor=factor, extend=extend)
             tokens = prompt_tokens(checkpoint.tokenizer, text, chat=True)
             if memory is not None:  # a library's caller plans before it loads
                 require_memory(checkpoint, len(tokens) + NEW, memory=10**9)
             if kept is not None:
                 options["disk_cache"] = PromptCache(kept, cache_key(checkpoint, options.get("kv_bits")))
             model = checkpoint.load()
+            if "draft_model" in options:
+                options["draft_model"] = Checkpoint.open(options["draft_model"]).load()
             responses = list(stream_generate(model, checkpoint.tokenizer, tokens, max_tokens=NEW, **options))
         except UsageError as error:
             return Said(error=str(error))
@@ -156,11 +164,12 @@ class Python(Way):
 class Machines(Way):
     """Two processes, as mlx.launch starts them on two Macs. Starting them takes long: they carry out all asks at once.
 
-    The folder of a prompt cache is theirs, and what is asked is in `ASKED`.
+    The folders of a prompt cache and of a draft model are theirs, and what is asked is in `ASKED`.
     """
 
     def ask(self, text: str, **options: Any) -> Said:
-        number = ASKED.index((text, options | ({"prompt_cache": None} if "prompt_cache" in options else {})))
+        theirs = dict.fromkeys(options.keys() & {"prompt_cache", "draft_model"})
+        number = ASKED.index((text, options | theirs))
         (code, out, err, _), other = (process[number] for process in machines(self.folder, self.factor))
         assert other[0] == code and not other[1]
         if code:
@@ -175,7 +184,8 @@ def machines(folder: Path, factor: int) -> list[list[Any]]:
     with tempfile.TemporaryDirectory() as name:
         work, commands = Path(name), []
         for text, options in ASKED:
-            given = {"factor": factor} | {key: value or work / "kept" for key, value in options.items()}
+            theirs = {"prompt_cache": work / "kept", "draft_model": folder}
+            given = {"factor": factor} | {key: value or theirs[key] for key, value in options.items()}
             commands.append([["-m", str(folder), "-p", text, "--max-tokens", str(NEW), "--json", *flags_of(given)]] * 2)
         (work / "commands.json").write_text(json.dumps(commands))
         both = start([[sys.executable, "-c", COMMANDS, work / "commands.json"]] * 2, work)
@@ -236,13 +246,15 @@ def expected(tiny: Path) -> dict[Any, str]:
 
 
 @cache
-def of_mlx_lm(folder: Path, text: str, kv_bits: tuple[Any, ...]) -> dict[Any, str]:
+def of_mlx_lm(
+    folder: Path, text: str, kv_bits: tuple[Any, ...], factor: int = 4, extend: str | None = None
+) -> dict[Any, str]:
     """The greedy answer by KV bits, without any engine: mlx-lm's own functions."""
     from mlx_resonance.generation.cache import make_cache
 
     import mlx_lm
 
-    checkpoint = Checkpoint.open(folder, factor=4)
+    checkpoint = Checkpoint.open(folder, factor=factor, extend=extend)
     model, tokens = checkpoint.load(), prompt_tokens(checkpoint.tokenizer, text, chat=True)
     texts = {}
     for bits in kv_bits:
@@ -263,23 +275,51 @@ def test_kv_formats(way: Way, expected: dict[Any, str], quantized: set[int | str
     assert quantized == {bits} or way.name == "Machines"  # other processes
 
 
-@pytest.mark.parametrize("setting", [4, "auto"])
-def test_prompt_lookup(way: Way, tiny: Path, monkeypatch: pytest.MonkeyPatch, setting: int | str) -> None:
-    """The same text; a batch, which has no room for another row's guesses, says so."""
-    proposed: list[int] = []
+@pytest.mark.parametrize("bits", [None, 8])
+def test_past_the_context(way: Way, tiny: Path, bits: int | None) -> None:
+    """By a position map: the text of mlx-lm's own loop; a batch, whose rows have positions of their own, says so."""
+    said = way.ask(LONGER, factor=1, extend="dynamic", **({} if bits is None else {"kv_bits": bits}))
+    if way.name == "Batch":
+        assert "dynamic:128 is for one text at a time" in said.error
+        return
+    assert said.text == of_mlx_lm(tiny, LONGER, (None, 8), 1, "dynamic")[bits]
+
+
+@pytest.fixture
+def proposed(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of proposed tokens of every pass that this process makes with a proposer."""
+    counts: list[int] = []
     passed = Proposals.passed
 
     def counted(self: Any, count: int, *args: Any) -> None:
-        proposed.append(count)
+        counts.append(count)
         passed(self, count, *args)
 
     monkeypatch.setattr(Proposals, "passed", counted)
-    said = way.ask(REPEATED, prompt_lookup=setting)
-    if way.name == "Batch":
+    return counts
+
+
+@pytest.mark.parametrize("setting", [4, "off", None])
+def test_prompt_lookup(way: Way, tiny: Path, proposed: list[int], setting: int | str | None) -> None:
+    """The same text, unless asked otherwise with lookup; a batch has no room for another row's guesses, and says so."""
+    said = way.ask(REPEATED, **({} if setting is None else {"prompt_lookup": setting}))
+    if way.name == "Batch" and setting is not None:
         assert "one text at a time" in said.error
         return
     assert said.text == of_mlx_lm(tiny, REPEATED, (None,))[None]
-    assert way.name == "Machines" or max(proposed) > 0  # other processes; there auto is off: their times differ
+    if way.name != "Machines":  # other processes; by default they do not look up: their times differ
+        assert max(proposed, default=0) > 0 or setting == "off" or way.name == "Batch"
+        assert not proposed or setting != "off"
+
+
+def test_a_draft_model(way: Way, tiny: Path, proposed: list[int]) -> None:
+    """The same text; batches and several machines, which have no place for one, say so."""
+    said = way.ask(REPEATED, draft_model=tiny)
+    if way.name in ("Batch", "Machines"):
+        assert ("one text at a time" if way.name == "Batch" else "one process") in said.error
+        return
+    assert said.text == of_mlx_lm(tiny, REPEATED, (None,))[None]
+    assert max(proposed) > 0
 
 
 def test_the_context_is_checked(way: Way) -> None:

@@ -16,7 +16,6 @@ import pytest
 from .checkpoints import source
 
 LEVAL = {"input": "A long text. " * 5, "instructions": ["Q1\nA. x", "Q2"], "outputs": ["A", "B"], "evaluation": "exam"}
-LONGBENCH = {"input": "Who?", "context": "It was Ann. " * 5, "answers": ["Ann"], "dataset": "qasper"}
 HARNESS = """
 task: tiny
 dataset_path: json
@@ -69,15 +68,6 @@ CASES = {
         "eval leval -m {model} --data {leval} --output {out} --max-tokens 3",
         ("task", "id"), ("--max-tokens 4", "max_tokens is 3 there and 4 here"), ("leval", "digest is "),
     ),
-    "longbench": Case(
-        "eval longbench -m {model} --data {longbench} --output {out} --max-tokens 3",
-        ("task", "id"), ("--truncation head", 'truncation is "middle" there and "head" here'),
-        ("longbench", "digest is "),
-    ),
-    "ruler": Case(
-        "eval ruler -m {model} --lengths 500 --samples 2 --tasks niah_single_1 --output {out} --max-tokens 3",
-        ("task", "id"), ("--seed 5", "seed is 42 there and 5 here"),
-    ),
     "harness": Case(
         "eval harness -m {model} --tasks tiny --include-path {tasks} --output {out}",
         ("request", "digest"), ("--max-tokens 2", "max_tokens is null there and 2 here"),
@@ -106,15 +96,12 @@ def write_data(folder: Path) -> dict[str, Path]:
     prompts = [{"id": i, "prompt": f"def {letter}"} for i, letter in enumerate("fghi")]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(prompt) + "\n" for prompt in prompts))
     (folder / "coursera.jsonl").write_text(json.dumps(LEVAL) + "\n")
-    (folder / "qasper.jsonl").write_text(
-        json.dumps(LONGBENCH) + "\n" + json.dumps(LONGBENCH | {"input": "What?"}) + "\n"
-    )
     (folder / "tasks").mkdir()
     documents = [{"question": "import", "answer": " os"}, {"question": "def", "answer": " main"}]
     (folder / "documents.jsonl").write_text("".join(json.dumps(document) + "\n" for document in documents))
     task = HARNESS.format(data=folder / "documents.jsonl", cache=folder / "cache")
     (folder / "tasks" / "tiny.yaml").write_text(task)
-    names = {"text": "text.txt", "prompts": "prompts.jsonl", "leval": "coursera.jsonl", "longbench": "qasper.jsonl"}
+    names = {"text": "text.txt", "prompts": "prompts.jsonl", "leval": "coursera.jsonl"}
     return {name: folder / file for name, file in (names | {"tasks": "tasks"}).items()}
 
 
@@ -239,7 +226,6 @@ def test_other_data_are_refused_with_both_values(name: str, runner: Callable[[st
     changes = {
         "generate": ("def f", "def g"),
         "leval": ("A long text", "A text"),
-        "longbench": ("It was", "It is"),
     }
     command.places[data].write_text(text.replace(*changes.get(name, ("e", "a"))))
     check_refused(command, out, before, command(out), message)

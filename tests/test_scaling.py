@@ -37,7 +37,7 @@ def test_scaling_again_equals_scaling_once(name: str, resonance: bool) -> None:
     assert factor_for(read, 8192) == 16
     with pytest.raises(UsageError, match="8,192 tokens exceed the checkpoint's context of 4,096 tokens") as error:
         check_context(read, 8192)
-    assert error.value.remedies == ({"factor": 16},)
+    assert error.value.remedies == ({"factor": 16}, {"extend": "dynamic"})
     assert named_rope(read, "default", None) == PLAIN
     inspected = inspect_rope(read)
     assert (inspected.train_length, inspected.test_length) == (512, 4096)
@@ -61,7 +61,7 @@ def test_in_other_peoples_files_the_original_context_is_unknown() -> None:
     longest = 4096 * int(UNSAID.parameters["factor"])
     with pytest.raises(UsageError, match="rope type linear cannot extend") as error:
         check_context(UNSAID, longest + 1)
-    assert error.value.remedies == ()
+    assert error.value.remedies == ({"extend": "dynamic"},)
 
 
 def test_past_the_length_on_file_a_warning_names_the_factor_that_settles_it(
@@ -151,7 +151,8 @@ def test_without_a_longer_context_it_is_capped_at_the_window(
     check_context(checkpoint.rope, 256)
     with pytest.raises(UsageError, match="exceed the checkpoint's context of 256 tokens, the window") as error:
         check_context(checkpoint.rope, 257)
-    assert error.value.remedies == ()
+    assert error.value.remedies == ({"extend": "dynamic"},)
+    check_context(checkpoint.extended("dynamic").rope, 257)
     code, stdout, stderr = run("plan", "--model", source, "--json")
     assert code == 0 and f"warning: {line}\n" in stderr and json.loads(stdout)["context"] == 256
     options = ("--prompt", "import os", "--max-tokens", 300)

@@ -86,11 +86,7 @@ COMMANDS: dict[str, tuple[Any, ...]] = {
 }  # fmt: skip
 OF_BOS: dict[str, tuple[Any, ...]] = {
     "passkey": ("eval", "passkey", "--lengths", 300, "--repetitions", 1, "--depths", 0, "--output", "{new}"),
-    "ruler": (
-        "eval", "ruler", "--lengths", 500, "--samples", 1, "--tasks", "niah_single_1", "--output", "{new}",
-    ),
     "leval": ("eval", "leval", "--data", "{leval}", "--context", 500, "--output", "{new}"),
-    "longbench": ("eval", "longbench", "--data", "{longbench}", "--context", 500, "--output", "{new}"),
     "perplexity": ("eval", "perplexity", "--data", "{healthy}", "--contexts", 64, "--stride", 16, "--output", "{new}"),
     "finetune": (
         "finetune", "--data", "{healthy}", "--mlx-path", "{new}", "--length", 64, "--steps", 1, "--accumulate", 1,
@@ -102,15 +98,13 @@ def refused(run: Any, tmp_path: Path, model: Path, command: tuple[Any, ...], std
     """The one line with which a command ends."""
     places: dict[str, Any] = {"new": tmp_path / "new.jsonl"}
     answer = {"input": "A text. " * 5, "instructions": ["Q1\nA. x"], "outputs": ["A"], "evaluation": "exam"}
-    question = {"input": "Who?", "context": "It was Ann.", "answers": ["Ann"], "length": 15, "dataset": "qasper"}
     texts = {
         "lines.jsonl": json.dumps({"id": 1, "prompt": "import <pad>"}),
         "coursera.jsonl": json.dumps(answer),
-        "any.jsonl": json.dumps(question),
         "text.txt": source()[:2000] + "<pad>",
         "healthy.txt": source()[:2000],
     }
-    for (name, text), place in zip(texts.items(), ("lines", "leval", "longbench", "text", "healthy"), strict=True):
+    for (name, text), place in zip(texts.items(), ("lines", "leval", "text", "healthy"), strict=True):
         (tmp_path / name).write_text(text + "\n")
         places[place] = tmp_path / name
     split = 2 if command[0] in ("lm", "eval") else 1
@@ -137,7 +131,7 @@ def test_every_command_refuses_such_a_bos(name: str, starting: Path, tmp_path: P
 
 
 def test_harness_refuses_such_a_token(starting: Path) -> None:
-    from mlx_resonance.evaluation.harness import ResonanceLM
+    from mlx_resonance.evaluation.harness_model import ResonanceLM
 
     harness = ResonanceLM(Checkpoint.open(starting), 512)
     assert harness.tokenizer.eos_token_ids == {1}  # that of generation_config.json alone
@@ -198,7 +192,7 @@ def test_a_chat_template_that_fails_can_be_ignored(name: str, checkpoint: Path, 
 
 
 def test_harness_names_its_own_flag(checkpoint: Path, tmp_path: Path) -> None:
-    from mlx_resonance.evaluation.harness import ResonanceLM
+    from mlx_resonance.evaluation.harness_model import ResonanceLM
 
     folder = shutil.copytree(checkpoint, tmp_path / "model")
     (folder / "chat_template.jinja").write_text(str(TEMPLATES["raises"]))

@@ -18,6 +18,7 @@ from .errors import Command
 from .options import (
     CacheFolder,
     CacheSize,
+    Extend,
     Factor,
     Force,
     Json,
@@ -50,6 +51,7 @@ def add(
     model: Model,
     system_prompt: SystemPrompt = None,
     factor: Factor = None,
+    extend: Extend = None,
     kv_bits: KvBits = None,
     kv_rotate: KvRotate = False,
     prefill_step_size: PrefillStep = 2048,
@@ -61,23 +63,24 @@ def add(
 ) -> None:
     """Read documents beforehand: questions about them then start at once. A run that was killed resumes."""
     from ..checkpoint import Checkpoint
-    from ..generation import PromptCache, cache_key, require_memory
+    from ..generation import PromptCache, require_memory
     from ..generation.documents import read_document
     from ..generation.memory import kv_per_token
     from ..generation.messages import document_tokens
-    from ..generation.prompt_cache import cache_name, default_folder
+    from ..generation.prompt_cache import cache_identity, default_folder
     from ..scaling import check_context
 
     folder, kv_bits = prompt_cache or default_folder(), kv_format(kv_bits, kv_rotate)
     check_output_folder(folder, "prompt_cache")
     texts = [read_text(path) for path in files]
-    checkpoint = Checkpoint.open(model, factor=factor)
+    checkpoint = Checkpoint.open(model, factor=factor, extend=extend)
     documents = [document_tokens(checkpoint.tokenizer, [text], system_prompt, True) for text in texts]
     lengths = [len(tokens) for tokens in documents]
     room = min(ROOM, (checkpoint.rope.context_length or ROOM * 8) // 8)
     longest = max(lengths) + room
+    checkpoint = checkpoint.extended(extend, longest)
     check_context(checkpoint.rope, longest, f"{max(lengths):,} tokens and room for a question of {room:,}")
-    keys = [cache_key(checkpoint, kv_bits, length) for length in lengths]
+    identities = [cache_identity(checkpoint, kv_bits, length) for length in lengths]
     if (size := sum(lengths) * kv_per_token(checkpoint.dimensions, kv_bits)) > prompt_cache_size:
         raise UsageError(
             f"{sum(lengths):,} tokens take {format_size(size)}, the limit is {format_size(prompt_cache_size)}",
@@ -87,8 +90,8 @@ def add(
         options: dict[str, Any] = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size}
         require_memory(checkpoint, longest, **options)
     results, loaded = [], None
-    for path, tokens, key in zip(files, documents, keys, strict=True):
-        kept, new = PromptCache(folder, key, prompt_cache_size, name=cache_name(checkpoint)), 0
+    for path, tokens, identity in zip(files, documents, identities, strict=True):
+        kept, new = PromptCache(folder, max_bytes=prompt_cache_size, **identity), 0
         if kept.known([*tokens, 0]) < len(tokens):
             loaded = checkpoint.load() if loaded is None else loaded
             with progress_bar() as bar:

@@ -13,6 +13,11 @@ from ..errors import ANOTHER, Remedy, UsageError
 from .output import stderr
 
 logger = logging.getLogger("mlx_resonance")
+# Of remedies for a text that is too long, where there is a choice.
+COSTS = {
+    "factor": " (which changes the angles of short texts, too)",
+    "extend": " (which keeps every angle, and keys twice where the text is longer)",
+}
 
 
 def fail(error: object, code: int) -> NoReturn:
@@ -82,9 +87,11 @@ class _Warnings(logging.Handler):
 def in_words(error: UsageError, command: Any) -> str:
     """The message, with the remedies that the command has flags for, or else with the flag that it is about."""
     parameters = {parameter.name: parameter for parameter in command.params}
-    ways = [_flags(way, parameters) for way in error.remedies if set(way) <= set(parameters)]
+    ways = {_flags(way, parameters): way for way in error.remedies if set(way) <= set(parameters)}
     if ways:
-        return f"{error.message}: give {' or '.join(ways)}"
+        costs = COSTS if COSTS.keys() <= {name for way in ways.values() for name in way} else {}
+        said = [flags + "".join(costs.get(name, "") for name in way) for flags, way in ways.items()]
+        return f"{error.message}: give {' or '.join(said)}"
     about = parameters.get(error.option or "")
     return error.message if about is None else f"{error.message} ({_name(about)})"
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from typer import Context as Invocation
 from typer import Option
 
-from .options import Factor, Json, KvBits, KvRotate, Memory, Model, PrefillStep, kv_format
+from .options import Extend, Factor, Json, KvBits, KvRotate, Memory, Model, PrefillStep, kv_format
 from .output import print_json, stdout
 
 
@@ -19,6 +19,7 @@ def command(
         int | None, Option(min=1, max=2**31, help="Tokens of prompt and answer. Default: the whole context.")
     ] = None,
     factor: Factor = None,
+    extend: Extend = None,
     kv_bits: KvBits = None,
     kv_rotate: KvRotate = False,
     memory: Memory = None,
@@ -40,7 +41,7 @@ def command(
 
     options: dict[str, Any] = {"memory": memory, "prefill_step_size": prefill_step_size}
     options["kv_bits"] = kv_format(kv_bits, kv_rotate)
-    checkpoint = Checkpoint.open(model, factor=factor)
+    checkpoint = Checkpoint.open(model, factor=factor).extended(extend, context)
     plan = plan_memory(checkpoint, context, **options)
     if json:
         print_json(plan.to_dict())

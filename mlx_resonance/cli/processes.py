@@ -107,13 +107,18 @@ class Processes:
         missing = self.first([request.id not in done for request in requests]) if requests else []
         return [request for request, wanted in zip(requests, missing, strict=True) if wanted], seed
 
-    def prompt_cache(self, folder: Path, key: str, max_bytes: int, name: str = "") -> PromptCache:
-        """Make a PromptCache; every process keeps the keys and values of its own heads."""
+    def prompt_cache(self, folder: Path, max_bytes: int, identity: dict[str, Any]) -> PromptCache:
+        """Make a PromptCache; every process keeps the keys and values of its own heads.
+
+        Args:
+            folder, max_bytes: as of the class.
+            identity: from `cache_identity`.
+        """
         from ..generation import PromptCache
 
         if self.size == 1:
-            return PromptCache(folder, key, max_bytes, name=name)
-        least = self.least
+            return PromptCache(folder, max_bytes=max_bytes, **identity)
+        least, beginning = self.least, identity["beginning"]
 
         class Part(PromptCache):
             def known(self, tokens: Sequence[int]) -> int:
@@ -126,7 +131,11 @@ class Processes:
                     layer.trim(known - common)
                 return common
 
-        return Part(folder, sha256(f"{key} {self.rank} {self.size}".encode()).hexdigest()[:16], max_bytes, name=name)
+        def of_part(key: str) -> str:
+            return sha256(f"{key} {self.rank} {self.size}".encode()).hexdigest()[:16]
+
+        own = {"key": of_part(identity["key"]), "beginning": beginning and (of_part(beginning[0]), beginning[1])}
+        return Part(folder, max_bytes=max_bytes, **identity | own)
 
 
 processes = cache(Processes)

@@ -11,7 +11,7 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from .. import attention
+from .. import attend, attention
 from .._mlx_lm import grad_checkpoint
 from .positions import caches_at
 
@@ -135,24 +135,24 @@ def activation_checkpointing(model: nn.Module, wanted: bool = True) -> Iterator[
         yield
         return
     layer = type(model.layers[0])
-    forward, attend = layer.__call__, attention.attend
+    forward, before = layer.__call__, attend.attend
     grad_checkpoint(model.layers[0])
-    attention.attend = _attend_in_turn
+    attend.attend = _attend_in_turn
     try:
         yield
     finally:
-        layer.__call__, attention.attend = forward, attend
+        layer.__call__, attend.attend = forward, before
 
 
 def _attend_in_turn(
     queries: mx.array, keys: mx.array, values: mx.array, *, scale: float, mask: mx.array | str | None
 ) -> mx.array:
-    """As `attention.attend`; the scores of `QUERIES` tokens are in memory at once."""
+    """As `attend.attend`; the scores of `QUERIES` tokens are in memory at once."""
 
-    def attend(start: int, shared: tuple[mx.array, mx.array], part: mx.array) -> mx.array:
+    def attended(start: int, shared: tuple[mx.array, mx.array], part: mx.array) -> mx.array:
         end = start + part.shape[2]
         seen = [array[:, :, :end] for array in shared]  # no query sees a later key
         own = mask[..., start:end, :end] if isinstance(mask, mx.array) else mask
         return mx.fast.scaled_dot_product_attention(part, *seen, scale=scale, mask=own)
 
-    return mx.concatenate(in_turn(attend, (keys, values), queries, QUERIES, axis=2), axis=2)
+    return mx.concatenate(in_turn(attended, (keys, values), queries, QUERIES, axis=2), axis=2)

@@ -15,6 +15,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 
 from .._mlx_lm import generation_stream
 from ..errors import MissingFileError, UsageError
+from ..rope_config import RopeConfig
 from ..run_log import Record, RunLog, json_lines
 from ..wired import wired
 from .beginnings import SHARED, by_beginning
@@ -92,11 +93,11 @@ def generate_batch(
 
     Raises:
         UsageError: an option is out of range, a prompt has an id outside the vocabulary, a prompt and its answer exceed
-            the context, or the angles change with the length of a text.
+            the context, or `refuse_rope`.
         DeviceError: the GPU did not carry out a chunk.
     """
     check_options(max_tokens, temp, top_p, seed, prefill_step_size, batch_size=batch_size)
-    refuse_changing_angles(model.args.rope, "a batch has texts of several lengths")
+    refuse_rope(model.args.rope)
     sampling = sampling or Sampling(temp=temp, top_p=top_p, seed=seed)
     sampling.check(model.args.vocab_size)
     StopStrings(stop)
@@ -117,6 +118,13 @@ def generate_batch(
                 yield from batch.step()
         finally:
             batch.generator.close()
+
+
+def refuse_rope(rope: RopeConfig) -> None:
+    """Raise UsageError if the rows of a batch could not rotate alike: with a position map, or by their lengths."""
+    refuse_changing_angles(rope, "a batch has texts of several lengths")
+    if rope.positions is not None:
+        raise UsageError(f"{rope.positions.extend} is for one text at a time", option="extend")
 
 
 def sequences(prompts: Sequence[Sequence[int]], batch_size: int) -> int:

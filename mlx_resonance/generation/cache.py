@@ -40,7 +40,8 @@ def make_cache(model: nn.Module, capacity: int, kv_bits: KVBits = None) -> list[
 def quantize(model: nn.Module, caches: list[Any], kv_bits: KVBits) -> None:
     """Replace caches in their list by quantized ones with the same tokens.
 
-    They are mlx-lm's own, as its functions expect, if it has the format: one number of bits, not rotated.
+    They are mlx-lm's own, as its functions expect, if it has the format: one number of bits, not rotated; but not for a
+    model with a position map, whose keys are kept twice.
 
     Raises:
         UsageError: a layer cannot be quantized, as in `make_cache`, or it is, in another format.
@@ -51,9 +52,9 @@ def quantize(model: nn.Module, caches: list[Any], kv_bits: KVBits) -> None:
         if isinstance(cache, QuantizedKVCache) and (held := format_of(cache)) != format:
             raise UsageError(f"the caches have {held.value} bits, kv_bits asks for {format.value}", option="kv_bits")
     size = group_size(head_dim(model))
+    same = format.key_bits == format.value_bits and not format.rotate and model.args.rope.positions is None
     for i, cache in enumerate(caches):
         if not isinstance(cache, QuantizedKVCache):
-            same = format.key_bits == format.value_bits and not format.rotate
             caches[i] = cache.to_quantized(size, format.key_bits) if same else QuantizedCache.of(cache, size, format)
 
 

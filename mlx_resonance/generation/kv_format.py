@@ -97,15 +97,22 @@ class KVFormat:
             dims: features per head.
             item_size: bytes of a number in the model's type.
         """
-        if self.key_bits is None or self.value_bits is None:
-            return 2 * item_size
-        return (self.key_bits + self.value_bits) / 8 + 2 * 2 * SCALE_BYTES / group_size(dims)
+        return self._bytes(self.key_bits, dims, item_size) + self._bytes(self.value_bits, dims, item_size)
+
+    def bytes_per_key(self, dims: int, item_size: int) -> float:
+        """Average bytes of a number of the keys, as in `bytes_per_pair`."""
+        return self._bytes(self.key_bits, dims, item_size)
+
+    def _bytes(self, bits: int | None, dims: int, item_size: int) -> float:
+        return item_size if bits is None else bits / 8 + 2 * SCALE_BYTES / group_size(dims)
 
     def quantize(self, keys: mx.array, values: mx.array, group_size: int) -> tuple[Arrays, Arrays]:
         """Keys and values (B, H, L, D) as a quantized cache stores them, rotated if the format rotates."""
-        return _quantize(self.stored(keys), self.key_bits, group_size), _quantize(
-            self.stored(values), self.value_bits, group_size
-        )
+        return self.quantize_keys(keys, group_size), _quantize(self.stored(values), self.value_bits, group_size)
+
+    def quantize_keys(self, keys: mx.array, group_size: int) -> Arrays:
+        """Keys as a quantized cache stores them."""
+        return _quantize(self.stored(keys), self.key_bits, group_size)
 
     def stored(self, x: mx.array) -> mx.array:
         """Keys or values (…, D), rotated if the format rotates."""

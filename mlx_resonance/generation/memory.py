@@ -12,7 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..attention import BUDGET
+from ..attend import BUDGET, ROWS, SCORES
 from ..checkpoint import Checkpoint
 from ..dimensions import Dimensions
 from ..errors import UsageError, check_option
@@ -23,6 +23,7 @@ from .prefill import PREFILL_BATCH, STEP
 
 logger = logging.getLogger("mlx_resonance")
 
+PAST = 4  # times the context, which a position map goes past
 RESERVE, RESERVE_PART = 3 * 2**30, 0.05  # bytes, and fraction of a machine's memory, that are left to everything else
 # Head sizes for which Metal's attention stores no scores, by the first MLX version that has them: for more than 8
 # queries of any type, with a causal or an array mask. Fewer queries may store theirs: less than a chunk's work.
@@ -34,6 +35,7 @@ FUSED_DIMS = {(0, 26, 0): (64, 80, 128), (0, 32, 1): (64, 72, 80, 96, 128)}
 # layer. MLX schedules about ten operations ahead; found by measuring (benchmarks/memory.py).
 HIDDEN, KEYS, FEED_FORWARD = 12.0, 7.0, 1.6
 LAUNCHES = 12  # of attention whose scores are in flight at once, where it has to be split; also measured
+MAPPED, TURNED = 15.0, 12.0  # by a position map: of a block of scores; bytes per number of a layer's keys, to move them
 UNPACKED = 6.0  # bytes per number of a layer's keys: a CPU unpacks quantized ones in 32 bits; also measured
 
 
@@ -99,31 +101,37 @@ def fused_dims(mlx: str = MLX) -> tuple[int, ...]:
 
 
 def prefill_memory(
-    dims: Dimensions, context: int, kv_bits: KVBits, step: int, budget: int = BUDGET, sequences: int = 1
-) -> int:
+    dims: Dimensions, context: int, kv_bits: KVBits, step: int, budget: int = BUDGET, sequences: int = 1,
+    mapped: bool = False,
+) -> int:  # fmt: skip
     """Peak bytes of reading `sequences` prompts of `context` tokens each, not counting weights and cache.
 
-    Chunks have `step` tokens: on a GPU they may be shorter, and take less.
+    Chunks have `step` tokens: on a GPU they may be shorter, and take less. `mapped`: by a position map.
     """
     rows, whole = min(sequences, PREFILL_BATCH), context // step * step
     chunks = (step, whole), (context - whole, context)  # tokens and keys of the last whole chunk, and of the remainder
     quantized = KVFormat.of(kv_bits).quantized
-    work = max(_chunk_memory(dims, rows, min(size, keys), keys, quantized, budget) for size, keys in chunks)
+    work = max(_chunk_memory(dims, rows, min(size, keys), keys, quantized, budget, mapped) for size, keys in chunks)
     copied = context * kv_per_token(dims, kv_bits) / dims.layers  # by the on-disk cache, which copies layer by layer
     return int(max(work, 3 * 4 * dims.vocabulary * sequences, copied))
 
 
-def _chunk_memory(dims: Dimensions, rows: int, size: int, keys: int, quantized: bool, budget: int) -> float:
+def _chunk_memory(
+    dims: Dimensions, rows: int, size: int, keys: int, quantized: bool, budget: int, mapped: bool
+) -> float:
     """Bytes in flight for a chunk of `size` tokens in each of `rows` rows that attends to `keys` keys."""
     in_flight = HIDDEN * dims.hidden + KEYS * dims.keys + FEED_FORWARD * dims.feed_forward
     rotation = 12 * (dims.hidden + dims.keys) if dims.item_size < 4 else 0  # in float32
     work = rows * size * (in_flight * dims.item_size + rotation)
     work += rows * size * keys if rows > 1 else 0  # the mask of a batch, which all layers share
-    if working_set() is None or dims.head_dim not in fused_dims():
+    if mapped:
+        work += MAPPED * min(rows * min(size, ROWS) * keys * dims.heads, SCORES) * dims.item_size
+        work += TURNED * rows * dims.keys * keys
+    elif working_set() is None or dims.head_dim not in fused_dims():
         pairs = min(rows * size * keys, LAUNCHES * budget)  # of queries and keys
         work += pairs * (dims.heads * dims.item_size + 1)  # their scores, and the causal mask
     if quantized:
-        work += 2 * rows * dims.keys * keys * dims.item_size  # one layer's keys and values, dequantized
+        work += (3 if mapped else 2) * rows * dims.keys * keys * dims.item_size  # of one layer, dequantized
         work += UNPACKED * rows * dims.keys * keys if mx.default_device() == mx.cpu else 0
     return work
 
@@ -139,18 +147,21 @@ def plan_memory(
     budget: int = BUDGET,
     processes: int = 1,
     sequences: int = 1,
+    draft: Checkpoint | None = None,
 ) -> MemoryPlan:
     """Plan the memory that generating with a checkpoint needs, without reading its weights.
 
     Args:
         model: a folder, the id of a model on the hub, which is downloaded, or an opened checkpoint.
-        context: tokens of prompt and answer; None for the checkpoint's whole context.
+        context: tokens of prompt and answer; None for the checkpoint's whole context, with a position map for at most
+            four times it.
         kv_bits, kv_rotate: format of the KV cache, as in `KVFormat.of`.
         memory: a budget in bytes, as in `usable`; None for the device's.
         prefill_step_size: maximum number of tokens of a prompt in a chunk.
         budget: maximum queries × keys per head in one launch of attention.
         processes: number of processes that share the model; the plan is for one, and each has embedding and head.
         sequences: number of sequences in a batch; the plan's kv and prefill cover all of them.
+        draft: a draft model's: the plan covers its weights, and its keys and values in its type.
 
     Raises:
         MissingFileError, UsageError: as in `load`; or an argument is out of range, or config.json has no context.
@@ -158,7 +169,10 @@ def plan_memory(
     checkpoint = model if isinstance(model, Checkpoint) else Checkpoint.open(model)
     asked = KVFormat.of(kv_bits, kv_rotate)
     asked.check(checkpoint.dimensions.head_dim)
-    context = context if context is not None else checkpoint.rope.context_length
+    positions = checkpoint.rope.positions
+    if context is None:
+        context = checkpoint.rope.context_length
+        context = context if positions is None else min(positions.longest, PAST * positions.trained)
     if context is None:
         raise UsageError("config.json has no context length", remedies=[{"context": None}])
     check_option("context", 0 < context <= LONGEST, "in [1, 2**31] tokens", context)
@@ -166,11 +180,19 @@ def plan_memory(
     check_option("memory", memory is None or memory > 0, "positive", memory)
     dims = divided(checkpoint, processes)
     limit, on_metal = usable(memory), working_set() is not None
+    weights, drafting = dims.weights, 0  # bytes; and of a token in a draft model's KV cache
+    if draft is not None:
+        weights, drafting = weights + draft.dimensions.weights, kv_per_token(draft.dimensions, None)
 
     def needed(tokens: int, format: KVFormat) -> tuple[int, int]:
         """The exact part, and the fitted one."""
-        exact = dims.weights + sequences * tokens * kv_per_token(dims, format)
-        return exact, prefill_memory(dims, tokens, format, prefill_step_size, budget, sequences)
+        exact = weights + sequences * tokens * kv_per_token(dims, format) + drafting * tokens
+        if mapped := positions is not None and tokens > positions.unchanged:  # every key at another position, too
+            exact += int(tokens * dims.layers * dims.keys * format.bytes_per_key(dims.head_dim, dims.item_size))
+        fitted = prefill_memory(dims, tokens, format, prefill_step_size, budget, sequences, mapped)
+        if draft is not None:
+            fitted = max(fitted, prefill_memory(draft.dimensions, tokens, None, prefill_step_size, budget))
+        return exact, fitted
 
     def accepted(tokens: int, format: KVFormat) -> bool:
         exact, fitted = needed(tokens, format)
@@ -186,9 +208,9 @@ def plan_memory(
     (exact, prefill), fits = needed(context, asked), accepted(context, asked)
     return MemoryPlan(
         context=context,
-        weights=dims.weights,
-        kv_per_token=kv_per_token(dims, asked),
-        kv=exact - dims.weights,
+        weights=weights,
+        kv_per_token=kv_per_token(dims, asked) + drafting,
+        kv=exact - weights,
         prefill=prefill,
         total=exact + prefill,
         limit=limit,

@@ -21,7 +21,9 @@ from .kv_format import KVBits, KVFormat
 from .prompt_folder import ENOUGH, Known, Ledger, PromptFolder, clear, common_prefix, default_folder, entries
 from .prompt_segments import MOST_TOKENS, NewSegment, named, read_into
 
-__all__ = ["PromptCache", "cache_key", "cache_name", "clear", "common_prefix", "default_folder", "entries"]
+__all__ = [
+    "PromptCache", "cache_identity", "cache_key", "cache_name", "clear", "common_prefix", "default_folder", "entries",
+]  # fmt: skip
 
 MAX_BYTES = 10 * 10**9
 DAYS_WORTH = 10  # times `max_bytes`: the default budget of bytes written in a day
@@ -44,6 +46,7 @@ class PromptCache:
         least: a text with fewer new tokens is not written.
         daily_bytes: maximum number of bytes written in a day (UTC), by all processes; None for 10 times `max_bytes`.
         name: the model's name, for people who list the entries: from `cache_name`.
+        beginning: another key, and a number of tokens: texts share their first tokens with those of that key.
         clock: seconds since 1970.
 
     Raises:
@@ -59,9 +62,11 @@ class PromptCache:
         least: int = 0,
         daily_bytes: int | None = None,
         name: str = "",
+        beginning: tuple[str, int] | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.folder, self.key, self.max_bytes, self.least, self.name = user_path(folder), key, max_bytes, least, name
+        self.beginning = beginning
         self._files = PromptFolder(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._ledger = Ledger(self.folder, DAYS_WORTH * max_bytes if daily_bytes is None else daily_bytes, clock)
@@ -69,7 +74,10 @@ class PromptCache:
 
     def known(self, tokens: Sequence[int]) -> int:
         """How many tokens of a prompt `fetch` would give; only headers are read."""
-        return self._files.longest(tokens[:-1], self.key).tokens
+        return self._longest(tokens[:-1]).tokens
+
+    def _longest(self, tokens: Sequence[int]) -> Known:
+        return self._files.longest(tokens, self.key, self.beginning)
 
     def fetch(self, tokens: Sequence[int], cache: list[Any]) -> int:
         """Fill the caches with the longest known beginning of a prompt, at most all but the last token.
@@ -86,7 +94,7 @@ class PromptCache:
         """
         for layer in cache:  # fail before anything is read, not when it is stored
             named(layer)
-        held, known = 0, self._files.longest(tokens[:-1], self.key)
+        held, known = 0, self._longest(tokens[:-1])
         steps = [layer.step for layer in cache]
         for layer in cache:  # allocated once, for all segments
             layer.step = max(layer.step, known.tokens)
@@ -116,16 +124,18 @@ class PromptCache:
                 the folder has, up to 1024.
         """
         length = min(len(tokens), *(layer.offset for layer in cache))
-        known = self._files.longest(tokens[:length], self.key)
+        known = self._longest(tokens[:length])
         worth = max(self.least, min(known.tokens // ENOUGH, HANDFUL) + 1) if least is None else least
         if length - known.tokens < max(1, worth):
             return
         try:
             while known.tokens < length:
-                end = min(length, known.tokens + MOST_TOKENS)
-                if not self._write(tokens, cache, known, end):
+                end, key = min(length, known.tokens + MOST_TOKENS), self.key
+                if self.beginning is not None and known.tokens < self.beginning[1]:
+                    key, end = self.beginning[0], min(end, self.beginning[1])
+                if not self._write(tokens, cache, known, end, key):
                     break
-                known = self._files.longest(tokens[:end], self.key)
+                known = self._longest(tokens[:end])
                 if known.tokens < end:  # another process made room
                     break
             for segment in known.chain[:-1]:
@@ -135,7 +145,7 @@ class PromptCache:
         except (OSError, RuntimeError) as error:
             logger.warning("the prompt cache %s cannot be written: %s", self.folder, error)
 
-    def _write(self, tokens: Sequence[int], cache: list[Any], known: Known, end: int) -> bool:
+    def _write(self, tokens: Sequence[int], cache: list[Any], known: Known, end: int, key: str) -> bool:
         """Write a segment after those that are known. Returns False, with a warning, if there is no room for it."""
         parent = known.chain[-1] if known.chain else None
         new = NewSegment(tokens, cache, known.tokens, end, parent, self.name)
@@ -155,7 +165,7 @@ class PromptCache:
         self._warned = False
         temporary = self.folder / f".{uuid.uuid4().hex}.safetensors"
         try:
-            temporary.replace(self.folder / f"{self.key}-{new.write(temporary)}.safetensors")
+            temporary.replace(self.folder / f"{key}-{new.write(temporary)}.safetensors")
         finally:
             with contextlib.suppress(OSError):
                 temporary.unlink(missing_ok=True)
@@ -197,6 +207,19 @@ def cache_key(checkpoint: Checkpoint, kv_bits: KVBits, length: int | None = None
     if side is None:
         raise _changing_angles(rope, f"a prompt cache cannot keep the keys of {length:,} tokens")
     return hashlib.sha256(f"{digest} {side}".encode()).hexdigest()[:16]
+
+
+def cache_identity(
+    checkpoint: Checkpoint, kv_bits: KVBits, length: int | None = None, expected: int | None = None
+) -> dict[str, Any]:
+    """`key`, `name` and `beginning` of a checkpoint's `PromptCache`; arguments and errors as of `cache_key`.
+
+    A position map that changes nothing within the context shares the texts of the checkpoint without it there.
+    """
+    own, positions, beginning = (kv_bits, length, expected), checkpoint.rope.positions, None
+    if positions is not None and positions.unchanged == positions.trained:
+        beginning = cache_key(checkpoint.extended(None), *own), positions.unchanged
+    return {"key": cache_key(checkpoint, *own), "name": cache_name(checkpoint), "beginning": beginning}
 
 
 def cache_name(checkpoint: Checkpoint) -> str:

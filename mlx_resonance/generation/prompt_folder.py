@@ -84,14 +84,14 @@ class PromptFolder:
             raise NotADirectoryError(f"prompt cache {self.folder} is a file: expected a folder")
         self._headers: dict[str, Segment] = {}
 
-    def segments(self, key: str | None = None) -> list[Segment]:
-        """The segments of a key, or all, by where they begin; those that nothing leads to are deleted."""
+    def segments(self, *keys: str) -> list[Segment]:
+        """The segments of some keys, or all, by where they begin; those that nothing leads to are deleted."""
         found = {}
         for path in self._files(NAME):
-            if key is None or path.stem.rsplit("-", 2)[0] == key:
+            if not keys or path.stem.rsplit("-", 2)[0] in keys:
                 if segment := self._headers.get(path.name) or self._read(path):
                     found[path.name] = segment
-        others = {name: segment for name, segment in self._headers.items() if key not in (None, segment.key)}
+        others = {name: segment for name, segment in self._headers.items() if keys and segment.key not in keys}
         self._headers = others | found
         useful: dict[str, Segment] = {}
         for name, segment in sorted(found.items(), key=lambda item: item[1].start):
@@ -102,16 +102,17 @@ class PromptFolder:
                 _delete(segment.path)
         return list(useful.values())
 
-    def longest(self, tokens: Sequence[int], key: str) -> Known:
-        """The longest beginning of a text that is worth reading."""
+    def longest(self, tokens: Sequence[int], key: str, beginning: tuple[str, int] | None = None) -> Known:
+        """The longest beginning of a text that is worth reading; `beginning` as of `PromptCache`."""
+        keys = {key: len(tokens)} | (dict([beginning]) if beginning else {})  # and how many tokens it is good for
         text = np.array(tokens, np.int64)
         best = Known()
         ways: dict[str, Known] = {"": best}  # up to the end of each segment that the text shares
-        for segment in self.segments(key):
+        for segment in self.segments(*keys):
             above = ways.get(segment.parent)
             if above is None or segment.start > above.tokens:
                 continue
-            common = common_prefix(text[segment.start :], segment.tokens)
+            common = common_prefix(text[segment.start : keys[segment.key]], segment.tokens)
             way = Known((*above.chain, segment), segment.start + common)
             ways[segment.path.name] = way
             if common * ENOUGH >= len(segment.tokens) and way.tokens > best.tokens:

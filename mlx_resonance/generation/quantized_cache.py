@@ -9,6 +9,7 @@ import mlx.core as mx
 from mlx.utils import tree_map
 
 from .._mlx_lm import BatchKVCache, KVCache, QuantizedKVCache
+from .far_keys import FarKeys
 from .kv_format import Arrays, KVFormat
 
 
@@ -29,7 +30,7 @@ class QuantizedCache(QuantizedKVCache):  # type: ignore[misc]  # mypy does not f
     def __init__(self, group_size: int, format: KVFormat) -> None:
         super().__init__(group_size)
         del self.bits
-        self.format = format
+        self.format, self.far = format, FarKeys()
 
     @classmethod
     def of(cls, cache: KVCache, group_size: int, format: KVFormat) -> QuantizedCache:
@@ -63,6 +64,22 @@ class QuantizedCache(QuantizedKVCache):  # type: ignore[misc]  # mypy does not f
             held = tree_map(lambda x: x[..., : self.offset, :], (self.keys, self.values))
             room = tree_map(lambda x, new: mx.concatenate([x, new], axis=2), held, room)
         self.keys, self.values = room
+
+    def dense_keys(self, first: int, end: int, like: mx.Dtype) -> mx.array:
+        """Keys in a range of tokens, in a type, not rotated."""
+        packed, scales, biases = (part[:, :, first:end] for part in self.keys)
+        options: dict[str, Any] = {"group_size": self.group_size, "bits": self.format.key_bits}
+        return self.format.restored(mx.dequantize(packed, scales.astype(like), biases.astype(like), **options))
+
+    def stored_keys(self, keys: mx.array) -> Arrays:
+        """Keys as this cache stores them."""
+        return self.format.quantize_keys(keys, self.group_size)
+
+    def trim(self, n: int) -> int:
+        """Remove the last tokens. Returns their number."""
+        trimmed: int = super().trim(n)
+        self.far.trim(self.offset)
+        return trimmed
 
     @property
     def state(self) -> Any:
