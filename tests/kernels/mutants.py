@@ -62,7 +62,7 @@ FAULTS = {
     "modulus of a negative position": Fault("rotary.h", "position < 0 && rest != 0 ? modulus - rest : rest", "rest"),
     "phase truncated": Fault("rotary.h", "(reduced * turns + 0x80000000u) >> 32", "(reduced * turns) >> 32"),
     "wrong term of the series": Fault("rotary.h", "2.55016404f", "2.55316404f"),
-    "offset by one": Fault("body.h", "+ uint32_t(step));", "+ uint32_t(step) + 1u);"),
+    "offset by one": Fault("body.h", "+ uint32_t(step))", "+ uint32_t(step) + 1u)"),
     "one offset for all rows": Fault("body.h", "row * offset_strides[0]", "0"),
     "positions of tokens in another layout": Fault("body.h", "step * offset_strides[1]", "step"),
     "positions of tokens counted on": Fault(
