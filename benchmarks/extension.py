@@ -26,6 +26,7 @@ from mlx_resonance.evaluation.perplexity import Subject, run_perplexity, select_
 from mlx_resonance.evaluation.windows import Protocol
 from mlx_resonance.finetuning import finetune
 from mlx_resonance.plots import plot_perplexity
+from mlx_resonance.posgen.report import paired
 from mlx_resonance.run_log import RunLog
 from mlx_resonance.scaling import named_rope
 from mlx_resonance.storage import atomic_file
@@ -35,7 +36,6 @@ from extension_bases import CONTEXT, base_folder
 from stdlib_llama import CONFIG, read, source_files
 
 FACTOR = 8
-T95 = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # Student's t for 95 %, by the number of seeds
 ROPES = ("default", "linear", "ntk", "yarn", "resonance_yarn")
 FROM_RESONANCE = ("resonance_default", "resonance_yarn")  # for models trained with rounded wavelengths
 KEY = ("base", "rope", "steps", "length", "seed")  # of a result
@@ -147,12 +147,11 @@ def tables(lines: list[dict], contexts: list[int]) -> str:
         twin = groups.get((steps, length, base.removeprefix("resonance_"), rope.removeprefix("resonance_")), {})
         both = [seed for seed in seeds if seed in twin] if rope.startswith("resonance_") else []
         if both:
-            change = np.array([figures(seeds[seed]) - figures(twin[seed]) for seed in both])
-            mean, std = _mean_and_std(change)
-            half = T95.get(len(both), np.nan) * std / np.sqrt(len(both))
+            changes = np.array([figures(seeds[seed]) - figures(twin[seed]) for seed in both])
             cells = [
-                f"{m:+.2f}" + (f" [{m - h:+.2f}, {m + h:+.2f}]" if len(both) > 1 else "")
-                for m, h in zip(mean, half, strict=True)
+                f"{pair['difference']:+.2f}"
+                + ("" if pair["low"] is None else f" [{pair['low']:+.2f}, {pair['high']:+.2f}]")
+                for pair in map(paired, changes.T)
             ]
             rows.append(f"| {base} | {trained} | difference to plain | {len(both)} | {' | '.join(cells)} |")
     return "\n".join(rows)

@@ -1,7 +1,7 @@
-"""PosGen's results as the docs show them: tables, figure, feature gaps, and the shortcut that the models learned.
+"""PosGen's results as the docs show them: the table of all run logs, the figure, the feature gaps.
 
-    mlx-resonance posgen sweep --preset laptop --seeds 5 --output benchmarks/results/posgen-laptop.jsonl
-    python benchmarks/posgen.py [--figure posgen.svg] [benchmarks/results/posgen-*.jsonl]
+    mlx-resonance posgen sweep --preset learned --seeds 10 --output benchmarks/results/posgen-learned.jsonl
+    python benchmarks/posgen.py [--weights last] [--figure posgen.svg] [benchmarks/results/posgen-*.jsonl]
 
 Reads run logs and trains nothing. The tables are Markdown; the last line is one JSON object.
 """
@@ -15,38 +15,31 @@ from typing import Any
 
 from mlx_resonance import feature_gap
 from mlx_resonance.plots import plot_posgen
-from mlx_resonance.posgen.report import PAPER, accuracy_curves, summarize
-from mlx_resonance.posgen.settings import BASES, Settings, settings_from
+from mlx_resonance.posgen.report import WEIGHTS, adjust, below_bar, figure_of, summarize
+from mlx_resonance.posgen.settings import ENCODINGS, Settings, settings_from
 from mlx_resonance.posgen.sweep import read_results
-
-import numpy as np
 
 RESULTS = Path(__file__).parent / "results"
 
 
-def table(summary: dict[str, Any]) -> str:
-    """Accuracy past the training length, mean ± standard deviation over seeds, and the paper's means."""
-    rows = ["| | " + " | ".join(f"{subtask} | paper" for subtask in summary["table"]) + " |"]
-    rows.append("| --- " * (1 + 2 * len(summary["table"])) + "|")
-    encodings = [name for base in BASES for name in (base, f"resonance_{base}")]
-    for encoding in encodings:
-        cells = [f"`{encoding}`"]
-        for subtask, found in summary["table"].items():
-            row = found.get(encoding)
-            spread = "" if row is None or row["ood_std"] is None else f" ± {row['ood_std']:.1f}"
-            paper = PAPER[subtask].get(encoding)
-            cells += ["" if row is None else f"{row['ood']:.1f}{spread}", "" if paper is None else str(paper)]
-        if any(cells[1::2]):
-            rows.append("| " + " | ".join(cells) + " |")
-    for base in BASES:
-        cells = [f"resonance - plain, {base}"]
-        for found in summary["pairs"].values():
-            pair = found.get(base)
-            interval = "" if not pair or pair["low"] is None else f" [{pair['low']:+.1f}, {pair['high']:+.1f}]"
-            cells += [f"{pair['difference']:+.1f}{interval}" if pair else "", ""]
-        if any(cells[1:]):
-            rows.append("| " + " | ".join(cells) + " |")
-    return "\n".join(rows)
+def table(name: str, summary: dict[str, Any]) -> list[str]:
+    """Markdown rows of one run log, one for each subtask and pair of readings, plain and rounded."""
+    rows = []
+    for subtask, found in summary["table"].items():
+        limits = summary["bounds"][subtask]
+        ceilings = [f"{limits[kind]['ceiling']:.1f}" if kind in limits else "" for kind in ("all", "near", "far")]
+        rows.append(f"| {name}, {subtask}: ceiling without far tokens | | | | {' | '.join(ceilings)} | | | |")
+        for reading, row in found.items():
+            pair = summary["pairs"][subtask].get(reading.removeprefix("resonance_"), {})
+            shown = pair if reading.startswith("resonance_") else {}
+            cells = [f"`{reading}`", str(row["seeds"]), _number(row["trained_id"]) + "†" * below_bar(row)]
+            cells += [_number(row["trained_near"])]
+            cells += [_number(row["ood"]) + (f" ± {row['ood_std']:.1f}" if row["ood_std"] is not None else "")]
+            cells += [_number(row["near"]), _number(row["far"]), _number(row["paper"])]
+            cells += [f"{shown['difference']:+.1f}{_interval(shown)}" if shown else ""]
+            cells += [f"{shown['p_holm']:.3f}" if shown.get("p_holm") is not None else ""]
+            rows.append(f"| {' | '.join(cells)} |")
+    return rows
 
 
 def gaps(settings: Settings) -> dict[str, dict[str, float]]:
@@ -56,11 +49,11 @@ def gaps(settings: Settings) -> dict[str, dict[str, float]]:
     """
     lengths = settings.train_length + 1, settings.test_length + 1
     result = {}
-    for encoding in (name for base in BASES for name in (base, f"resonance_{base}")):
-        trained = settings.frequencies(encoding, scaled=settings.train_scaled)
-        gap = feature_gap(settings.frequencies(encoding, scaled=True), *lengths, trained=trained)
+    for reading in settings.readings(ENCODINGS):
+        trained = settings.frequencies(reading, scaled=settings.train_scaled)
+        gap = feature_gap(settings.frequencies(reading, scaled=True), *lengths, trained=trained)
         critical = trained.wavelengths <= lengths[0]
-        result[encoding] = {
+        result[str(reading)] = {
             "pairs": int(critical.sum()),
             "pre_critical": round(float(gap[critical].sum()), 3),
             "others": round(float(gap[~critical].sum()), 3),
@@ -68,47 +61,45 @@ def gaps(settings: Settings) -> dict[str, dict[str, float]]:
     return result
 
 
-def shortcut(lines: list[dict[str, Any]], inside: int) -> dict[str, dict[str, float]]:
-    """In-distribution accuracy (%) of plain and resonance RoPE at the first predicted token and at the even and odd
-    ones after it. `tests/test_posgen_rules.py` shows the rule of two terms that holds for all but the first.
-    """
-    result = {}
-    for subtask in dict.fromkeys(line["subtask"] for line in lines):
-        some = [line for line in lines if line["subtask"] == subtask and line["encoding"] in ("rope", "resonance_rope")]
-        if not some:
-            continue
-        right = 100 * np.array([np.array(line["correct"][:inside]) / line["rows"] for line in some]).mean(axis=0)
-        parts = {"first": right[0], "second_fourth": right[1::2].mean(), "third_fifth": right[2::2].mean()}
-        result[subtask] = {name: round(float(value), 2) for name, value in parts.items()}
-    return result
+def minutes(settings: Settings, lines: list[dict[str, Any]]) -> float:
+    """Time of all trainings: readings that share one all have its seconds."""
+    trainings = {(line["subtask"], line["seed"], line["encoding"][:3], line["seconds"]) for line in lines}
+    return round(sum(seconds for *_, seconds in trainings) / 60, 1)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}"
+
+
+def _interval(pair: dict[str, Any]) -> str:
+    return "" if pair["low"] is None else f" [{pair['low']:+.1f}, {pair['high']:+.1f}]"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("posgen-*.jsonl")))
+    parser.add_argument("--weights", choices=WEIGHTS, default="best", help="best on validation, or of the last step")
     parser.add_argument("--figure", help="draw accuracy over the position, from the first file")
     arguments = parser.parse_args()
     report: dict[str, Any] = {}
     for path in arguments.files:
         header, lines = read_results(path)
         settings = settings_from(header["settings"])
-        seed_length = header["task"]["near"] + header["task"]["far"]
-        summary = summarize(lines)
-        trainings = {  # encodings that share a training all have its seconds
-            (line["subtask"], line["seed"], settings.training_encoding(line["encoding"]), line["seconds"])
-            for line in lines
-        }
-        report[path.stem] = {
-            **summary,
+        report[path.stem] = summarize(header, lines, arguments.weights) | {
             "feature_gap": gaps(settings),
-            "shortcut": shortcut(lines, settings.train_length - seed_length),
-            "minutes": round(sum(seconds for *_, seconds in trainings) / 60, 1),
+            "minutes": minutes(settings, lines),
         }
-        print(f"{path.name}: {len(lines)} results\n\n{table(summary)}\n")
-        print("feature gap", report[path.stem]["feature_gap"])
-        print("shortcut", report[path.stem]["shortcut"], "\n")
         if arguments.figure and path == arguments.files[0]:
-            plot_posgen(accuracy_curves(lines), seed_length, settings.train_length, arguments.figure)
+            plot_posgen(*figure_of(header, lines, arguments.weights), arguments.figure)
+    # Holm's adjustment is for all that is shown, not for each file.
+    adjust([pair for found in report.values() for pairs in found["pairs"].values() for pair in pairs.values()])
+    columns = ("", "seeds", "within", "near", "past", "near", "far", "paper", "resonance - plain", "p")
+    print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
+    for name, summary in report.items():
+        print("\n".join(table(name, summary)))
+    print("\n† a seed below 99 % within the training length, or not known")
+    for name, summary in report.items():
+        print(name, "feature gap", summary["feature_gap"])
     print(json.dumps(report))
 
 

@@ -25,7 +25,7 @@ from typing import Any
 
 from mlx_resonance.posgen.data import make_table, tokens
 from mlx_resonance.posgen.model import Decoder, ModelConfig
-from mlx_resonance.posgen.settings import DROPOUT_KEYS, PRESETS, Settings
+from mlx_resonance.posgen.settings import DROPOUT_KEYS, PRESETS, Reading, Settings
 from mlx_resonance.posgen.tasks import SUBTASKS, Task
 from mlx_resonance.posgen.train import Run
 from mlx_resonance.training import OneCycleAdamW, train
@@ -39,7 +39,7 @@ from mlx.utils import tree_flatten
 from rich.console import Console
 from rich.table import Table
 
-TASK, ENCODING = Task("cot"), "rope"
+TASK, ENCODING = Task("cot"), Reading("rope")
 WARM_UP = 3  # steps before the clock starts: MLX traces and compiles in the first one
 SCHEDULE = 10_000  # steps of the learning-rate schedule; a benchmark does fewer
 ROWS, LENGTH = 12_000, 512  # of the official table
@@ -126,7 +126,7 @@ def batch(settings: Settings) -> np.ndarray:
 def ours(settings: Settings, ids: np.ndarray) -> tuple[Contender, Decoder]:
     """Our training, as `posgen.train.run_training` sets it up, on one batch again and again."""
     run = Run(TASK, settings, (ENCODING,), 0)
-    model, rope, start = run.model(), run.rope(ENCODING, scaled=False), TASK.seed_length
+    model, rope, start = run.model(), run.training_rope(), TASK.seed_length
     optimizer = OneCycleAdamW(settings.learning_rate, SCHEDULE, weight_decay=settings.weight_decay)
     rows = mx.array(ids)
 
@@ -179,7 +179,7 @@ def theirs(settings: Settings, ours: Decoder, ids: np.ndarray, device: str, fuse
 def first_losses(settings: Settings, ours: Decoder, ids: np.ndarray) -> list[float]:
     """The loss before any step without dropout, of ours and of both in PyTorch: they are the same model."""
     start = TASK.seed_length
-    rope = Run(TASK, settings, (ENCODING,), 0).rope(ENCODING, scaled=False)
+    rope = Run(TASK, settings, (ENCODING,), 0).training_rope()
     logits = ours(mx.array(ids[:, :-1]), rope, start=start)
     losses = [nn.losses.cross_entropy(logits, mx.array(ids[:, start + 1 :]), reduction="mean").item()]
     for fused in (False, True):

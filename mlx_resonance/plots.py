@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -79,41 +79,57 @@ def new_figure(path: str | Path, width: float, height: float, style: Mapping[Any
 
 
 def plot_posgen(
-    curves: Mapping[str, Mapping[str, np.ndarray]], seed_length: int, train_length: int, path: str | Path
-) -> None:
-    """Plot accuracy by position: one panel per subtask, one line per encoding, the training length marked.
+    curves: Mapping[str, Mapping[str, np.ndarray]], kinds: Mapping[str, np.ndarray],
+    faint: Mapping[str, Collection[str]], seed_length: int, train_length: int, path: str | Path,
+) -> None:  # fmt: skip
+    """Plot accuracy by position: a panel for the near and one for the far tokens of each subtask, a line per reading.
 
     Args:
         curves: from `accuracy_curves`.
+        kinds: by subtask, from `Task.kinds`, of the same positions.
+        faint: by subtask, readings to draw faintly: those that have not learned the task.
         seed_length: digits before the first predicted one.
         train_length: digits of a training row.
         path: as of `new_figure`.
     """
-    with new_figure(path, 8.5, 3.4) as figure:
-        axes = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-        for axis, (subtask, lines) in zip(axes, curves.items(), strict=True):
-            posgen_curves(axis, lines, seed_length)
+    panels = [(subtask, kind) for subtask in curves for kind in ("near", "far") if kind in kinds[subtask]]
+    with new_figure(path, 1.5 + 2.4 * len(panels), 3.6) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (subtask, kind) in zip(axes, panels, strict=True):
+            chosen = np.flatnonzero(kinds[subtask] == kind)
+            accuracies = {name: accuracy[chosen] for name, accuracy in curves[subtask].items()}
+            posgen_curves(axis, accuracies, 1 + seed_length + chosen, faint.get(subtask, ()))
             axis.axvline(train_length + 0.5, color="black", linewidth=0.8, linestyle=":")
-            axis.set(title=subtask, xlabel="position", ylim=(0, 103))
-        axes[0].set_ylabel("accuracy, %, mean of two neighbours")
-        legend_below(figure, 4)
+            axis.set(title=f"{subtask}, {kind} tokens", xlabel="position", ylim=(0, 103))
+        axes[0].set_ylabel("accuracy, %")
+        if any(faint.values()):
+            figure.suptitle("faint: below 99 % within the training length", fontsize=9)
+        legend_below(figure, 5)
 
 
-def posgen_curves(axis: Axes, accuracies: Mapping[str, np.ndarray], seed_length: int) -> None:
-    """Draw a line for every encoding; rounded ones are solid, in the color of their dashed twin.
+def posgen_curves(
+    axis: Axes, accuracies: Mapping[str, np.ndarray], positions: np.ndarray, faint: Collection[str] = ()
+) -> None:
+    """Draw a line for every reading; rounded ones are solid, in the color of their dashed twin.
 
     Args:
         axis: to draw on.
-        accuracies: by encoding, as from `accuracy_curves`.
-        seed_length: digits before the first predicted one.
+        accuracies: by name of the encoding, with the ramp where it has one; in [0, 1].
+        positions: of the accuracies.
+        faint: names of the lines to draw faintly.
     """
     colors = {"rope": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
-    for encoding, accuracy in accuracies.items():
-        base = encoding.removeprefix("resonance_")
-        # In semi-recursive sequences every other token is easy: two neighbours make one point.
-        smooth = 100 * np.convolve(accuracy, [0.5, 0.5], mode="valid")
-        positions = seed_length + np.arange(len(smooth)) + 1.5
-        axis.plot(positions, smooth, "--" if base == encoding else "-", color=colors[base], label=encoding, linewidth=1)
+    more = iter(MORE_COLORS)
+    for name, accuracy in accuracies.items():
+        twin = name.removeprefix("resonance_")
+        base = twin.partition("/")[0]
+        if twin not in colors:  # a ramp: the first has its encoding's color
+            is_first = not any(known.startswith(f"{base}/") for known in colors)
+            colors[twin] = colors[base] if is_first else next(more)
+        axis.plot(
+            positions, 100 * accuracy, "--" if twin == name else "-", color=colors[twin], label=name, linewidth=1,
+            alpha=0.3 if name in faint else 1,
+        )  # fmt: skip
 
 
 def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarray, path: str | Path) -> None:

@@ -9,7 +9,7 @@ from mlx_resonance.errors import UsageError
 from mlx_resonance.posgen import train
 from mlx_resonance.posgen.data import tokens
 from mlx_resonance.posgen.evaluate import generated, in_and_out, teacher_forced
-from mlx_resonance.posgen.settings import ENCODINGS, PRESETS, Settings, settings_from
+from mlx_resonance.posgen.settings import ENCODINGS, PRESETS, Reading, Settings, settings_from
 from mlx_resonance.posgen.tasks import Task
 from mlx_resonance.posgen.train import Best, Run, results, run_training
 
@@ -20,6 +20,8 @@ from mlx.utils import tree_flatten
 
 SMOKE = PRESETS["smoke"]
 TASK = Task("recursive")
+ROPE, NTK, YARN = Reading("rope"), Reading("ntk"), Reading("yarn", 13)
+RESONANCE = Reading("resonance_rope")
 
 
 def arrays(tree) -> dict[str, np.ndarray]:
@@ -40,29 +42,35 @@ def test_presets_are_what_the_sources_say() -> None:
     assert (official.train_scaled, paper.train_scaled) == (False, True)
     for preset in (official, paper):
         assert preset.steps == 11850 and preset.factor == 257 / 65
-        assert preset.frequencies("yarn", True).attention_scale == pytest.approx(1.1375, abs=5e-5)
-    assert official.original_max_position_embeddings == 257
+        assert preset.frequencies(preset.readings(["yarn"])[0], True).attention_scale == pytest.approx(1.1375, abs=5e-5)
+    assert official.ramps == (257, 65) and paper.ramps == (65,)
     for preset in PRESETS.values():
         assert settings_from(json.loads(json.dumps(asdict(preset)))) == preset
 
 
 def test_encodings() -> None:
-    official = PRESETS["official"]
-    for encoding in ENCODINGS:
-        resonant = encoding.startswith("resonance_")
-        assert official.frequencies(encoding, True).is_resonant == resonant
-        unscaled = official.frequencies(encoding, False)
+    official = replace(PRESETS["official"], ramps=(65, 257))
+    readings = official.readings(ENCODINGS)
+    assert len(readings) == 10 and set(readings) > {Reading("ntk"), Reading("yarn", 65), Reading("resonance_yarn", 257)}
+    assert str(Reading("ntk")) == "ntk" and str(Reading("yarn", 65)) == "yarn/65"
+    with pytest.raises(UsageError, match="alibi"):
+        official.readings(["alibi"])
+    for reading in readings:
+        resonant = reading.encoding.startswith("resonance_")
+        assert official.frequencies(reading, True).is_resonant == resonant
+        unscaled = official.frequencies(reading, False)
         plain = frequencies.default_frequencies(64, 10000.0)
         assert unscaled == (plain.resonate() if resonant else plain)
-        assert official.training_encoding(encoding) == ("resonance_rope" if resonant else "rope")
-        assert PRESETS["paper"].training_encoding(encoding) == encoding
-    yarn = frequencies.yarn_frequencies(64, 10000.0, 257 / 65, 257, beta_fast=2, beta_slow=1)
-    assert official.frequencies("yarn", True) == yarn
-    assert official.frequencies("resonance_yarn", True) == yarn.resonate()
+        assert official.training(reading) == (RESONANCE if resonant else ROPE)
+        assert PRESETS["paper"].training(reading) == reading
+    for ramp in official.ramps:
+        yarn = frequencies.yarn_frequencies(64, 10000.0, 257 / 65, ramp, beta_fast=2, beta_slow=1)
+        assert official.frequencies(Reading("yarn", ramp), True) == yarn
+        assert official.frequencies(Reading("resonance_yarn", ramp), True) == yarn.resonate()
 
 
 def test_a_run_that_was_killed_ends_bit_identical(tmp_path) -> None:
-    run = Run(TASK, SMOKE, ("rope", "yarn"), 3)
+    run = Run(TASK, SMOKE, (ROPE, YARN), 3)
     model, best = run_training(run)
     path = tmp_path / "checkpoint.safetensors"
 
@@ -90,37 +98,37 @@ LOSSES = {
 def test_a_seed_gives_the_training_of_the_committed_results(seed) -> None:
     """The same initial values, order of rows and dropout."""
     losses = []
-    run_training(Run(TASK, SMOKE, ("rope",), seed), on_progress=lambda step, loss, *_: losses.append(loss))
+    run_training(Run(TASK, SMOKE, (ROPE,), seed), on_progress=lambda step, loss, *_: losses.append(loss))
     assert losses == pytest.approx(LOSSES[seed], abs=1e-4)
 
 
 def test_encodings_that_share_a_training_get_what_each_alone_gets() -> None:
-    run = Run(TASK, SMOKE, ("rope", "ntk"), 1)
+    run = Run(TASK, SMOKE, (ROPE, NTK), 1)
     _, shared = run_training(run)
-    for encoding in run.encodings:
-        _, alone = run_training(replace(run, encodings=(encoding,)))
-        assert_same({name: value for name, value in arrays(shared.arrays).items() if name.startswith(encoding)},
+    for reading in run.readings:
+        _, alone = run_training(replace(run, readings=(reading,)))
+        assert_same({name: value for name, value in arrays(shared.arrays).items() if name.startswith(f"{reading}.")},
                     arrays(alone.arrays))  # fmt: skip
     with pytest.raises(UsageError, match="different angles"):
-        Run(TASK, SMOKE, ("rope", "resonance_rope"), 1)
+        Run(TASK, SMOKE, (ROPE, RESONANCE), 1)
 
 
 def test_scaled_training_differs() -> None:
-    plain, _ = run_training(Run(TASK, SMOKE, ("ntk",), 1))
-    scaled, _ = run_training(Run(TASK, replace(SMOKE, train_scaled=True), ("ntk",), 1))
+    plain, _ = run_training(Run(TASK, SMOKE, (NTK,), 1))
+    scaled, _ = run_training(Run(TASK, replace(SMOKE, train_scaled=True), (NTK,), 1))
     assert not np.array_equal(arrays(plain.parameters())["embedding"], arrays(scaled.parameters())["embedding"])
 
 
 def test_the_best_weights_are_the_earliest_of_the_best() -> None:
-    run = Run(TASK, SMOKE, ("rope",), 1)
+    run = Run(TASK, SMOKE, (ROPE,), 1)
     for accuracies, chosen in (((0.1, 0.3, 0.3), 2), ((0.5, 0.5, 0.4), 1), ((0.0, 0.0, 0.1), 3)):
         model = run.model()
         best = Best(run, model)
         for step, accuracy in enumerate(accuracies, 1):
             model.update({"embedding": mx.full(model.embedding.shape, step)})
-            best.consider("rope", step, accuracy, model)
+            best.consider(ROPE, step, accuracy, model)
         assert best.arrays["rope.step"].item() == chosen
-        best.load_into(model, "rope")
+        best.load_into(model, ROPE)
         assert (model.embedding == chosen).all()
 
 
@@ -128,7 +136,7 @@ def test_the_model_learns_and_the_measures_see_it() -> None:
     """A rule of one token: a small model learns it and, since it is local, is mostly right out of distribution, too."""
     task = Task("recursive", modulus=5, near=1, far=0, arithmetic="pow_sin")
     settings = replace(SMOKE, split="official", epochs=40, learning_rate=2e-2, model=replace(SMOKE.model, dropout=0.0))
-    run = Run(task, settings, ("rope",), 1)
+    run = Run(task, settings, (ROPE,), 1)
     losses = []
     model, best = run_training(run, on_progress=lambda step, loss, *_: losses.append(loss))
     assert losses[-1] < 0.05 < 1 < losses[0]
@@ -139,8 +147,11 @@ def test_the_model_learns_and_the_measures_see_it() -> None:
 
 @pytest.mark.parametrize("train_scaled", [False, True])
 def test_each_part_has_its_rows_and_its_rope(monkeypatch, train_scaled) -> None:
-    """Training is unscaled or scaled, validation and test are scaled; each has rows of its own."""
-    run = Run(TASK, replace(SMOKE, train_scaled=train_scaled), ("yarn",), 1)
+    """Training is unscaled or scaled, validation and test are scaled; each has rows of its own.
+
+    Within the training length, the test also reads with the angles of the training.
+    """
+    run = Run(TASK, replace(SMOKE, train_scaled=train_scaled), (YARN,), 1)
     rows, seen, trained = run.splits(), [], []
 
     def watched(measure):
@@ -162,19 +173,24 @@ def test_each_part_has_its_rows_and_its_rope(monkeypatch, train_scaled) -> None:
     model, best = run_training(run)
     validations = len(seen)
     results(run, model, best)
-    assert trained and all(one == SMOKE.frequencies("yarn", scaled=train_scaled) for one in trained)
-    assert all(one[1] == SMOKE.frequencies("yarn", scaled=True) for one in seen)
+    assert trained and all(one == SMOKE.frequencies(YARN, scaled=train_scaled) for one in trained)
+    as_trained = seen[validations + 1], seen[-1]
+    for one in seen:
+        scaled = train_scaled or not any(one is other for other in as_trained)
+        assert one[1] == SMOKE.frequencies(YARN, scaled=scaled)
     assert [one[0] for one in seen[:validations]] == ["teacher_forced"] * 3
     assert all(np.array_equal(one[2], rows.validation) for one in seen[:validations])
     assert [(name, *prompt) for name, _, _, *prompt in seen[validations:]] == [
-        ("teacher_forced",), ("generated", 4), ("generated", 12),
+        ("teacher_forced",), ("teacher_forced",), ("generated", 4), ("generated", 12), ("teacher_forced",),
+        ("teacher_forced",),
     ]  # fmt: skip
-    for one, expected in zip(seen[validations:], (rows.test, rows.test[:2], rows.test[:2]), strict=True):
+    measured = [rows.test, rows.test[:, :12]]
+    for one, expected in zip(seen[validations:], (*measured, rows.test[:2], rows.test[:2], *measured), strict=True):
         np.testing.assert_array_equal(one[2], expected)
 
 
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
-    runs = [Run(TASK, SMOKE, ("rope",), seed) for seed in (1, 2)]
+    runs = [Run(TASK, SMOKE, (ROPE,), seed) for seed in (1, 2)]
     ids = tokens(runs[0].splits().train, TASK.modulus)
     orders, steps = [], SMOKE.steps_per_epoch
     for run, epoch in product(runs, range(2)):
@@ -193,13 +209,13 @@ def test_the_optimizer_is_that_of_the_settings(monkeypatch) -> None:
     monkeypatch.setattr(
         train, "OneCycleAdamW", lambda *args, **options: made.append((args, options)) or optimizer(*args, **options)
     )
-    run_training(Run(TASK, replace(SMOKE, weight_decay=0.25), ("rope",), 1))
+    run_training(Run(TASK, replace(SMOKE, weight_decay=0.25), (ROPE,), 1))
     assert made == [((SMOKE.learning_rate, SMOKE.steps), {"weight_decay": 0.25})]
 
 
 def test_measures_count_positions() -> None:
-    run = Run(TASK, SMOKE, ("rope",), 1)
-    model, rope, rows = run.model(), run.rope("rope", True), run.splits().test
+    run = Run(TASK, SMOKE, (ROPE,), 1)
+    model, rope, rows = run.model(), run.rope(ROPE), run.splits().test
     counts = teacher_forced(model, rope, rows, TASK)
     assert counts.shape == (SMOKE.test_length - TASK.seed_length,)
     assert counts.max() <= len(rows)
@@ -212,3 +228,23 @@ def test_measures_count_positions() -> None:
 def test_every_name_of_a_setting_is_explained() -> None:
     text = Settings.__doc__
     assert all(name in text for name in Settings.__dataclass_fields__)
+
+
+def test_a_curriculum_comes_before_the_first_epoch() -> None:
+    """Short rows first, more of them in a step, from their beginning; the epochs then are those without it."""
+    settings = replace(SMOKE, curriculum=((6, 2), (8, 1)))
+    assert settings.curriculum_steps == 3 and settings.steps == SMOKE.steps + 3
+    assert settings_from(json.loads(json.dumps(asdict(settings)))) == settings
+    run, plain = Run(TASK, settings, (ROPE,), 1), Run(TASK, SMOKE, (ROPE,), 1)
+    ids = tokens(run.splits().train, TASK.modulus)
+    batches = [train._batch(run, ids, step) for step in range(settings.steps)]
+    assert [batch.shape for batch, _ in batches[:3]] == [(32, 7), (32, 7), (24, 9)]
+    beginnings = {row.tobytes() for row in ids[:, :7]}
+    assert all(row.tobytes() in beginnings for row in np.array(batches[0][0]))
+    assert not np.array_equal(batches[0][0], batches[1][0])
+    for step in range(SMOKE.steps):
+        assert np.array_equal(batches[3 + step][0], train._batch(plain, ids, step)[0])
+    assert [key.tolist() for _, key in batches] == [[1, 1024 * step] for step in range(settings.steps)]
+    losses = []
+    run_training(run, on_progress=lambda step, loss, *_: losses.append(loss))
+    assert len(losses) == settings.steps

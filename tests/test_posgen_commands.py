@@ -76,10 +76,34 @@ def test_sweep_and_report_commands(run, tmp_path) -> None:
     sweep = json.loads(run("posgen", "sweep", "--preset", "smoke", "--seeds", "1", "--output", output, "--json")[1])
     assert sweep["results"] == 24
     shown = run("posgen", "report", output, "--plot", str(tmp_path / "figure.png"))
-    assert shown[0] == 0 and "48.46" in shown[1] and (tmp_path / "figure.png").stat().st_size > 10_000
+    assert shown[0] == 0 and "48.5" in shown[1] and (tmp_path / "figure.png").stat().st_size > 10_000
     assert all(len(line) <= 80 for line in shown[1].splitlines())
     report = json.loads(run("posgen", "report", output, "--json")[1])
     assert report["settings"]["split"] == "disjoint" and report["table"] == sweep["table"]
+
+
+def test_the_report_shows_either_weights(run, tmp_path) -> None:
+    output = tmp_path / "smoke.jsonl"
+    sweep = ("sweep", "--preset", "smoke", "--seeds", "1", "--subtask", "cot", "--encoding", "rope", "--output", output)
+    assert run("posgen", *sweep)[0] == 0
+    line = json.loads(output.read_text().splitlines()[1])
+    for weights, chosen in (("best", line), ("last", line["last"])):
+        found = json.loads(run("posgen", "report", output, "--weights", weights, "--json")[1])
+        row = found["table"]["cot"]["rope"]
+        assert found["weights"] == weights and row["ood"] == pytest.approx(100 * chosen["ood"])
+        assert row["trained_id"] == pytest.approx(100 * sum(chosen["trained"][1:]) / 7 / line["rows"], abs=1e-3)
+        shown = run("posgen", "report", output, "--weights", weights)[1]
+        assert f"{weights} weights" in shown and f"{row['trained_id']:.1f}*" in shown  # below the bar
+
+
+def test_weights_are_read_with_another_ramp(run, tmp_path) -> None:
+    assert run(*TRAIN, tmp_path / "r")[0] == 0
+    found = [
+        json.loads(run("posgen", "eval", tmp_path / "r", *ramp, "--json")[1])
+        for ramp in ((), ("--ramp", "13"), ("--ramp", "97"))
+    ]
+    assert found[0] == found[1] and [line["ramp"] for line in found] == [13, 13, 97]
+    assert [line["settings"]["ramps"] for line in found] == [[13], [13], [97]] and "last" not in found[0]
 
 
 def test_every_result_says_its_split(run, tmp_path, monkeypatch) -> None:
@@ -205,7 +229,7 @@ def test_another_run_in_the_folder_is_refused(run, tmp_path) -> None:
 def test_a_run_is_read_as_a_sweep_of_one(run, tmp_path) -> None:
     assert run(*TRAIN, tmp_path / "r")[0] == 0
     found = json.loads(run("posgen", "report", tmp_path / "r/run.jsonl", "--json")[1])
-    assert list(found["table"]["cot"]) == ["yarn"]
+    assert list(found["table"]["cot"]) == ["yarn/13"]
 
 
 TINY = "--subtask cot --encoding rope --preset smoke"
@@ -221,7 +245,7 @@ BAD = {
     "data --subtask cot --rows 10000000 --output {}/x.npy": "at most 2**28, got 10000000 times 512 (--rows)",
     "data --subtask cot --split random --output {}/x.npy": "not one of official, disjoint",
     "train --subtask cot --encoding alibi --output {}/r": "not one of rope, linear, ntk, yarn",
-    "train --subtask cot --encoding rope --preset huge --output {}/r": "not one of official, paper, laptop, smoke",
+    "train --subtask cot --encoding rope --preset huge --output {}/r": "of official, paper, learned, laptop, smoke",
     f"train {TINY} --epochs 0 --output {{}}/r": "Invalid value for '--epochs'",
     "data --subtask cot --modulus 99999999999999999999 --output {}/x.npy": "less than or equal to 1048576",
     "data --subtask cot --modulus 1000000 --output {}/x.npy": "at most 2**20, got 1000000 times 4 (--modulus)",

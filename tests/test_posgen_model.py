@@ -35,7 +35,8 @@ def rows(count: int, length: int) -> np.ndarray:
 
 
 def rope(settings: Settings, encoding: str) -> ResonanceRoPE:
-    return Run(COT, settings, (encoding,), 0).rope(encoding, scaled=True)
+    readings = settings.readings([encoding])
+    return Run(COT, settings, readings, 0).rope(readings[0])
 
 
 def torch_tables(settings: Settings, encoding: str, length: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -44,7 +45,7 @@ def torch_tables(settings: Settings, encoding: str, length: int) -> tuple[torch.
     wavelengths = oracle.rope_wavelengths(dims, base)
     if encoding.endswith("yarn"):
         factor = (settings.test_length + 1) / (settings.train_length + 1)
-        original = settings.original_max_position_embeddings
+        original = settings.ramps[0]
         wavelengths = oracle.yarn_wavelengths(dims, base, factor, original, beta_fast=2, beta_slow=1)
         scale = oracle.yarn_attention_scale(factor)
     if encoding.startswith("resonance"):
@@ -172,7 +173,9 @@ def test_the_official_feed_forward_is_not_trained(official: Decoder) -> None:
     assert frozen == {f"layers.{i}.{part}" for i in range(6) for part in parts}
 
     small = replace(OFFICIAL.model, layers=1)
-    run = Run(COT, replace(OFFICIAL, model=small, sizes=(8, 2, 2), batch_size=8, epochs=2), ("rope",), 3)
+    run = Run(
+        COT, replace(OFFICIAL, model=small, sizes=(8, 2, 2), batch_size=8, epochs=2), OFFICIAL.readings(["rope"]), 3
+    )
     before = dict(tree_flatten(run.model().parameters()))
     for name, value in tree_flatten(run_training(run)[0].parameters()):
         assert mx.array_equal(value, before[name]).item() == (name in frozen), name
@@ -262,3 +265,23 @@ def test_teacher_forced_counts(monkeypatch: pytest.MonkeyPatch, smoke: Decoder) 
     counts = teacher_forced(smoke, turning, ids[:, 1:], COT)
     assert counts.shape == (20,)
     assert np.array_equal(counts, expected)
+
+
+# --- digits in their order
+
+
+def test_ordered_digits_lie_on_a_line_and_a_circle() -> None:
+    """With nothing random, neighbours are alike, the first and the last differ on the line; [EOS] stays as it was."""
+    shape = replace(SMOKE.model, hidden_size=256)
+    plain, ordered = (np.array(Decoder(replace(shape, ordered=part), VOCABULARY, 3).embedding) for part in (0.0, 1.0))
+    assert np.array_equal(plain[17:], ordered[17:])
+    assert np.linalg.matrix_rank(ordered[:17], tol=1e-3) == 3
+    steps = np.linalg.norm(np.diff(ordered[:17], axis=0), axis=1)
+    assert steps.max() < 1.5 * steps.min()
+    # Sums of digits are sums of their places: the line's part is what second differences around the circle leave.
+    turns = 2 * np.pi * np.arange(17) / 17
+    basis = np.stack([np.arange(17) - 8, np.cos(turns), np.sin(turns)], axis=1)
+    fitted = basis @ np.linalg.lstsq(basis, ordered[:17], rcond=None)[0]
+    np.testing.assert_allclose(fitted, ordered[:17], atol=1e-4)
+    half = np.array(Decoder(replace(shape, ordered=0.5), VOCABULARY, 3).embedding)
+    np.testing.assert_allclose(half[:17], (plain + ordered)[:17] / 2, atol=1e-5)

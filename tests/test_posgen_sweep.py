@@ -12,7 +12,7 @@ from pathlib import Path
 from mlx_resonance.errors import UsageError
 from mlx_resonance.plots import plot_posgen
 from mlx_resonance.posgen import sweep
-from mlx_resonance.posgen.report import PAPER, accuracy_curves, paired_bootstrap, summarize
+from mlx_resonance.posgen.report import PAPER, accuracy_curves, adjust, figure_of, paired, summarize
 from mlx_resonance.posgen.settings import ENCODINGS, PRESETS
 from mlx_resonance.posgen.sweep import header, read_results, run_sweep
 from mlx_resonance.posgen.tasks import SUBTASKS, Task
@@ -58,8 +58,8 @@ def test_a_sweep_runs_what_is_missing(swept, tmp_path) -> None:
     part.write_text("".join(kept) + text[-1][:50])  # and a line that a killed run did not finish
     runs = []
     again = run_sweep(part, "smoke", SMOKE, TASK, seeds=(1, 2), on_run=lambda run, *_: runs.append(run))
-    assert [(run.task.subtask, run.encodings, run.seed) for run in runs] == [
-        ("semi-recursive", ("ntk",), 1), ("semi-recursive", ("ntk",), 2),
+    assert [(run.task.subtask, run.readings, run.seed) for run in runs] == [
+        ("semi-recursive", (("ntk", 0),), 1), ("semi-recursive", (("ntk", 0),), 2),
     ]  # fmt: skip
     assert without(again) == without(lines)
 
@@ -120,7 +120,7 @@ def test_what_is_asked_for_twice_runs_once(tmp_path) -> None:
         tmp_path / "twice.jsonl", "smoke", SMOKE, TASK, subtasks=("cot", "cot"), encodings=("rope", "yarn", "rope"),
         seeds=(1, 2, 1), on_run=lambda run, *_: runs.append(run),
     )  # fmt: skip
-    assert [(run.encodings, run.seed) for run in runs] == [(("rope", "yarn"), 1), (("rope", "yarn"), 2)]
+    assert [(run.readings, run.seed) for run in runs] == [((("rope", 0), ("yarn", 13)), seed) for seed in (1, 2)]
     assert sorted((line["encoding"], line["seed"]) for line in lines) == [
         ("rope", 1), ("rope", 2), ("yarn", 1), ("yarn", 2),
     ]  # fmt: skip
@@ -202,11 +202,16 @@ def test_the_committed_results_are_read(name) -> None:
 # --- report
 
 
-def fake(subtask: str, encoding: str, seed: int, ood: float) -> dict:
+def fake(subtask: str, encoding: str, seed: int, ood: float, learned: float = 1.0, **more) -> dict:
+    """A line of four predictions within the training length and six past it, of which half the rows are right."""
     return {
-        "subtask": subtask, "encoding": encoding, "seed": seed, "id": 1.0, "ood": ood, "correct": [4, 2], "rows": 4,
-        "generated_id": 0.5, "generated_ood": 0.25, "continued_ood": 0.75,
-    }  # fmt: skip
+        "subtask": subtask, "encoding": encoding, "ramp": 65 * encoding.endswith("yarn"), "seed": seed, "id": 1.0,
+        "ood": ood, "correct": [4] * 4 + [2] * 6, "rows": 4, "generated_id": 0.5, "generated_ood": 0.25,
+        "continued_ood": 0.75, "trained_id": learned, "first": 0.5,
+    } | more  # fmt: skip
+
+
+SMALL = header("small", replace(SMOKE, train_length=8, test_length=14), TASK)
 
 
 def test_summary() -> None:
@@ -214,43 +219,94 @@ def test_summary() -> None:
     lines = [fake("cot", "yarn", seed, value) for seed, value in enumerate(plain)]
     lines += [fake("cot", "resonance_yarn", 2 - seed, value) for seed, value in enumerate(resonant[::-1])]
     lines += [fake("recursive", "rope", 1, 0.5)]
-    summary = summarize(lines)
+    summary = summarize(SMALL, lines)
     assert list(summary["table"]) == ["recursive", "cot"]
-    row = summary["table"]["cot"]["yarn"]
+    assert list(summary["table"]["cot"]) == ["yarn/65", "resonance_yarn/65"]
+    row = summary["table"]["cot"]["yarn/65"]
     assert row["seeds"] == 3 and row["paper"] == PAPER["cot"]["yarn"] == 98.71
     assert row["ood"] == pytest.approx(30) and row["ood_variance"] == pytest.approx(700)
     assert row["ood_std"] == pytest.approx(700**0.5) and row["continued_ood"] == pytest.approx(75)
+    assert (row["trained_id"], row["first"], row["near"], row["far"]) == (100, 50, 50, None)
     assert summary["table"]["recursive"]["rope"]["ood_std"] is None
-    pair = summary["pairs"]["cot"]["yarn"]
+    pair = summary["pairs"]["cot"]["yarn/65"]
     assert pair["difference"] == pytest.approx(40 / 3)  # paired by seed, not by order: +20, 0, +20
-    assert 0 <= pair["low"] < pair["difference"] < pair["high"] <= 20 + 1e-9
+    # Student's t of two degrees of freedom is 4.3027 at 97.5 %; the standard error is 20/3.
+    assert pair["low"] == pytest.approx(40 / 3 - 4.3027 * 20 / 3, abs=1e-3)
+    assert pair["high"] == pytest.approx(40 / 3 + 4.3027 * 20 / 3, abs=1e-3)
+    assert pair["p"] == pair["p_holm"] == pytest.approx(0.18350, abs=1e-5)  # t = 2: 1 - 2/√6
     assert summary["pairs"]["recursive"] == {}
     json.dumps(summary, allow_nan=False)
 
 
-def test_bootstrap_covers_as_it_says() -> None:
-    """In many experiments whose true difference is 1, about 95 % of the intervals contain it (fewer with few seeds)."""
+def test_near_and_far_tokens_are_apart() -> None:
+    """Of the digits 8 to 13 of a semi-recursive row, the window has moved for 8, 10 and 12."""
+    counts = [4, 4, 4, 4, 1, 4, 0, 3, 2, 2]
+    line = fake("semi-recursive", "rope", 1, 0.5, correct=counts, trained=[1, 4, 2, 3])
+    summary = summarize(SMALL, [line])
+    row = summary["table"]["semi-recursive"]["rope"]
+    assert row["far"] == pytest.approx(100 * (1 + 0 + 2) / 12) and row["near"] == pytest.approx(100 * (4 + 3 + 2) / 12)
+    assert (row["trained_near"], row["trained_far"]) == (87.5, 50)
+    limits = summary["bounds"]["semi-recursive"]
+    assert limits["near"]["ceiling"] == pytest.approx(100, abs=1)
+    assert limits["far"]["ceiling"] == pytest.approx(100 / 17, abs=1.5)
+    assert limits["all"]["ceiling"] == pytest.approx((100 + 100 / 17) / 2, abs=1)
+    assert limits["all"]["chance"] == pytest.approx(100 / 17, abs=1.5)
+
+
+def test_a_model_that_has_not_learned_is_marked() -> None:
+    below = {}
+    for learned in ((0.99, 1.0), (0.9899, 1.0)):
+        lines = [fake("cot", "ntk", seed, 0.5, learned=value) for seed, value in enumerate(learned)]
+        below[learned] = summarize(SMALL, lines)["table"]["cot"]["ntk"]["below"]
+    assert list(below.values()) == [0, 1]
+    del lines[1]["trained_id"]  # results of an earlier version
+    assert summarize(SMALL, lines)["table"]["cot"]["ntk"]["below"] is None
+    assert figure_of(SMALL, lines)[2] == {"cot": {"ntk"}}
+
+
+def test_the_last_weights_beside_the_best() -> None:
+    last = {"id": 0.5, "ood": 0.125, "trained_id": 0.25, "first": 0.0, "correct": [2] * 4 + [1] * 6}
+    lines = [fake("cot", "rope", 1, 0.5, last=last)]
+    best, after = (summarize(SMALL, lines, weights)["table"]["cot"]["rope"] for weights in ("best", "last"))
+    assert (best["ood"], best["trained_id"], best["near"]) == (50, 100, 50)
+    assert (after["ood"], after["trained_id"], after["near"]) == (12.5, 25, 25)
+    assert figure_of(SMALL, lines, "last")[0]["cot"]["rope"].tolist() == [0.5] * 4 + [0.25] * 6
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
+    """In many experiments of five seeds whose true difference is 1, about 95 % of the intervals contain it."""
     random = np.random.default_rng(11)
-    held = 0
-    for _ in range(400):
-        interval = paired_bootstrap(random.normal(1, 2, size=30))
-        held += interval["low"] <= 1 <= interval["high"]
-    assert 356 <= held <= 388  # 89 % to 97 %
-    assert paired_bootstrap(np.array([0.5]))["low"] is None
+    intervals = [paired(random.normal(1, 2, size=5)) for _ in range(400)]
+    held = sum(interval["low"] <= 1 <= interval["high"] for interval in intervals)
+    assert 368 <= held <= 392  # 92 % to 98 %
+    assert paired(np.array([0.5]))["low"] is None
+    assert paired(np.array([0.5, 0.5]))["p"] is None  # nothing varies: no test
+
+
+def test_p_values_are_adjusted_for_the_table() -> None:
+    """Holm's example of four: the smallest is multiplied by 4, the next by 3, and none falls below one before it."""
+    pairs = [{"p": 0.03}, {"p": None}, {"p": 0.005}, {"p": 0.04}, {"p": 0.01}]
+    adjust(pairs)
+    assert [pair["p_holm"] for pair in pairs] == [pytest.approx(0.06), None, *map(pytest.approx, (0.02, 0.06, 0.03))]
 
 
 def test_figure(swept, tmp_path, monkeypatch) -> None:
-    _, lines = swept
+    output, lines = swept
     curves = accuracy_curves(lines)
-    assert list(curves) == list(SUBTASKS) and list(curves["cot"]) == list(ENCODINGS)
+    assert list(curves) == list(SUBTASKS)
+    assert set(curves["cot"]) == {*ENCODINGS} - {"yarn", "resonance_yarn"} | {
+        "yarn/13", "resonance_yarn/13",
+    }  # fmt: skip
     assert curves["cot"]["rope"].shape == (SMOKE.test_length - 4,)
     drawn, marks = [], []
     plot, mark = Axes.plot, Axes.axvline
-    monkeypatch.setattr(Axes, "plot", lambda axis, *a, **k: drawn.append(a[:2]) or plot(axis, *a, **k))
+    monkeypatch.setattr(Axes, "plot", lambda axis, *a, **k: drawn.append((*a[:2], k)) or plot(axis, *a, **k))
     monkeypatch.setattr(Axes, "axvline", lambda axis, x, **k: marks.append(x) or mark(axis, x, **k))
-    plot_posgen(curves, 4, SMOKE.train_length, tmp_path / "figure.svg")
+    plot_posgen(*figure_of(read_results(output)[0], lines), tmp_path / "figure.svg")
     assert (tmp_path / "figure.svg").read_text().count("resonance_yarn") >= 1
-    assert marks == [SMOKE.train_length + 0.5] * 3 and len(drawn) == 24
-    positions, accuracy = drawn[0]  # digits 5 and 6 are the first point, 23 and 24 the last
-    assert (positions[0], positions[-1]) == (5.5, 23.5)
-    assert accuracy[0] == pytest.approx(50 * (curves["recursive"]["rope"][0] + curves["recursive"]["rope"][1]))
+    # One panel for each subtask's near tokens, one for the far tokens of semi-recursive sequences.
+    assert marks == [SMOKE.train_length + 0.5] * 4 and len(drawn) == 4 * 8
+    assert all(options["alpha"] < 1 for *_, options in drawn)  # nothing has learned anything
+    (near, *_), (far, accuracy, _) = drawn[16], drawn[24]
+    assert near.tolist() == list(range(6, 25, 2)) and far.tolist() == list(range(7, 24, 2))  # digits, from 1
+    assert accuracy == pytest.approx(100 * curves["semi-recursive"]["rope"][2::2])

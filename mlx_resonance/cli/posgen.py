@@ -14,7 +14,7 @@ from typer import Argument, BadParameter, Option
 
 from ..errors import MissingFileError, UsageError, check_option
 from ..posgen.data import LARGEST, SPLITS, make_table
-from ..posgen.report import PAPER, accuracy_curves, summarize
+from ..posgen.report import BAR, PAPER, WEIGHTS, below_bar, figure_of, summarize
 from ..posgen.settings import ENCODINGS, LONGEST, MOST_SEEDS, MOST_STEPS, PRESETS, Settings, settings_from, sweep_seeds
 from ..posgen.tasks import ARITHMETICS, LARGEST_SUM, SUBTASKS, Task
 from ..storage import atomic_file, check_output_folder
@@ -119,12 +119,16 @@ def evaluate(
     length: Annotated[
         int | None, Option(min=1, max=LONGEST, help="Number of digits in a test row; the scaling follows it.")
     ] = None,
+    ramp: Annotated[
+        int | None,
+        Option(min=1, max=2**31 - 1, help="Tokens in which YaRN's ramp counts turns. Default: as trained."),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Test a trained model at another length, with another encoding."""
     from ..posgen.runs import evaluate_from
 
-    result = evaluate_from(model, encoding, length)
+    result = evaluate_from(model, encoding, length, ramp)
     settings = settings_from(result["settings"])
     if json:
         print_json(result | {"split": settings.split})
@@ -146,7 +150,7 @@ def sweep(
     split: Split = None, train_scaled: TrainScaled = None, epochs: Epochs = None, json: Json = False,
 ) -> None:  # fmt: skip
     """Train and test what the run log does not have yet."""
-    from ..posgen.sweep import run_sweep
+    from ..posgen.sweep import header, run_sweep
 
     check_outputs(output)
     settings = _settings(preset, split, train_scaled, epochs)
@@ -156,16 +160,17 @@ def sweep(
     with count_bar() as bar:
 
         def on_run(run: Any, number: int, count: int) -> Callable[..., None]:
-            text = f"{number} of {count}: {run.task.subtask}, {', '.join(run.encodings)}, seed {run.seed}"
-            stderr.print(text, soft_wrap=True)
-            return _progress(bar, run.encodings[-1], settings)
+            names = "; ".join(map(str, run.readings))
+            stderr.print(f"{number} of {count}: {run.task.subtask}, {names}, seed {run.seed}", soft_wrap=True)
+            return _progress(bar, str(run.readings[-1]), settings)
 
         lines = run_sweep(
             output, preset, settings, task, subtasks=subtasks, encodings=encoding or ENCODINGS,
             seeds=sweep_seeds(seeds), on_run=on_run,
         )  # fmt: skip
     if json:
-        print_json({"output": str(output), "split": settings.split, "results": len(lines), **summarize(lines)})
+        common = {"output": str(output), "split": settings.split, "results": len(lines)}
+        print_json(common | summarize(header(preset, settings, task), lines))
     else:
         split = f"{settings.split} split"
         text = f"{output} has {len(lines)} results, {split}; `mlx-resonance posgen report {output}` shows them"
@@ -176,6 +181,7 @@ def sweep(
 def report(
     results: Annotated[Path, Argument(**file, metavar="FILE.jsonl", help="Run log that `posgen sweep` wrote.")],
     plot: Annotated[Path | None, Option(**path, metavar="FILE.png", help="Draw accuracy over the position.")] = None,
+    weights: Annotated[str, Option(**_choice(WEIGHTS), help="Best on validation, or those of the last step.")] = "best",
     json: Json = False,
 ) -> None:
     """Show a sweep's table beside the paper's."""
@@ -185,17 +191,16 @@ def report(
     header, lines = read_results(results)
     if not lines:
         raise UsageError(f"{results} has no results yet", option="results")
-    summary = summarize(lines)
+    summary = summarize(header, lines, weights)
     if plot is not None:
         from ..plots import plot_posgen
 
-        seed_length = header["task"]["near"] + header["task"]["far"]
-        draw(plot_posgen, accuracy_curves(lines), seed_length, header["settings"]["train_length"], path=plot)
+        draw(plot_posgen, *figure_of(header, lines, weights), path=plot)
     if json:
         common = {name: header[name] for name in ("preset", "task", "settings")}
-        print_json(common | {"split": header["settings"]["split"]} | summary)
+        print_json(common | {"split": header["settings"]["split"], "weights": weights} | summary)
     else:
-        _print_report(header, summary)
+        _print_report(header, summary, weights)
 
 
 def _settings(preset: str, split: str | None, train_scaled: bool | None, epochs: int | None) -> Settings:
@@ -235,34 +240,47 @@ def _print_result(result: dict[str, Any], settings: Settings) -> None:
         stdout.print(text, soft_wrap=True)
 
 
-def _print_report(header: dict[str, Any], summary: dict[str, Any]) -> None:
+def _print_report(header: dict[str, Any], summary: dict[str, Any], weights: str) -> None:
     task, settings = header["task"], header["settings"]
     scaled = "scaled in training, too" if settings["train_scaled"] else "trained unscaled"
     rule = f"modulus {task['modulus']}, near {task['near']}, far {task['far']}"
-    stdout.print(f"{header['preset']}: {task['arithmetic']}, {rule}, {settings['split']} split")
+    stdout.print(f"{header['preset']}: {task['arithmetic']}, {rule}, {settings['split']} split, {weights} weights")
     stdout.print(f"{settings['train_length']} digits to train on, {settings['test_length']} to test on; {scaled}")
-    stdout.print("Accuracy in %, mean over seeds. in, out: teacher-forced up to and past the")
-    stdout.print("training length; written, continued: past it, in text generated from the seed")
-    stdout.print("and from a prompt of the training length.")
-    for subtask, encodings in summary["table"].items():
-        counts = sorted({row["seeds"] for row in encodings.values()})
+    stdout.print("Accuracy in %, mean over seeds, the true tokens given. learned: up to the")
+    stdout.print(f"training length, read as trained, first prediction left out; *: below {BAR:g} in a")
+    stdout.print("seed, or not known. in, out: up to and past that length, read with scaled")
+    stdout.print("angles. near, far: where the last tokens tell the next one, and where the far")
+    stdout.print("window has moved.")
+    for subtask, readings in summary["table"].items():
+        counts = sorted({row["seeds"] for row in readings.values()})
         table = Table(box=None, pad_edge=False)
         table.add_column(f"{subtask}, {'-'.join(map(str, counts))} seeds", min_width=22, no_wrap=True)
-        for name in ("in", "out", "std", "variance", "paper", "written", "continued"):
+        for name in ("learned", "near", "in", "out", "std", "near", "far", "paper"):
             table.add_column(name, justify="right", no_wrap=True)
-        for encoding, row in encodings.items():
-            names = ("id", "ood", "ood_std", "ood_variance", "paper", "generated_ood", "continued_ood")
-            table.add_row(encoding, *("" if row[name] is None else f"{row[name]:.2f}" for name in names))
+        for reading, row in readings.items():
+            names = ("trained_id", "trained_near", "id", "ood", "ood_std", "near", "far", "paper")
+            cells = ["" if row[name] is None else f"{row[name]:.1f}" for name in names]
+            table.add_row(reading, cells[0] + "*" * below_bar(row), *cells[1:])
+        limits = summary["bounds"][subtask]
+        for bound in ("chance", "ceiling"):
+            near_and_far = (f"{limits[kind][bound]:.1f}" if kind in limits else "" for kind in ("near", "far"))
+            table.add_row(bound, "", "", "", f"{limits['all'][bound]:.1f}", "", *near_and_far)
         stdout.print(table)
-    if not any(summary["pairs"].values()):
-        return
-    stdout.print("What resonance adds out of distribution; 95 % interval: bootstrap over seeds.")
-    pairs = Table(box=None, pad_edge=False)
-    pairs.add_column("", min_width=22)
-    for name in ("encoding", "seeds", "difference", "interval"):
-        pairs.add_column(name, justify="left" if name == "encoding" else "right", no_wrap=True)
-    for subtask, found in summary["pairs"].items():
-        for base, row in found.items():
-            interval = "" if row["low"] is None else f"{row['low']:+.2f} to {row['high']:+.2f}"
-            pairs.add_row(subtask, base, str(row["seeds"]), f"{row['difference']:+.2f}", interval)
-    stdout.print(pairs)
+    stdout.print("chance, ceiling: the best guess from no tokens, and from the last ones alone.")
+    if any(summary["pairs"].values()):
+        stdout.print("What resonance adds past the training length, paired by seed: Student's 95 %")
+        stdout.print("interval; p, adjusted for all rows (Holm).")
+        stdout.print(_pairs(summary["pairs"]))
+
+
+def _pairs(pairs: dict[str, Any]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", min_width=22)
+    for name in ("encoding", "seeds", "difference", "interval", "p"):
+        table.add_column(name, justify="left" if name == "encoding" else "right", no_wrap=True)
+    for subtask, found in pairs.items():
+        for reading, row in found.items():
+            interval = "" if row["low"] is None else f"{row['low']:+.1f} to {row['high']:+.1f}"
+            p = "" if row["p_holm"] is None else f"{row['p_holm']:.3f}"
+            table.add_row(subtask, reading, str(row["seeds"]), f"{row['difference']:+.1f}", interval, p)
+    return table

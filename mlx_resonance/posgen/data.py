@@ -12,6 +12,7 @@ from ..errors import UsageError, check_option
 from .tasks import Int32Array, Task
 
 SPLITS = ("official", "disjoint")
+SPECIAL = 5  # token ids after the digits: [UNK], [PAD], [CLS], [SEP], [EOS]
 LARGEST = 2**28  # tokens of a table: 1 GB, and up to three times that while it is made
 
 
@@ -136,4 +137,4 @@ def tokens(rows: Int32Array, modulus: int) -> Int32Array:
     The ids are those of the official tokenizer: digits 0 … modulus - 1, then [UNK], [PAD], [CLS], [SEP], [EOS]. Of rows
     of shape (N, L) they have the shape (N, 1 + L).
     """
-    return np.concatenate([np.full((len(rows), 1), modulus + 4, dtype=np.int32), rows], axis=1)
+    return np.concatenate([np.full((len(rows), 1), modulus + SPECIAL - 1, dtype=np.int32), rows], axis=1)

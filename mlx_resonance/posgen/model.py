@@ -7,11 +7,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 
 from ..rope import ResonanceRoPE
+from .data import SPECIAL
 from .settings import ModelConfig
 
 EPSILON = 1e-6  # of the norms
+LINE, CIRCLE = 0.75, 1.5  # size of the ordered parts of the digits' embeddings, beside 1 for the random part
 
 
 class Dropout:
@@ -102,7 +105,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         keys = mx.random.split(mx.random.key(seed), config.layers + 1)
-        self.embedding = _normal(keys[0], 0, (vocabulary, config.hidden_size), 1.0)
+        self.embedding = _embedding(config, vocabulary, keys[0])
         self.layers = [Block(config, keys[i + 1]) for i in range(config.layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=EPSILON)
         if not config.train_feed_forward:
@@ -143,6 +146,24 @@ class Decoder(nn.Module):
             x = layer(x, rope, angles, mask, drop, cache)
         x = drop(self.norm(x[:, start:])) * self.config.hidden_size**-0.5
         return x @ self.embedding.T
+
+
+def _embedding(config: ModelConfig, vocabulary: int, key: mx.array) -> mx.array:
+    """The initial embedding, shape (vocabulary, hidden_size): random, with as much order of the digits as wanted.
+
+    The order is a place on a line, whose sums are sums of digits, and one on a circle, where the modulus is 0.
+    """
+    shape = vocabulary, config.hidden_size
+    random = _normal(key, 0, shape, 1.0)
+    if not config.ordered:
+        return random
+    digits = np.arange(vocabulary - SPECIAL)
+    turns = 2 * np.pi * digits / len(digits)
+    line = LINE * (digits - digits.mean()) / digits.std()
+    places = np.stack([line, CIRCLE * np.cos(turns), CIRCLE * np.sin(turns)], axis=1)
+    order = mx.array(places, dtype=mx.float32) @ _normal(key, 1, (3, config.hidden_size), 1.0)
+    mixed = config.ordered * order + (1 - config.ordered) * random[: len(digits)]
+    return mx.concatenate([mixed, random[len(digits) :]])
 
 
 def _normal(key: mx.array, index: int, shape: tuple[int, ...], deviation: float) -> mx.array:

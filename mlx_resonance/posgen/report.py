@@ -9,8 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..run_log import Record
-from .settings import BASES, ENCODINGS
-from .tasks import SUBTASKS
+from .bounds import bounds
+from .settings import BASES, Reading, settings_from
+from .tasks import SUBTASKS, Task
 
 # arXiv 2403.00071v2, Table 1: accuracy in % past the training length, mean of 5 seeds.
 PAPER = {
@@ -18,85 +19,164 @@ PAPER = {
     "cot": {"rope": 69.56, "resonance_rope": 75.25, "yarn": 98.71, "resonance_yarn": 99.58},
     "semi-recursive": {"rope": 17.96, "resonance_rope": 29.78, "yarn": 33.70, "resonance_yarn": 48.46},
 }
-RESAMPLES = 10_000
+BAR = 99.0  # %: a model below it, within the training length, has not learned its task
+WEIGHTS = ("best", "last")
 
 
-def summarize(lines: Sequence[Record]) -> dict[str, Any]:
+def summarize(header: Record, lines: Sequence[Record], weights: str = "best") -> dict[str, Any]:
     """Summarize the lines of one run log, accuracies in %.
 
+    Args:
+        header, lines: of the run log.
+        weights: `best` (on validation) or `last` (after the last step).
+
     Returns:
-        `table`: per subtask and encoding, the number of seeds, the mean accuracy in distribution; mean, sample standard
-        deviation and sample variance out of distribution; mean accuracies of generated text; the paper's mean.
-        `pairs`: per subtask and base encoding, the mean over seeds of resonance minus plain, out of distribution,
-        with the ends of a 95 % interval. What needs two seeds is None with one.
+        `bounds`: per subtask and kind of token, and for `all`, what a constant and a guess without far tokens reach
+        past the training length (see `bounds`).
+        `table`: per subtask and reading, the number of seeds and of those `below` the bar of 99 % within the training
+        length; mean accuracies within it, with the angles of the training (`first` prediction, `trained_id`, the
+        others, of them `trained_near` and `trained_far` tokens) and with the scaled ones (`id`); past it, mean (`ood`),
+        sample standard deviation and variance, `near` and `far` tokens; of generated text; the paper's mean.
+        `pairs`: per subtask and reading of a base encoding, resonance minus plain past the training length, paired by
+        seed (see `paired`), with `p_holm`, adjusted for all pairs of the table. What has no value is None.
     """
-    table: dict[str, Any] = {}
-    pairs: dict[str, Any] = {}
+    settings = settings_from(header["settings"])
+    report: dict[str, Any] = {"bounds": {}, "table": {}, "pairs": {}}
     for subtask in (name for name in SUBTASKS if any(line["subtask"] == name for line in lines)):
-        by_encoding = {
-            encoding: {
-                line["seed"]: line for line in lines if (line["subtask"], line["encoding"]) == (subtask, encoding)
-            }
-            for encoding in ENCODINGS
+        task = Task(subtask, **header["task"])
+        kinds = task.kinds(settings.test_length)
+        inside, outside = np.split(kinds, [settings.train_length - task.seed_length])
+        report["bounds"][subtask] = _bounds(task, settings.test_length, outside)
+        found: dict[Reading, dict[int, Record]] = {}
+        for line in lines:
+            if line["subtask"] == subtask:
+                measured = _weights_of(line, weights)
+                reading = Reading(line["encoding"], line["ramp"])
+                found.setdefault(reading, {})[line["seed"]] = measured | _by_kind(measured, inside, outside)
+        order = sorted(found, key=_order)
+        report["table"][subtask] = {
+            str(reading): _statistics(list(found[reading].values())) | {"paper": PAPER[subtask].get(reading.encoding)}
+            for reading in order
         }
-        table[subtask] = {
-            encoding: _statistics(list(by_seed.values())) | {"paper": PAPER[subtask].get(encoding)}
-            for encoding, by_seed in by_encoding.items()
-            if by_seed
-        }
-        pairs[subtask] = {}
-        for base in BASES:
-            plain, resonant = by_encoding[base], by_encoding[f"resonance_{base}"]
-            seeds = sorted(set(plain) & set(resonant))
+        report["pairs"][subtask] = {}
+        for plain in (reading for reading in order if reading.encoding in BASES):
+            resonant = found.get(plain._replace(encoding=f"resonance_{plain.encoding}"), {})
+            seeds = sorted(set(found[plain]) & set(resonant))
             if seeds:
-                differences = [100 * (resonant[seed]["ood"] - plain[seed]["ood"]) for seed in seeds]
-                pairs[subtask][base] = paired_bootstrap(np.array(differences))
-    return {"table": table, "pairs": pairs}
+                differences = [100 * (resonant[seed]["ood"] - found[plain][seed]["ood"]) for seed in seeds]
+                report["pairs"][subtask][str(plain)] = paired(np.array(differences))
+    adjust([pair for pairs in report["pairs"].values() for pair in pairs.values()])
+    return report
 
 
-def paired_bootstrap(differences: NDArray[np.float64]) -> dict[str, Any]:
-    """The mean difference and its 95 % percentile interval, by resampling the seeds with replacement.
+def paired(differences: NDArray[np.float64]) -> dict[str, Any]:
+    """The mean of paired differences with Student's 95 % interval and p-value.
 
     Args:
         differences: one per seed, shape (N,).
 
     Returns:
-        `seeds`, `difference`, `low` and `high`; the last two are None with fewer than two seeds.
+        `seeds`, `difference`, `low`, `high` and `p`; the last three are None with fewer than two seeds, or if all
+        differences are the same.
     """
-    seeds = len(differences)
-    result: dict[str, Any] = {"seeds": seeds, "difference": float(differences.mean()), "low": None, "high": None}
-    if seeds > 1:
-        drawn = np.random.default_rng(0).integers(0, seeds, size=(RESAMPLES, seeds))
-        low, high = np.percentile(differences[drawn].mean(axis=1), [2.5, 97.5])
-        result |= {"low": float(low), "high": float(high)}
+    result: dict[str, Any] = {"seeds": len(differences), "difference": float(differences.mean())}
+    result |= {"low": None, "high": None, "p": None}
+    if len(differences) > 1 and np.ptp(differences) > 1e-9 * np.abs(differences).max():
+        from scipy import stats  # takes a second to import
+
+        test = stats.ttest_rel(differences, np.zeros(len(differences)))
+        low, high = test.confidence_interval(0.95)
+        result |= {"low": float(low), "high": float(high), "p": float(test.pvalue)}
     return result
 
 
+def adjust(pairs: Sequence[dict[str, Any]]) -> None:
+    """Give each pair `p_holm`: its p-value, adjusted for all those of the table. Source: Holm 1979."""
+    tested = sorted((pair for pair in pairs if pair["p"] is not None), key=lambda pair: pair["p"])
+    adjusted = 0.0
+    for rank, pair in enumerate(tested):
+        adjusted = max(adjusted, min(1.0, (len(tested) - rank) * pair["p"]))
+        pair["p_holm"] = adjusted
+    for pair in pairs:
+        pair.setdefault("p_holm", None)
+
+
 def accuracy_curves(lines: Sequence[Record]) -> dict[str, dict[str, NDArray[np.float64]]]:
-    """Teacher-forced accuracy per predicted position in [0, 1], mean over seeds, by subtask and encoding."""
-    curves: dict[str, dict[str, list[NDArray[np.float64]]]] = {}
+    """Teacher-forced accuracy per predicted position in [0, 1], mean over seeds, by subtask and reading."""
+    curves: dict[str, dict[Reading, list[NDArray[np.float64]]]] = {}
     for line in lines:
         curve = np.array(line["correct"]) / line["rows"]
-        curves.setdefault(line["subtask"], {}).setdefault(line["encoding"], []).append(curve)
+        reading = Reading(line["encoding"], line["ramp"])
+        curves.setdefault(line["subtask"], {}).setdefault(reading, []).append(curve)
     return {
-        subtask: {encoding: np.mean(found[encoding], axis=0) for encoding in ENCODINGS if encoding in found}
-        for subtask, found in ((name, curves[name]) for name in SUBTASKS if name in curves)
+        subtask: {
+            str(reading): np.mean(curves[subtask][reading], axis=0) for reading in sorted(curves[subtask], key=_order)
+        }
+        for subtask in SUBTASKS
+        if subtask in curves
+    }
+
+
+def figure_of(header: Record, lines: Sequence[Record], weights: str = "best") -> tuple[Any, ...]:
+    """What `plots.plot_posgen` draws of a run log: its arguments but the path."""
+    settings, table = settings_from(header["settings"]), summarize(header, lines, weights)["table"]
+    tasks = {subtask: Task(subtask, **header["task"]) for subtask in table}
+    curves = accuracy_curves([_weights_of(line, weights) for line in lines])
+    kinds = {subtask: task.kinds(settings.test_length) for subtask, task in tasks.items()}
+    faint = {subtask: {name for name, row in rows.items() if below_bar(row)} for subtask, rows in table.items()}
+    start = header["task"]["near"] + header["task"]["far"]
+    return curves, kinds, faint, start, settings.train_length
+
+
+def below_bar(row: dict[str, Any]) -> bool:
+    """Whether a row of the table has a seed that did not learn its task, or none that was measured."""
+    return row["below"] is None or row["below"] > 0
+
+
+def _order(reading: Reading) -> tuple[int, int, bool]:
+    base = reading.encoding.removeprefix("resonance_")
+    return BASES.index(base), reading.ramp, reading.encoding != base
+
+
+def _weights_of(line: Record, weights: str) -> Record:
+    return line | (line.get("last") or {}) if weights == "last" else line
+
+
+def _bounds(task: Task, length: int, outside: NDArray[np.str_]) -> dict[str, dict[str, float]]:
+    """Those of each kind of token that occurs past the training length, and of all of them, in %."""
+    measured = bounds(task, length)
+    shares = {str(kind): float((outside == kind).mean()) for kind in np.unique(outside)}
+    result = {kind: {name: 100 * value for name, value in measured[kind].items()} for kind in shares}
+    names = ("chance", "ceiling")
+    result["all"] = {name: sum(share * result[kind][name] for kind, share in shares.items()) for name in names}
+    return result
+
+
+def _by_kind(line: Record, inside: NDArray[np.str_], outside: NDArray[np.str_]) -> Record:
+    """Accuracy on near and far tokens past the training length and (`trained_`) within it; None where unknown."""
+    parts = (("", outside, line["correct"][len(inside) :]), ("trained_", inside, line.get("trained", [])))
+    return {
+        prefix + kind: float(np.array(counts)[kinds == kind].mean() / line["rows"])
+        if counts and kind in kinds
+        else None
+        for prefix, kinds, counts in parts
+        for kind in ("near", "far")
     }
 
 
 def _statistics(lines: Sequence[Record]) -> dict[str, Any]:
-    def mean(name: str) -> float:
-        return float(np.mean([100 * line[name] for line in lines]))
+    def mean(name: str) -> float | None:
+        values = [line[name] for line in lines if line.get(name) is not None]
+        return 100 * float(np.mean(values)) if len(values) == len(lines) else None
 
-    ood = np.array([100 * line["ood"] for line in lines])
-    several = len(lines) > 1
+    ood = 100 * np.array([line["ood"] for line in lines])
+    learned = [100 * line["trained_id"] for line in lines if "trained_id" in line]
     return {
         "seeds": len(lines),
-        "id": mean("id"),
+        "below": sum(value < BAR for value in learned) if len(learned) == len(lines) else None,
+        **{name: mean(name) for name in ("trained_id", "trained_near", "trained_far", "first", "id", "near", "far")},
         "ood": float(ood.mean()),
-        "ood_std": float(ood.std(ddof=1)) if several else None,
-        "ood_variance": float(ood.var(ddof=1)) if several else None,
-        "generated_id": mean("generated_id"),
-        "generated_ood": mean("generated_ood"),
-        "continued_ood": mean("continued_ood"),
+        "ood_std": float(ood.std(ddof=1)) if len(lines) > 1 else None,
+        "ood_variance": float(ood.var(ddof=1)) if len(lines) > 1 else None,
+        **{name: mean(name) for name in ("generated_id", "generated_ood", "continued_ood")},
     }

@@ -38,7 +38,7 @@ def train_into(
         folder: gets `run.jsonl` (the run log of this one result), `model.safetensors` (the weights with the best
             validation accuracy), and a checkpoint while training.
         preset: the name of the settings.
-        settings, task, encoding, seed: what to train.
+        settings, task, encoding, seed: what to train; of several ramps, the weights are chosen for the first.
         on_progress: called after every step.
 
     Returns:
@@ -49,12 +49,13 @@ def train_into(
         FileInTheWayError: the folder has something else.
         OSError: the disk is full.
     """
-    run = Run(task, settings, (encoding,), seed)
+    settings = replace(settings, ramps=settings.ramps[:1])
+    run = Run(task, settings, settings.readings([encoding]), seed)
     run.splits()  # refuse what does not fit before the folder is made
     record = folder / RUN
     if not record.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileInTheWayError(f"{folder} exists and has no {RUN}", remedies=[{"output": ANOTHER}])
-    own = dict(zip(KEY, (task.subtask, encoding, seed), strict=True))
+    own = dict(zip(KEY, (task.subtask, *run.readings[0], seed), strict=True))
     log = RunLog(record, KIND, header(preset, settings, task) | own, key=KEY, fields=FIELDS)
     result = log.find(*own.values())
     if result is None:
@@ -68,16 +69,20 @@ def train_into(
 
 
 @wired()
-def evaluate_from(folder: Path, encoding: str | None = None, length: int | None = None) -> dict[str, Any]:
+def evaluate_from(
+    folder: Path, encoding: str | None = None, length: int | None = None, ramp: int | None = None
+) -> dict[str, Any]:
     """Test a trained model again.
 
     Args:
         folder: the one that `train_into` wrote.
         encoding: another one than the weights were chosen for; None for that one.
         length: digits of a test row, at most 8192; None for those of the settings. The scaling follows it.
+        ramp: tokens over which YaRN's ramp counts turns; None for those of the settings.
 
     Returns:
-        A result as from `results`, with `settings`; `step` and `validation_id` are those of the choice of the weights.
+        A result as from `results`, without `last` and with `settings`; `step` and `validation_id` are those of the
+        choice of the weights.
 
     Raises:
         MissingFileError: a file is missing.
@@ -91,13 +96,17 @@ def evaluate_from(folder: Path, encoding: str | None = None, length: int | None 
     if length is not None:
         check_option("length", length <= LONGEST, f"at most {LONGEST}", length)
         settings = replace(settings, test_length=length)
-    chosen = encoding or trained["encoding"]
-    run = Run(task, settings, (chosen,), trained["seed"])
+    if ramp is not None:
+        settings = replace(settings, ramps=(ramp,))
+    readings = settings.readings([encoding or trained["encoding"]])
+    run = Run(task, settings, readings, trained["seed"])
     model = run.model()
     read_header(folder / WEIGHTS)  # refuse a damaged file
     weights: Any = mx.load(str(folder / WEIGHTS))
     model.load_weights(list(weights.items()))
     model.eval()
     best = Best(run, model)
-    best.keep(chosen, trained["step"], trained["validation_id"], model)
-    return results(run, model, best)[0] | {"settings": asdict(settings)}
+    best.keep(readings[0], trained["step"], trained["validation_id"], model)
+    result = results(run, model, best)[0] | {"settings": asdict(settings)}
+    del result["last"]  # the folder has the best weights alone
+    return result

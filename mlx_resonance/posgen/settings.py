@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from itertools import islice
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..errors import UsageError, check_option
 from ..frequencies import (
@@ -24,6 +25,19 @@ MOST_SEEDS = 1000
 LONGEST = 2**13  # digits of a test row; attention takes memory for their square
 
 
+class Reading(NamedTuple):
+    """How trained weights are read: an encoding, and for YaRN the tokens over which its ramp counts turns.
+
+    Without a ramp, that number is 0.
+    """
+
+    encoding: str
+    ramp: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.encoding}/{self.ramp}" if self.ramp else self.encoding
+
+
 @dataclass(frozen=True)
 class ModelConfig:
     """The shape of the decoder.
@@ -37,6 +51,8 @@ class ModelConfig:
         dropout: rate of dropout on embeddings, attention weights and residual branches, inside the feed-forward and
             after the last norm.
         train_feed_forward: whether the feed-forward is trained (the official code leaves it at its initial values).
+        ordered: how much of the digits' initial embeddings says their order; the rest of 1 is random. With 0, digits
+            start as different from their neighbours as from all others.
     """
 
     layers: int
@@ -46,6 +62,7 @@ class ModelConfig:
     intermediate_size: int
     dropout: float = 0.0
     train_feed_forward: bool = True
+    ordered: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -63,9 +80,11 @@ class Settings:
         weight_decay: AdamW's.
         validate_every: steps between two validations; another one follows the last step.
         train_scaled: scale the frequencies in training, too, not only in validation and test.
-        original_max_position_embeddings: tokens over which YaRN's ramp counts turns.
+        ramps: tokens over which YaRN's ramp counts turns; the same weights are read with each of them.
         base, beta_fast, beta_slow: of the rotary embedding, as in `yarn_frequencies`.
         generated_rows: test rows that are also generated freely.
+        curriculum: stages before the first epoch, each with the digits of a row and the number of steps; a step has
+            as many tokens as later, so more rows.
     """
 
     model: ModelConfig
@@ -80,13 +99,14 @@ class Settings:
     train_length: int = 64
     test_length: int = 256
     train_scaled: bool = False
-    original_max_position_embeddings: int = 65
+    ramps: tuple[int, ...] = (65,)
     base: float = 10000.0
     beta_fast: float = 2.0
     beta_slow: float = 1.0
+    curriculum: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        most = MOST_STEPS // max(1, self.steps_per_epoch)
+        most = (MOST_STEPS - self.curriculum_steps) // max(1, self.steps_per_epoch)
         check_option("epochs", 1 <= self.epochs <= most, f"at least 1 and at most {most}", self.epochs)
         if self.test_length <= self.train_length:
             raise UsageError(
@@ -100,22 +120,35 @@ class Settings:
         return -(-self.sizes[0] // self.batch_size)
 
     @property
+    def curriculum_steps(self) -> int:
+        """Number of steps before the first epoch."""
+        return sum(steps for _, steps in self.curriculum)
+
+    @property
     def steps(self) -> int:
         """Number of steps of the training."""
-        return self.epochs * self.steps_per_epoch
+        return self.curriculum_steps + self.epochs * self.steps_per_epoch
 
     @property
     def factor(self) -> float:
         """How many times the context grows, with [EOS]."""
         return (self.test_length + 1) / (self.train_length + 1)
 
-    def frequencies(self, encoding: str, scaled: bool) -> RotaryFrequencies:
-        """The rotary frequencies of an encoding, scaled to the test length or not.
+    def readings(self, encodings: Iterable[str]) -> tuple[Reading, ...]:
+        """Encodings with the ramps that they are read with.
 
         Raises:
             UsageError: an unknown encoding.
         """
-        check_option("encoding", encoding in ENCODINGS, f"one of {', '.join(ENCODINGS)}", repr(encoding))
+        found: list[Reading] = []
+        for encoding in encodings:
+            check_option("encoding", encoding in ENCODINGS, f"one of {', '.join(ENCODINGS)}", repr(encoding))
+            found += [Reading(encoding, ramp) for ramp in (self.ramps if encoding.endswith("yarn") else (0,))]
+        return tuple(found)
+
+    def frequencies(self, reading: Reading, scaled: bool) -> RotaryFrequencies:
+        """The rotary frequencies of a reading, scaled to the test length or not."""
+        encoding, ramp = reading
         base = encoding.removeprefix("resonance_")
         dims = self.model.head_dim
         if base == "rope" or not scaled:
@@ -125,16 +158,14 @@ class Settings:
         elif base == "ntk":
             result = ntk_frequencies(dims, self.base, self.factor)
         else:
-            result = yarn_frequencies(
-                dims, self.base, self.factor, self.original_max_position_embeddings, self.beta_fast, self.beta_slow
-            )
+            result = yarn_frequencies(dims, self.base, self.factor, ramp, self.beta_fast, self.beta_slow)
         return result.resonate() if encoding != base else result
 
-    def training_encoding(self, encoding: str) -> str:
-        """The encoding whose training gives this one's weights: unscaled, several encodings share one training."""
+    def training(self, reading: Reading) -> Reading:
+        """The reading whose training gives this one's weights: unscaled, several readings share one training."""
         if self.train_scaled:
-            return encoding
-        return "resonance_rope" if encoding.startswith("resonance_") else "rope"
+            return reading
+        return Reading("resonance_rope" if reading.encoding.startswith("resonance_") else "rope")
 
 
 T5_SMALL = ModelConfig(layers=6, hidden_size=512, heads=8, head_dim=64, intermediate_size=2048, dropout=0.1)
@@ -149,7 +180,7 @@ OFFICIAL = Settings(
     learning_rate=2e-4,
     validate_every=2 * 79,
     generated_rows=1000,
-    original_max_position_embeddings=257,
+    ramps=(257, 65),
 )
 PRESETS = {
     "official": OFFICIAL,
@@ -159,9 +190,22 @@ PRESETS = {
         model=replace(T5_SMALL, layers=2),
         split="disjoint",
         train_scaled=True,
-        original_max_position_embeddings=65,
+        ramps=(65,),
     ),
-    # The paper's data and lengths, a model that learns them in one to four minutes on a CPU.
+    # Short rows first, then one epoch: for tokens that follow from the last ones (`near` of `Task.kinds`).
+    "learned": Settings(
+        model=ModelConfig(layers=2, hidden_size=128, heads=2, head_dim=64, intermediate_size=512),
+        split="disjoint",
+        sizes=(10000, 100, 500),
+        epochs=1,
+        batch_size=32,
+        learning_rate=1e-3,
+        validate_every=200,
+        generated_rows=20,
+        ramps=(65, 257),
+        curriculum=((8, 400), (24, 300)),
+    ),
+    # The paper's data and lengths in one to four minutes on a CPU; not every seed learns them.
     "laptop": Settings(
         model=ModelConfig(layers=2, hidden_size=64, heads=2, head_dim=64, intermediate_size=128),
         split="disjoint",
@@ -184,14 +228,16 @@ PRESETS = {
         generated_rows=2,
         train_length=12,
         test_length=24,
-        original_max_position_embeddings=13,
+        ramps=(13,),
     ),
 }
 
 
 def settings_from(values: dict[str, Any]) -> Settings:
     """The settings of which these are `dataclasses.asdict`, also after JSON."""
-    return Settings(**values | {"model": ModelConfig(**values["model"]), "sizes": tuple(values["sizes"])})
+    tuples = {name: tuple(values[name]) for name in ("sizes", "ramps")}
+    tuples["curriculum"] = tuple((length, steps) for length, steps in values["curriculum"])
+    return Settings(**values | tuples | {"model": ModelConfig(**values["model"])})
 
 
 def sweep_seeds(count: int) -> tuple[int, ...]:

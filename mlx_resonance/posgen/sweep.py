@@ -1,4 +1,4 @@
-"""PosGen's sweep: every subtask, encoding and seed, one line each in a run log."""
+"""PosGen's sweep: every subtask, reading and seed, one line each in a run log."""
 
 from __future__ import annotations
 
@@ -15,13 +15,21 @@ import mlx.core as mx
 from ..errors import UsageError
 from ..run_log import Record, RunLog, check_field, read_run_log
 from ..wired import wired
-from .settings import ENCODINGS, Settings, settings_from
+from .settings import ENCODINGS, Reading, Settings, settings_from
 from .tasks import SUBTASKS, Task
 from .train import Progress, Run, results, run_training
 
-KIND, KEY = "posgen", ("subtask", "encoding", "seed")
+KIND, KEY = "posgen", ("subtask", "encoding", "ramp", "seed")
 ACCURACIES = ("validation_id", "id", "ood", "generated_id", "generated_ood", "continued_ood")
-FIELDS = {"subtask": str, "encoding": str, "seed": int, "step": int, "rows": int, **dict.fromkeys(ACCURACIES, float)}
+FIELDS = {
+    "subtask": str,
+    "encoding": str,
+    "ramp": int,
+    "seed": int,
+    "step": int,
+    "rows": int,
+    **dict.fromkeys(ACCURACIES, float),
+}
 
 
 def header(preset: str, settings: Settings, task: Task) -> Record:
@@ -58,14 +66,14 @@ def runs_left(
     settings: Settings, task: Task, subtasks: Sequence[str], encodings: Sequence[str], seeds: Sequence[int],
     done: Container[object] = (),
 ) -> Iterator[Run]:  # fmt: skip
-    """The trainings that a sweep still needs, each with those of its encodings that have no result yet."""
-    trainings: dict[str, list[str]] = {}
-    for encoding in encodings:
-        trainings.setdefault(settings.training_encoding(encoding), []).append(encoding)
+    """The trainings that a sweep still needs, each with those of its readings that have no result yet."""
+    trainings: dict[Reading, list[Reading]] = {}
+    for reading in settings.readings(encodings):
+        trainings.setdefault(settings.training(reading), []).append(reading)
     for seed in seeds:
         for subtask in subtasks:
             for group in trainings.values():
-                left = tuple(name for name in group if (subtask, name, seed) not in done)
+                left = tuple(reading for reading in group if (subtask, *reading, seed) not in done)
                 if left:
                     yield Run(replace(task, subtask=subtask), settings, left, seed)
 
@@ -129,7 +137,7 @@ def _check_result(where: str, line: Record, predicted: int, option: str) -> None
         check_field(where, line, name, wanted, option)
     counts = line.get("correct")
     right = {"subtask": line["subtask"] in SUBTASKS, "encoding": line["encoding"] in ENCODINGS}
-    right |= {"seed": 0 <= line["seed"] < 2**32, "rows": line["rows"] >= 1}
+    right |= {"ramp": line["ramp"] >= 0, "seed": 0 <= line["seed"] < 2**32, "rows": line["rows"] >= 1}
     right |= {name: 0 <= line[name] <= 1 for name in ACCURACIES}  # not NaN
     right["correct"] = (
         isinstance(counts, list)
@@ -143,6 +151,6 @@ def _check_result(where: str, line: Record, predicted: int, option: str) -> None
 
 def _checkpoint(output: Path, run: Run) -> Path:
     """A name that no other run has: a run with other settings must not resume from this one's checkpoint."""
-    everything = json.dumps([vars(run.task), asdict(run.settings), run.encodings, run.seed])
-    name = f"{run.task.subtask}-{run.encodings[0]}-{hashlib.sha256(everything.encode()).hexdigest()[:12]}"
+    everything = json.dumps([vars(run.task), asdict(run.settings), run.readings, run.seed])
+    name = f"{run.task.subtask}-{run.readings[0].encoding}-{hashlib.sha256(everything.encode()).hexdigest()[:12]}"
     return output.with_suffix(f".{name}.safetensors")

@@ -14,6 +14,7 @@ Int32Array = NDArray[np.int32]
 
 SUBTASKS = ("recursive", "cot", "semi-recursive")
 ARITHMETICS = ("mod_addition", "pow_sin", "pow_sin_2pi")
+KINDS = ("first", "near", "far")
 LARGEST_SUM = 2**20  # of near and far tokens: each sum has an entry in a table
 
 
@@ -63,6 +64,25 @@ class Task:
         """Number of tokens that a sequence starts from: near + far."""
         return self.near + self.far
 
+    def window(self, position: int) -> int:
+        """The position of the first of the far tokens that decide a token."""
+        start = self.seed_length
+        return {"recursive": position - start, "cot": 0, "semi-recursive": (position - start) // 2}[self.subtask]
+
+    def kinds(self, length: int) -> NDArray[np.str_]:
+        """What each predicted token can follow from, shape (length - near - far,).
+
+        `first`: nothing but the sum itself. `near`: the last near + far tokens, without a look at the far window,
+        either because they contain it (recursive) or because the window has not moved since the token before, which
+        tells its sum (the shortcut). `far`: the sum itself, with the tokens of a window that has moved.
+        """
+        positions = range(self.seed_length, length)
+        near = [
+            self.window(position) in (self.window(position - 1), position - self.seed_length) or not self.far
+            for position in positions
+        ]
+        return np.array(["first", *np.where(near[1:], "near", "far")])
+
     def results(self) -> Int32Array:
         """The next token for every sum of near and far tokens, shape ((near + far)·modulus + 1,)."""
         functions = {
@@ -97,7 +117,7 @@ class Task:
         tokens[:start] = seeds.T
         near_sum = tokens[far:start].sum(axis=0)
         for position in range(start, length):
-            first = {"recursive": position - start, "cot": 0, "semi-recursive": (position - start) // 2}[self.subtask]
+            first = self.window(position)
             total = near_sum + tokens[first] if far == 1 else near_sum + tokens[first : first + far].sum(axis=0)
             np.take(results, total, out=tokens[position])
             near_sum += tokens[position] - tokens[position - near]

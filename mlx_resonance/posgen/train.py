@@ -1,4 +1,4 @@
-"""PosGen's training: one training serves all encodings that share it, and keeps the best weights for each of them."""
+"""PosGen's training: one training serves all readings that share it, and keeps the best weights for each of them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,13 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from ..errors import UsageError, check_option
 from ..rope import ResonanceRoPE
+from ..run_log import Record
 from ..training import OneCycleAdamW, train
-from .data import Splits, make_splits, tokens
+from .data import SPECIAL, Splits, make_splits, tokens
 from .evaluate import generated, in_and_out, teacher_forced
 from .model import Decoder
-from .settings import DROPOUT_KEYS, Settings
-from .tasks import Task
+from .settings import DROPOUT_KEYS, Reading, Settings
+from .tasks import Int32Array, Task
 
 # Steps done, loss, and the accuracies of the last validation, in and out of distribution (NaN before the first).
 Progress = Callable[[int, float, float, float], None]
@@ -28,28 +29,26 @@ Progress = Callable[[int, float, float, float], None]
 
 @dataclass(frozen=True)
 class Run:
-    """One training: a task, a seed, and the encodings to choose weights for.
+    """One training: a task, a seed, and the readings to choose weights for.
 
     Args:
         task: the rule to learn.
         settings: everything else that the result depends on.
-        encodings: all with the same `settings.training_encoding`.
+        readings: all with the same `settings.training`.
         seed: decides the initial values, the order of the rows and the dropout.
 
     Raises:
-        UsageError: an unknown encoding, encodings that do not share a training, or a wrong seed.
+        UsageError: readings that do not share a training, or a wrong seed.
     """
 
     task: Task
     settings: Settings
-    encodings: tuple[str, ...]
+    readings: tuple[Reading, ...]
     seed: int
 
     def __post_init__(self) -> None:
-        for encoding in self.encodings:
-            self.settings.frequencies(encoding, scaled=True)
-        if len({self.settings.training_encoding(encoding) for encoding in self.encodings}) != 1:
-            raise UsageError(f"{', '.join(self.encodings)} are trained with different angles")
+        if len({self.settings.training(reading) for reading in self.readings}) != 1:
+            raise UsageError(f"{', '.join(map(str, self.readings))} are trained with different angles")
         check_option("seed", 0 <= self.seed < 2**32, "in [0, 2**32)", self.seed)
 
     def splits(self) -> Splits:
@@ -59,39 +58,43 @@ class Run:
 
     def model(self) -> Decoder:
         """The decoder before the first step."""
-        return Decoder(self.settings.model, self.task.modulus + 5, self.seed)
+        return Decoder(self.settings.model, self.task.modulus + SPECIAL, self.seed)
 
-    def rope(self, encoding: str, scaled: bool) -> ResonanceRoPE:
-        """The rotary op of an encoding; pairs are neighbours, as in the official code."""
-        return ResonanceRoPE(self.settings.frequencies(encoding, scaled), traditional=True)
+    def rope(self, reading: Reading) -> ResonanceRoPE:
+        """The rotary op of a reading, scaled; pairs are neighbours, as in the official code."""
+        return ResonanceRoPE(self.settings.frequencies(reading, scaled=True), traditional=True)
+
+    def training_rope(self) -> ResonanceRoPE:
+        """The rotary op of the training."""
+        return ResonanceRoPE(self.settings.frequencies(self.readings[0], self.settings.train_scaled), traditional=True)
 
 
 class Best:
-    """For each encoding, the weights with the best in-distribution validation accuracy; of equals, the earliest.
+    """For each reading, the weights with the best in-distribution validation accuracy; of equals, the earliest.
 
     Attributes:
-        arrays: by encoding and name; checkpoints carry them.
+        arrays: by reading and name; checkpoints carry them.
     """
 
     def __init__(self, run: Run, model: Decoder) -> None:
         self.arrays: dict[str, mx.array] = {}
-        for encoding in run.encodings:
-            self.keep(encoding, 0, -1.0, model)
+        for reading in run.readings:
+            self.keep(reading, 0, -1.0, model)
 
-    def consider(self, encoding: str, step: int, accuracy: float, model: Decoder) -> None:
+    def consider(self, reading: Reading, step: int, accuracy: float, model: Decoder) -> None:
         """Keep the model's weights if they are better than those before."""
-        if np.float32(accuracy) > self.arrays[f"{encoding}.accuracy"].item():
-            self.keep(encoding, step, accuracy, model)
+        if np.float32(accuracy) > self.arrays[f"{reading}.accuracy"].item():
+            self.keep(reading, step, accuracy, model)
 
-    def keep(self, encoding: str, step: int, accuracy: float, model: Decoder) -> None:
+    def keep(self, reading: Reading, step: int, accuracy: float, model: Decoder) -> None:
         """Keep the model's weights, those after a step, with their accuracy."""
         weights: Any = tree_flatten(model.trainable_parameters())
-        self.arrays |= {f"{encoding}.weights.{name}": value for name, value in weights}
-        self.arrays |= {f"{encoding}.accuracy": mx.array(accuracy), f"{encoding}.step": mx.array(step)}
+        self.arrays |= {f"{reading}.weights.{name}": value for name, value in weights}
+        self.arrays |= {f"{reading}.accuracy": mx.array(accuracy), f"{reading}.step": mx.array(step)}
 
-    def load_into(self, model: Decoder, encoding: str) -> None:
-        """Give the model the best weights for an encoding."""
-        prefix = f"{encoding}.weights."
+    def load_into(self, model: Decoder, reading: Reading) -> None:
+        """Give the model the best weights for a reading."""
+        prefix = f"{reading}.weights."
         weights = [(name.removeprefix(prefix), value) for name, value in self.arrays.items() if name.startswith(prefix)]
         model.update(tree_unflatten(weights))
 
@@ -105,7 +108,7 @@ def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress
         on_progress: called after every step.
 
     Returns:
-        The decoder after the last step, and the best weights for each encoding.
+        The decoder after the last step, and the best weights for each reading.
 
     Raises:
         UsageError: the checkpoint belongs to another run.
@@ -114,8 +117,8 @@ def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress
     settings, task = run.settings, run.task
     splits, model = run.splits(), run.model()
     best = Best(run, model)
-    ropes = {encoding: run.rope(encoding, scaled=True) for encoding in run.encodings}
-    training_rope = run.rope(run.encodings[0], scaled=settings.train_scaled)
+    ropes = {reading: run.rope(reading) for reading in run.readings}
+    training_rope = run.training_rope()
     inside = settings.train_length - task.seed_length
     shown = [float("nan"), float("nan")]
 
@@ -126,10 +129,10 @@ def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress
     def on_step(step: int, value: float) -> None:
         if step % settings.validate_every == 0 or step == settings.steps:
             model.eval()
-            for encoding, rope in ropes.items():
+            for reading, rope in ropes.items():
                 counts = teacher_forced(model, rope, splits.validation, task)
                 shown[:] = in_and_out(counts, len(splits.validation), inside)
-                best.consider(encoding, step, shown[0], model)
+                best.consider(reading, step, shown[0], model)
             model.train()
         if on_progress:
             on_progress(step, value, *shown)
@@ -149,47 +152,67 @@ def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress
     return model, best
 
 
-def results(run: Run, model: Decoder, best: Best) -> list[dict[str, Any]]:
-    """Test the best weights of every encoding.
+def results(run: Run, model: Decoder, best: Best) -> list[Record]:
+    """Test the best weights of every reading, and those of the last step.
 
     Args:
         run: what was trained.
-        model, best: from `run_training`; the model ends with the best weights of the last encoding.
+        model, best: from `run_training`; the model ends with the best weights of the last reading.
 
     Returns:
-        One dictionary per encoding, for JSON. `correct` counts, for every predicted position, the test rows with the
-        right token; `generated` counts them in text written from the seed alone, `continued` in text written from a
-        prompt of the training length.
+        One dictionary per reading, for JSON: the measures of `_measured` for the best weights, and under `last` for
+        those of the last step. `generated` counts the right tokens in text written from the seed alone, `continued` in
+        text written from a prompt of the training length.
     """
     settings, task, rows = run.settings, run.task, run.splits().test
-    some = rows[: settings.generated_rows]
-    inside = settings.train_length - task.seed_length
+    some, inside = rows[: settings.generated_rows], settings.train_length - task.seed_length
+    last = [_measured(run, model, reading, rows) for reading in run.readings]
     lines = []
-    for encoding in run.encodings:
-        best.load_into(model, encoding)
-        rope = run.rope(encoding, scaled=True)
-        counts = teacher_forced(model, rope, rows, task)
+    for reading, after in zip(run.readings, last, strict=True):
+        best.load_into(model, reading)
+        rope = run.rope(reading)
         free = generated(model, rope, some, task, task.seed_length)
         continued = generated(model, rope, some, task, settings.train_length)
-        accuracies = {"validation_id": float(best.arrays[f"{encoding}.accuracy"])}
-        accuracies["id"], accuracies["ood"] = in_and_out(counts, len(rows), inside)
+        accuracies = {"validation_id": float(best.arrays[f"{reading}.accuracy"])}
         accuracies["generated_id"], accuracies["generated_ood"] = in_and_out(free, len(some), inside)
         accuracies["continued_ood"] = float(continued.mean() / len(some))
-        step = int(best.arrays[f"{encoding}.step"])
-        line: dict[str, Any] = {"subtask": task.subtask, "encoding": encoding, "seed": run.seed, "step": step}
-        line |= {name: round(value, 6) for name, value in accuracies.items()}
-        line |= {"correct": counts.tolist(), "rows": len(rows)}
+        line: Record = {"subtask": task.subtask} | reading._asdict() | {"seed": run.seed}
+        line |= {"step": int(best.arrays[f"{reading}.step"]), "rows": len(rows)}
+        line |= _measured(run, model, reading, rows) | {name: round(value, 6) for name, value in accuracies.items()}
         line |= {"generated": free.tolist(), "continued": continued.tolist(), "generated_rows": len(some)}
-        lines.append(line)
+        lines.append(line | {"last": after})
     return lines
+
+
+def _measured(run: Run, model: Decoder, reading: Reading, rows: Int32Array) -> Record:
+    """Teacher-forced accuracies of the model's weights.
+
+    `id` and `ood`: up to and past the training length. `first` and `trained_id`: of the first prediction and of the
+    others up to the training length, read with the angles of the training. `correct` counts, for every predicted
+    position, the rows with the right token, `trained` those with the angles of the training.
+    """
+    task, inside = run.task, run.settings.train_length
+    counts = teacher_forced(model, run.rope(reading), rows, task)
+    trained = teacher_forced(model, run.training_rope(), rows[:, :inside], task)
+    accuracies = dict(zip(("id", "ood"), in_and_out(counts, len(rows), inside - task.seed_length), strict=True))
+    accuracies |= dict(zip(("first", "trained_id"), in_and_out(trained, len(rows), 1), strict=True))
+    rounded: Record = {name: round(value, 6) for name, value in accuracies.items()}
+    return rounded | {"correct": counts.tolist(), "trained": trained.tolist()}
 
 
 def _batch(run: Run, rows: np.ndarray, step: int) -> tuple[mx.array, mx.array]:
     """The rows of a step, shape (B, 1 + L), and its key for dropout, (2,): functions of the seed and the step."""
-    epoch, i = divmod(step, run.settings.steps_per_epoch)
-    size = run.settings.batch_size
-    chosen = _order(run.seed, epoch, len(rows))[i * size : (i + 1) * size]
-    return mx.array(rows[chosen]), mx.array([run.seed, DROPOUT_KEYS * step], dtype=mx.uint32)
+    settings, left = run.settings, step
+    key = mx.array([run.seed, DROPOUT_KEYS * step], dtype=mx.uint32)
+    for length, steps in settings.curriculum:
+        if left < steps:
+            size = settings.batch_size * settings.train_length // length
+            chosen = np.random.default_rng([run.seed, step, length]).integers(len(rows), size=size)
+            return mx.array(rows[chosen, : 1 + length]), key
+        left -= steps
+    epoch, i = divmod(left, settings.steps_per_epoch)
+    chosen = _order(run.seed, epoch, len(rows))[i * settings.batch_size : (i + 1) * settings.batch_size]
+    return mx.array(rows[chosen]), key
 
 
 @lru_cache(maxsize=8)

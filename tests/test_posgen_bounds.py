@@ -1,0 +1,82 @@
+"""Which tokens of PosGen follow from the last ones, and how often a guess without far tokens is right."""
+
+from collections import Counter, defaultdict
+from itertools import product
+
+from mlx_resonance.posgen.bounds import bounds
+from mlx_resonance.posgen.data import make_table
+from mlx_resonance.posgen.tasks import ARITHMETICS, SUBTASKS, Task
+
+import numpy as np
+import pytest
+
+
+def test_kinds_of_tokens() -> None:
+    """Of semi-recursive digits 4 to 11 the windows start at 0 0 1 1 2 2 3 3."""
+    kinds = {subtask: Task(subtask).kinds(12).tolist() for subtask in SUBTASKS}
+    assert kinds["recursive"] == kinds["cot"] == ["first"] + ["near"] * 7
+    assert kinds["semi-recursive"] == ["first", "near", "far", "near", "far", "near", "far", "near"]
+    assert Task("semi-recursive", far=0).kinds(12).tolist() == ["first"] + ["near"] * 8
+
+
+@pytest.mark.parametrize("subtask", SUBTASKS)
+def test_near_tokens_are_those_of_the_rule_of_two_terms(subtask: str) -> None:
+    task = Task(subtask)
+    rows = make_table(task, "disjoint", 200, 64)
+    back = 5 if subtask == "recursive" else 4
+    guess = (2 * rows[:, 4:-1] - rows[:, 5 - back : 64 - back]) % 17
+    right = (guess == rows[:, 5:]).mean(axis=0)
+    kinds = task.kinds(64)[1:]
+    assert (right[kinds == "near"] == 1).all() and (kinds == "near").any()
+    assert right[kinds == "far"].max(initial=0) < 0.2
+
+
+@pytest.mark.parametrize("subtask", SUBTASKS)
+def test_bounds_of_addition(subtask: str) -> None:
+    found = bounds(Task(subtask), 64)
+    assert list(found) == ["first", "near", *["far"] * (subtask == "semi-recursive")]
+    for kind, limits in found.items():
+        error = 0.015 if kind == "first" else 0.006  # 4000 of them, and 250 000
+        assert limits["chance"] == pytest.approx(1 / 17, abs=error)
+        assert limits["ceiling"] == pytest.approx(1 if kind == "near" else 1 / 17, abs=error)
+
+
+@pytest.mark.parametrize("arithmetic", ARITHMETICS)
+def test_bounds_are_those_of_a_plain_count(arithmetic: str) -> None:
+    """Of all sequences with five digits, two near ones and a far one: what follows the same sums of the last tokens."""
+    task, length = Task("semi-recursive", arithmetic, modulus=5, near=2, far=1), 40
+    rows = make_table(task, "disjoint", 5**3, length).tolist()
+    fit = 2 * len(rows) // 3
+    views = {
+        "shortcut": lambda row, n: (sum(row[n - 3 : n - 1]), sum(row[n - 2 : n]), row[n - 1]),
+        "total": lambda row, n: sum(row[n - 3 : n]),
+    }
+    found = bounds(task, length)
+    for kind, limits in found.items():
+        positions = 3 + np.flatnonzero(task.kinds(length) == kind)
+        seen: dict[tuple, Counter] = defaultdict(Counter)
+        for row, n in product(rows[:fit], positions):
+            for name, view in views.items():
+                seen[name, view(row, n)][row[n]] += 1
+            seen["any",][row[n]] += 1
+        ((most, _),) = seen["any",].most_common(1)
+        answers = list(product(rows[fit:], positions))
+        chance = np.mean([row[n] == most for row, n in answers])
+        assert limits["chance"] == pytest.approx(chance)
+
+        def right(row: list[int], n: int, name: str, ties: bool, seen=seen, most=most) -> bool:
+            counts = seen[name, views[name](row, n)].most_common(2)
+            if not counts:
+                return row[n] == most
+            equal = [digit for digit, count in counts if count == counts[0][1]]
+            return row[n] in equal if ties else equal == [row[n]]
+
+        # Where two answers are as frequent, either may be the guess.
+        low, high = (
+            max(chance, *(np.mean([right(row, n, name, ties) for row, n in answers]) for name in views))
+            for ties in (False, True)
+        )
+        assert (
+            limits["ceiling"] == limits["chance"] if kind == "first" else low - 0.01 <= limits["ceiling"] <= high + 0.01
+        )
+    assert found["near"]["ceiling"] > found["far"]["ceiling"] + 0.05
