@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import attention, load, stream_generate
+from mlx_resonance import attend, load, stream_generate
 from mlx_resonance.errors import DeviceError
 from mlx_resonance.generation import PromptCache
 from mlx_resonance.generation.cache import make_cache
@@ -151,7 +151,7 @@ def test_the_same_text_whatever_the_chunks(loaded: Any, kv_bits: KVBits, monkeyp
     assert len(expected) == 24
     for step in (1, 7, 64, 2048):
         assert greedy(loaded, tokens, kv_bits=kv_bits, prefill_step_size=step) == expected, step
-    monkeypatch.setattr(attention, "BUDGET", 9_000)
+    monkeypatch.setattr(attend, "BUDGET", 9_000)
     assert greedy(loaded, tokens, kv_bits=kv_bits) == expected
 
 
