@@ -35,7 +35,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 @pytest.mark.parametrize("kv_bits", [None, 8])
 @pytest.mark.parametrize("draft", [False, True])
 def test_a_quote(smollm2: Path, passes: list[int], draft: bool, kv_bits: int | None) -> None:
-    """The draft model is the model itself: all of its guesses are right. How many are checked does not depend on time."""
+    """The draft model is the model itself: all of its guesses are right. A number of its own, not of times."""
     model, tokenizer = load(smollm2)
     prompt = tokenizer.encode(f"{TEXT}\n\nThe text above once more, word for word:\n\n{TEXT[:60]}")
     options: dict[str, Any] = {"max_tokens": NEW, "kv_bits": kv_bits}
