@@ -155,7 +155,7 @@ def test_logits_at_once(vocabulary: int) -> None:
     assert size > 1 or vocabulary > 10**6
 
 
-@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16])
+@pytest.mark.parametrize("dtype", [mx.float32, pytest.param(mx.bfloat16, marks=pytest.mark.long)])
 def test_logits_of_a_large_vocabulary(monkeypatch: pytest.MonkeyPatch, dtype: mx.Dtype) -> None:
     """The shapes that are built, and the peak: 64 MB, however many tokens there are."""
     config = {

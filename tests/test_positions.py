@@ -190,7 +190,7 @@ def cut(draw: np.random.Generator, length: int) -> list[int]:
     return sizes
 
 
-@pytest.mark.parametrize("seed", range(28))
+@pytest.mark.parametrize("seed", [*range(14), *(pytest.param(n, marks=pytest.mark.long) for n in range(14, 42))])
 def test_attention_is_the_oracles(seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Any rope type, map, chunks, block of scores, with and without a cache, within 1e-4 of the largest output."""
     draw = np.random.default_rng(seed)
@@ -341,7 +341,7 @@ def test_the_plan_counts_keys_twice_past_the_context(checkpoint: Path) -> None:
     assert plan_memory(extended).context == 2048 and plan_memory(own).context == 512
 
 
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, pytest.param(8, marks=pytest.mark.long)])
 def test_texts_on_disk_are_those_of_the_method(checkpoint: Path, tmp_path: Path, bits: int | None) -> None:
     """Within the context `dynamic` shares those of the plain model, both ways; past it nothing is shared."""
     counts: dict[str, int] = {}
@@ -369,7 +369,7 @@ def test_texts_on_disk_are_those_of_the_method(checkpoint: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize("extend", METHODS)
-@pytest.mark.parametrize("bits", [None, 8])
+@pytest.mark.parametrize("bits", [None, pytest.param(8, marks=pytest.mark.long)])
 def test_the_same_text_for_chunks_of_any_size(checkpoint: Path, extend: str, bits: int | None) -> None:
     """In float32, greedily; with prompt lookup, too, and where the last text's cache is trimmed and reused."""
     opened = Checkpoint.open(checkpoint).extended(extend, 1200)

@@ -32,7 +32,7 @@ def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return emitted
 
 
-@pytest.mark.parametrize("kv_bits", [None, 8])
+@pytest.mark.parametrize("kv_bits", [None, pytest.param(8, marks=pytest.mark.long)])
 @pytest.mark.parametrize("draft", [False, True])
 def test_a_quote(smollm2: Path, passes: list[int], draft: bool, kv_bits: int | None) -> None:
     """The draft model is the model itself: all of its guesses are right. A number of its own, not of times."""
