@@ -81,7 +81,8 @@ def test_a_model(factor: float | None, dtype: mx.Dtype, checkpoint: Path, tmp_pa
     def step(tokens: mx.array) -> mx.array:
         cache = [KVCache() for _ in before]
         for new, old in zip(cache, before, strict=True):
-            new.state = mx.array(old.keys), mx.array(old.values), old.offset  # a step writes into its cache
+            # A step writes into its cache.
+            new.keys, new.values, new.offset = mx.array(old.keys), mx.array(old.values), old.offset
         return model(tokens, cache=cache)
 
     check(tmp_path / "step.mlxfn", step, tokens[:, :1])
