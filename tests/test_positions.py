@@ -309,7 +309,7 @@ def test_a_prompt_past_the_context_is_refused_with_both_ways_and_their_costs(che
     code, out, err = run(*asked)
     assert (code, out) == (2, "")
     factor = "--factor 3 (which changes the angles of short texts, too)"
-    assert f"give {factor} or --extend dynamic (which keeps every angle, and keys twice" in err
+    assert f"give {factor} or --extend dynamic (which keeps every angle; a longer text" in err
     for extend in METHODS:
         assert run(*asked, "--extend", extend)[0] == 0
     code, _, err = run(*asked, "--extend", "self-extend:100:1")

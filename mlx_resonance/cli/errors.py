@@ -16,7 +16,7 @@ logger = logging.getLogger("mlx_resonance")
 # Of remedies for a text that is too long, where there is a choice.
 COSTS = {
     "factor": " (which changes the angles of short texts, too)",
-    "extend": " (which keeps every angle, and keys twice where the text is longer)",
+    "extend": " (which keeps every angle; a longer text holds its keys twice)",
 }
 
 

@@ -147,7 +147,7 @@ class ResonanceLM(TemplateLM):
         return tokens[-most:][:split], tokens[-most:][split:], len(tokens) > most
 
     def _cut(self, tokens: list[int], most: int) -> tuple[list[int], bool]:
-        """At most so many tokens, and whether some were cut."""
+        """The tokens cut to at most `most`, and whether any were cut."""
         if len(tokens) <= most:
             return tokens, False
         head = most // 2 if self.truncation == "middle" else 0
@@ -222,7 +222,7 @@ class ResonanceLM(TemplateLM):
         return text
 
     def _open(self, tokens: list[int], room: int) -> list[Any]:
-        """Caches with room for so many tokens, which hold what a prompt has in common with the one before.
+        """Caches with room for `room` tokens that hold the beginning which this prompt shares with the last one.
 
         Only whole chunks count: then a prompt is read in the same chunks whichever was read before it, and a resumed
         run computes the same bits.

@@ -110,7 +110,7 @@ def find_tasks(names: Sequence[str], include_path: Path | None, **options: Any) 
         options: of `Tasks`.
 
     Raises:
-        UsageError: there is no such task or folder.
+        UsageError: a task or the folder does not exist.
     """
     if include_path is not None and not include_path.is_dir():
         raise MissingFileError(f"{include_path} is not a folder of tasks", option="include_path")

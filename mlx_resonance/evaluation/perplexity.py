@@ -222,7 +222,7 @@ def make_jobs(
 def summarize(lines: Sequence[Record]) -> Record:
     """The perplexities of some documents, and their counts.
 
-    `perplexity_last` is None for sliding windows, `longppl` where there is no evaluator or no key token.
+    `perplexity_last` is None for sliding windows, `longppl` without an evaluator or without key tokens.
     """
 
     def total(name: str) -> float:

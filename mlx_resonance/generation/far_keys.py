@@ -28,7 +28,7 @@ class FarKeys:
 
         Args:
             cache: has `dense_keys`, `stored_keys`, `offset` and `keys`.
-            form: what they are moved by; another than before drops what there is.
+            form: names the positions that they are moved to; a new form discards the keys of the old one.
             count: number of keys, at most those that the cache holds.
             move: moves keys.
             like: the model's type.
