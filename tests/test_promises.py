@@ -11,6 +11,7 @@ import json
 import shutil
 import sys
 import tempfile
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -64,7 +65,7 @@ def flags_of(options: dict[str, Any]) -> list[str]:
 
 
 @dataclass
-class Way:
+class Way(ABC):
     """A way to a text. `ask` is given a prompt and options under the library's names, which become flags."""
 
     folder: Path
@@ -81,8 +82,9 @@ class Way:
         options = {"factor": self.factor} | options
         return flags_of(options)
 
+    @abstractmethod
     def ask(self, text: str, **options: Any) -> Said:
-        raise NotImplementedError
+        """What it says to a prompt."""
 
 
 class Generate(Way):
