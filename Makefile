@@ -21,14 +21,18 @@ comma := ,
 space := $(subst ,, )
 
 .DEFAULT_GOAL := help
-.PHONY: help demo smollm2 test test-real test-long test-browser mutants mutants-if-changed setup lint format notebooks
+.PHONY: help demo demo-real smollm2 test test-real test-long test-browser mutants mutants-if-changed setup lint format notebooks
 .PHONY: docs bench mac dependencies dist test-floors
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "make %-18s %s\n", $$1, $$2 }' Makefile
 
-demo: $(VENV)/.installed ## convert the tiny checkpoint, inspect it, generate past its training length
-	$(BIN)/mlx-resonance demo
+demo: $(VENV)/.installed ## a number hidden far past a tiny model's context: plain RoPE and Resonance-YaRN, in seconds
+	$(BIN)/mlx-resonance demo --mlx-path build/stdlib-llama-8x
+
+demo-real: smollm2 build/python-reference.txt ## the same with SmolLM2 in Python's reference: minutes without a GPU
+	$(BIN)/mlx-resonance demo --model build/smollm2 --file build/python-reference.txt --lengths 12288 --factor 4 \
+		--mlx-path build/smollm2-32k
 
 smollm2: build/smollm2 build/smollm2-32k ## fetch SmolLM2-135M-Instruct and convert it, also for 4 times its context
 
@@ -97,6 +101,12 @@ build/smollm2: | $(GGUF) $(VENV)/.installed
 
 build/smollm2-32k: | $(GGUF) $(VENV)/.installed
 	$(BIN)/mlx-resonance convert $(GGUF) --mlx-path $@ --rope yarn --factor 4 --dtype float32 --verify
+
+# Python's language reference, which every Python has.
+build/python-reference.txt: | $(VENV)/.created
+	mkdir -p build
+	$(BIN)/python -c 'from pydoc_data.topics import topics; print(*topics.values(), sep="\n\n")' > $@.partial
+	mv $@.partial $@
 
 $(GGUF): | $(VENV)/.created
 	rm -rf $@.partial

@@ -85,21 +85,6 @@ def test_generate_options_leave_the_text_as_it_is(run: Any, extended: Path, opti
     assert json.loads(plain)["text"] == json.loads(other)["text"] != ""
 
 
-def test_demo_generates_past_the_training_length(run: Any) -> None:
-    code, out, _ = run("demo")
-    result = json.loads(out.splitlines()[-1])
-    assert code == 0
-    assert list(result) == GENERATION_KEYS
-    assert result["prompt_tokens"] > 512 and result["generation_tokens"] >= 256
-    assert "resonance_yarn" in out and result["text"][:200] in out
-
-
-def test_demo_json_is_one_object(run: Any) -> None:
-    code, out, err = run("demo", "--json", "--max-tokens", 4)
-    assert (code, out.count("\n"), list(json.loads(out))) == (0, 1, GENERATION_KEYS)
-    assert "resonance_yarn" in err and json.loads(out)["text"] in err
-
-
 def damaged(kind: str, stdlib_llama: Path, tmp_path: Path) -> Path:
     """A checkpoint with one thing wrong."""
     import shutil
@@ -192,7 +177,6 @@ def test_a_damaged_checkpoint_is_one_line_and_exit_2(
         (("generate", "--model", "{model}", "--prompt", "a", "--kv-bits", "3"), "--kv-bits"),
         (("generate", "--model", "{model}", "--prompt", "a", "--seed", "-1"), "--seed"),
         (("inspect", "{model}", "--test-length", "1000000000000"), "--test-length"),
-        (("demo", "--max-tokens", "100000"), "context of 4,096"),
         (("frobnicate",), "frobnicate"),
     ],
 )

@@ -185,6 +185,7 @@ TO_FILES = {
 }
 TO_FOLDERS = {
     "convert mlx_path": "none --mlx-path",
+    "demo mlx_path": "-m none --mlx-path",
     "finetune mlx_path": "-m none --data in.txt --mlx-path",
     "generate prompt_cache": "-m none --prompt a --prompt-cache",
     "chat prompt_cache": "-m none --prompt-cache",

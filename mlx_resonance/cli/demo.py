@@ -1,82 +1,159 @@
-"""`mlx-resonance demo`: the main workflow on the tiny checkpoint that comes with the package."""
+"""`mlx-resonance demo`: a number hidden in a text past the context, asked for with and without Resonance-YaRN."""
 
 from __future__ import annotations
 
-import json
+import shlex
+import shutil
 import sys
-import sysconfig
-import tempfile
-from contextlib import nullcontext, redirect_stdout
-from dataclasses import replace
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack, redirect_stdout
 from importlib.resources import as_file, files
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+from rich.table import Table
 from typer import Option
 
-from .options import LARGEST, Json
-from .output import print_json, stdout
+from ..errors import UsageError
+from ..sizes import format_size
+from ..storage import check_output_folder
+from .options import Json, file, integers, model, path
+from .output import count_bar, print_json, stdout
+from .prompts import read_text
 
-FACTOR, PROMPT_TOKENS, NEW_TOKENS, PREFILL = 8, 640, 256, 128
+if TYPE_CHECKING:
+    from ..checkpoint import Checkpoint
+    from ..demo import Task
+
+ROWS = 8  # of the schedule
+AROUND = 48  # characters of the text that are shown before and after the number
 
 
 def command(
-    max_tokens: Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of tokens to generate.")] = NEW_TOKENS,
-    temp: Annotated[float, Option(min=0, max=100, help="Sampling temperature.")] = 0.6,
-    seed: Annotated[int, Option(min=0, max=2**64 - 1, help="Sampling seed.")] = 1,
+    source: Annotated[
+        str | None, Option("--model", "-m", **model, help="Default: the tiny checkpoint of the package.")
+    ] = None,
+    text: Annotated[
+        Path | None, Option("--file", "-f", **file, metavar="TEXT", help="What hides the number. Default: sentences.")
+    ] = None,
+    lengths: Annotated[Any, Option(**integers(64, 2**24), help="Tokens. Default: 4 and 8 times the context.")] = None,
+    factor: Annotated[float, Option(min=1, max=2**31, help="Factor by which the context grows.")] = 8,
+    mlx_path: Annotated[
+        Path | None, Option(**path, metavar="OUT", help="Folder of the result, which stays. Default: MODEL-8x.")
+    ] = None,
+    seed: Annotated[int, Option(min=0, max=2**32 - 1, help="Of the number, and of the sentences.")] = 1,
     json: Json = False,
 ) -> None:
-    """Convert, inspect and run a tiny LLaMA past its context."""
-    with redirect_stdout(sys.stderr) if json else nullcontext():
-        result = _demo(max_tokens, temp, seed)
-    print_json(result)
+    """Hide a number in a text past the context; ask for it with and without Resonance-YaRN."""
+    from ..checkpoint import Checkpoint
+
+    if mlx_path is not None:
+        check_output_folder(mlx_path, "mlx_path")
+    hidden_in = None if text is None else read_text(text)
+    with ExitStack() as stack:
+        if json:
+            stack.enter_context(redirect_stdout(sys.stderr))
+        own = files("mlx_resonance") / "assets" / "stdlib-llama"
+        opened = Checkpoint.open(source or stack.enter_context(as_file(own)))
+        result = _demo(opened, hidden_in, lengths, factor, mlx_path, seed)
+    if json:
+        print_json(result)
 
 
-def _demo(max_tokens: int, temp: float, seed: int) -> dict[str, Any]:
-    """The steps, each after its command line; returns the figures of the text."""
+def _demo(
+    source: Checkpoint, text: str | None, lengths: list[int] | None, factor: float, mlx_path: Path | None, seed: int
+) -> dict[str, Any]:
+    """The steps; returns their figures."""
     import mlx.core as mx
 
-    from ..checkpoint import Checkpoint
-    from ..convert import convert
-    from ..generation import Engine, Sampling, prompt_tokens
-    from ..inspection import inspect_rope, training_of
-    from .convert import report
-    from .generate import run
-    from .inspect import print_schedule
+    from ..demo import answers, converted, hide, ropes
 
+    start, name = time.perf_counter(), source.folder.name
+    trained = source.rope.own_context
+    if trained is None:
+        raise UsageError(f"{name} does not say how many tokens it was trained on", option="model")
+    lengths = sorted(lengths or [4 * trained, 8 * trained])
+    tasks = [hide(source, length, text, seed) for length in lengths]
+    settings = ropes(source.rope, factor, max(lengths))
     # 16-bit matrix products are slow on a CPU.
     dtype = "float32" if mx.default_device() == mx.cpu else None
-    with as_file(files("mlx_resonance") / "assets" / "stdlib-llama") as source, tempfile.TemporaryDirectory() as folder:
-        target = Path(folder) / "stdlib-llama-8x"
-        cast = f" --dtype {dtype}" if dtype else ""
-        _say(f"mlx-resonance convert stdlib-llama --rope yarn --factor {FACTOR}{cast} --mlx-path {target.name}")
-        report(replace(convert(source, target, rope="yarn", factor=FACTOR, dtype=dtype), path=Path(target.name)))
+    target = converted(source, mlx_path or Path(f"{name}-{factor:g}x"), factor, dtype)
 
-        _say(f"mlx-resonance inspect {target.name}")
-        converted = Checkpoint.open(target)
-        print_schedule(inspect_rope(converted.rope, training=training_of(target, converted.rope)))
+    stdout.print(
+        f"{name} was trained on {trained:,} tokens. It reads {lengths[0]:,}, with a number near the beginning:\n"
+    )
+    stdout.print(_excerpt(source, tasks[0]), style="dim", soft_wrap=True)
+    with count_bar() as bar:
+        row = bar.add_task("prompt tokens", total=len(settings) * sum(len(task.prompt) for task in tasks))
+        found = list(answers(target.load(), target, settings, tasks, lambda count: bar.advance(row, count)))
+    stdout.print()
+    stdout.print(_answers(found, lengths, trained))
+    stdout.print(
+        "\nYaRN makes the longer context work, rounded or not; rounding to whole tokens makes its angles exact.\n\n"
+        f"Nothing was trained: {target.folder} has the same weights, "
+        f"{format_size(sum(path.stat().st_size for path in target.folder.glob('*.safetensors')))}, "
+        "and these wavelengths, in tokens:\n",
+    )
+    stdout.print(_schedule(target))
+    seconds, peak = time.perf_counter() - start, mx.get_peak_memory()
+    stdout.print(f"\n{seconds:.1f} s, peak memory {format_size(peak)}. To try next:\n")
+    for line in _next(target.folder):
+        stdout.print(f"  {line}", style="bold", soft_wrap=True)
+    return {"mlx_path": str(target.folder), "seed": seed, "seconds": round(seconds, 2), "answers": found}
 
-        settings = f"--temp {temp} --seed {seed} --max-tokens {max_tokens} --prefill-step-size {PREFILL}"
-        _say(f"mlx-resonance generate --model {target.name} {settings} < unseen.py")
-        tokenizer = converted.tokenizer
-        engine = Engine(converted.load(), tokenizer, prefill_step_size=PREFILL)
-        name, text = _unseen_module(source)
-        tokens = prompt_tokens(tokenizer, text)[:PROMPT_TOKENS]
-        stdout.print(f"… {name}, {len(tokens)} tokens of it; the checkpoint was trained on 512", style="dim")
-        stdout.print(tokenizer.decode(tokens[-60:]), style="dim", end="")
-        return run(engine, tokens, max_tokens, Sampling(temp=temp, seed=seed))
+
+def _excerpt(checkpoint: Checkpoint, task: Task) -> str:
+    """What surrounds the number, and the question."""
+    from ..evaluation.passkey import QUESTION
+
+    text = checkpoint.tokenizer.decode(task.prompt)
+    at = text.index(str(task.key))
+    statement = text[:at].rindex("\n")
+    after = text.index("\n", at)
+    # The number is between two tokens, not words: whole words only.
+    before = " ".join(text[:statement][-AROUND:].split()[1:-1])
+    behind = " ".join(text[after:][:AROUND].split()[1:-1])
+    lines = (f"… {before} …", text[statement:after].strip(), f"… {behind} …", QUESTION)
+    return "\n".join(f"  {line}" for line in lines)
 
 
-def _say(line: str) -> None:
-    stdout.print(f"\n$ {line}", style="bold", soft_wrap=True)
+def _answers(found: Sequence[dict[str, Any]], lengths: Sequence[int], trained: int) -> Table:
+    """The answers, by rope settings and length."""
+    table = Table(box=None, padding=(0, 3, 0, 0), title_justify="left", pad_edge=False)
+    table.add_column("")
+    for length in lengths:
+        table.add_column(f"{length:,} tokens ({length / trained:g} ×)")
+    for name in dict.fromkeys(answer["angles"] for answer in found):
+        own = [answer for answer in found if answer["angles"] == name]
+        cells = [("✓ " if answer["found"] else "✗ ") + " ".join(answer["text"].split())[:24] for answer in own]
+        table.add_row(name, *cells)
+    return table
 
 
-def _unseen_module(checkpoint: Path) -> tuple[str, str]:
-    """A module of this machine's standard library that was held out from training."""
-    held_out = json.loads((checkpoint / "training.json").read_text())["held_out_files"]
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for name in held_out:
-        path = root / name
-        if path.is_file() and path.stat().st_size > 8 * PROMPT_TOKENS:
-            return name, path.read_text(encoding="utf-8")
-    raise FileNotFoundError(f"none of the held-out modules is under {root}")
+def _schedule(checkpoint: Checkpoint) -> Table:
+    """Some of the wavelengths, before and after."""
+    from ..inspection import inspect_rope, training_of
+
+    training = training_of(checkpoint.folder, checkpoint.rope)
+    trained, inspection = training.frequencies.wavelengths, inspect_rope(checkpoint.rope, training=training)
+    table = Table(box=None, padding=(0, 3, 0, 0), pad_edge=False)
+    for name in ("pair", "trained", "YaRN", "rounded"):
+        table.add_column(name, justify="right")
+    for pair in range(0, len(trained), -(-len(trained) // ROWS)):
+        stretched, rounded = inspection.unrounded.wavelengths[pair], inspection.in_use.wavelengths[pair]
+        table.add_row(str(pair), f"{trained[pair]:,.2f}", f"{stretched:,.2f}", f"{rounded:,.0f}")
+    return table
+
+
+def _next(folder: Path) -> list[str]:
+    """Commands to type."""
+    # By the path that was typed, unless the shell finds it by its name.
+    on_path, called = shutil.which("mlx-resonance"), Path(sys.argv[0])
+    by_name = called.name != "mlx-resonance" or (on_path is not None and Path(on_path).resolve() == called.resolve())
+    command, target = "mlx-resonance" if by_name else shlex.quote(str(called)), shlex.quote(str(folder))
+    return [
+        f"{command} generate --model {target} --prompt 'import os' --max-tokens 100",
+        f"{command} inspect {target} --plot wavelengths.png",
+        f"{command} plan --model {target}",
+    ]

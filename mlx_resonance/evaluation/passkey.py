@@ -105,6 +105,14 @@ def passkey_prompt(
     return head + text[:before] + statement + text[before:] + question
 
 
+def shuffled_filler(tokenizer: TokenizerWrapper, tokens: int, seed: int) -> list[int]:
+    """Token ids of the filler's sentences in random order, at least `tokens` of them."""
+    sentences = [sentence + "." for sentence in FILLER.rstrip(".").split(". ")]
+    order = np.random.default_rng(seed).integers(len(sentences), size=tokens)  # a sentence has several tokens
+    text = " ".join(sentences[i] for i in order) + " "
+    return list(tokenizer.encode(text, add_special_tokens=False))
+
+
 def first_integer(text: str) -> int | None:
     """The first integer of an answer, which is what counts."""
     found = re.search(r"\d+", text)
