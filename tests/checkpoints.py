@@ -52,13 +52,14 @@ def random_checkpoint(
     vocabulary: int,
     dtype: Any,
     file: Any = llama,
+    context: int = 16384,
 ) -> Path:
-    """A random model for one of mlx-lm's files, with 16384 tokens of context and stdlib-llama's tokenizer."""
+    """A random model for one of mlx-lm's files, with stdlib-llama's tokenizer."""
     config = {
         "model_type": file.__name__.split(".")[-1], "head_dim": hidden // heads, "hidden_size": hidden,
         "intermediate_size": feed_forward, "num_hidden_layers": layers, "num_attention_heads": heads,
         "num_key_value_heads": kv_heads, "vocab_size": vocabulary, "rms_norm_eps": 1e-5,
-        "rope_theta": 10000.0, "max_position_embeddings": 16384, "tie_word_embeddings": True,
+        "rope_theta": 10000.0, "max_position_embeddings": context, "tie_word_embeddings": True,
     }  # fmt: skip
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))

@@ -100,7 +100,7 @@ def test_nothing_says_to_install_from_an_index() -> None:
     paths = [path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in suffixes]
     paths += [path for path in ROOT.iterdir() if path.suffix in (".md", ".py", ".toml") or path.name == "Makefile"]
     files = [path for path in paths if path.is_file() and "results" not in path.parts]
-    assert {"README.md", "card.py", "serve.py", "long-texts.md", "01-resonance-rope.ipynb"} <= {p.name for p in files}
+    assert {"README.md", "card.py", "serve.py", "generate.md", "01-resonance-rope.ipynb"} <= {p.name for p in files}
     named = re.compile(r"\b(install|uv add|uvx|pipx)\s[^`]*\bmlx-resonance|mlx-resonance\[")
     allowed = {ROOT / "pyproject.toml", ROOT / "mlx_resonance" / "release.py"}  # extras of extras; the command itself
     wrong = []
