@@ -6,7 +6,7 @@ Methods: plain RoPE, YaRN, Resonance-YaRN, dynamic NTK, and the position maps se
 wavelengths as they were trained and rounded. Without --model: the tiny checkpoint at up to eight times its context, on
 the standard library's modules that it was not trained on. With it: the beginnings of the texts of documents.py.
 The output is a run log with a line for every text and every key: a killed run resumes, and nothing is measured twice.
---report reads it alone. --speed times every method beside plain attention. Last line: one JSON object.
+--report reads it alone, --figure draws it. --speed times every method beside plain attention. Last line: JSON.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from mlx_resonance.evaluation.perplexity import select_documents
 from mlx_resonance.generation.cache import make_cache
 from mlx_resonance.generation.prefill import prefill
 from mlx_resonance.generation.stream import generate
+from mlx_resonance.plots import legend_below, look, new_figure
 from mlx_resonance.positions import METHODS, position_map
 from mlx_resonance.rope import expect
 from mlx_resonance.run_log import RunLog
@@ -202,6 +203,28 @@ def table(result: dict[str, Any], lengths: list[int]) -> str:
     return markdown(columns, [(m, *(cell(of.get(str(n))) for n in lengths)) for m, of in result.items()])
 
 
+def draw(result: dict[str, Any], lengths: list[int], path: Path) -> None:
+    """Perplexity over the length; methods that leave the neighbourhood of the others leave the figure."""
+    with new_figure(path, 6, 3.6) as figure:
+        axis = figure.subplots()
+        highest = 0.0
+        for method, of in result.items():
+            if method.removeprefix(ROUNDED) in METHODS and method not in METHODS:
+                continue  # within half a percent of its unrounded form
+            values = [of.get(str(length), {}).get("perplexity", math.nan) for length in lengths]
+            style = look(method)
+            if method in METHODS:  # they nearly coincide: the first is the widest
+                size = len(METHODS) - METHODS.index(method)
+                style |= {"linewidth": 2 * size - 0.8, "markersize": 3 + 2 * size}
+            axis.plot(lengths, values, label="plain RoPE" if method == "plain" else method, **style)
+            highest = max(highest, *values) if "yarn" in method else highest
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axis.set_xticks([], minor=True)
+        axis.set(xlabel="tokens", ylabel="perplexity of the last 512", ylim=(0, 1.3 * highest))
+        legend_below(figure, 4)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, help="checkpoint; default: the tiny one of the package")
@@ -211,6 +234,7 @@ def main() -> None:
     parser.add_argument("--methods", help="names, separated by commas; default: all")
     parser.add_argument("--output", type=Path, help="run log; default: benchmarks/results/past-the-window-NAME.jsonl")
     parser.add_argument("--work-dir", type=Path, default=FOLDER, help="where documents.py keeps its texts")
+    parser.add_argument("--figure", type=Path, help="draw the results")
     parser.add_argument("--report", action="store_true", help="measure nothing")
     parser.add_argument("--speed", action="store_true", help="time the methods at the longest length instead")
     args = parser.parse_args()
@@ -250,6 +274,8 @@ def main() -> None:
             set_rope(model, rope)
             measure_keys(model, method, checkpoint, grid, log)
     result = report(log.records, lengths)
+    if args.figure:
+        draw(result, lengths, args.figure)
     print(table(result, lengths))
     print(json.dumps(about | {"lengths": lengths, "methods": result}))
 

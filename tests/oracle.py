@@ -133,7 +133,8 @@ def place(extend: str, trained: int, window: int, group: int | None, query: int,
     """Positions that a query and a key count as for each other, from the papers, one pair of tokens at a time.
 
     Sources: Self-Extend arXiv 2401.01325, equations 3 and 4; Dual Chunk Attention arXiv 2402.17463, equations 2 to 7;
-    `dynamic` takes the smallest group for which no position of the query reaches the trained length.
+    `dynamic` leaves a query within the trained length as it is, and then takes the smallest group that keeps it within
+    the window and two thirds of what that leaves of the trained length.
     """
     if extend == "dca":
         chunks = query // window - key // window
@@ -143,7 +144,12 @@ def place(extend: str, trained: int, window: int, group: int | None, query: int,
     if query - key < window:
         return query, key
     if group is None:
-        group = next(g for g in range(1, query + 2) if query // g + window - window // g < trained)
+        kept = window + math.ceil(2 * (trained - window) / 3)
+        group = (
+            next(g for g in range(2, 2 * query + 3) if query // g + window - window // g < kept)
+            if query >= trained
+            else 1
+        )
     return query // group + window - window // group, key // group
 
 

@@ -33,7 +33,7 @@ def test_a_prompt_past_the_context_is_refused_with_both_ways_and_their_costs(che
         assert run(*asked, "--extend", extend)[0] == 0
     code, _, err = run(*asked, "--extend", "self-extend:100:1")
     assert (
-        code == 2 and "exceed the 512 tokens that self-extend:100:1 serves: give --extend self-extend:100:5 or" in err
+        code == 2 and "exceed the 512 tokens that self-extend:100:1 serves: give --extend self-extend:100:8 or" in err
     )
     code, _, err = run(*asked, "--extend", "yarn")
     assert code == 2 and err.splitlines()[-1].endswith("got 'yarn' (--extend)")

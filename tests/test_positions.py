@@ -82,7 +82,7 @@ def test_what_is_not_given_is_chosen_from_the_lengths() -> None:
     assert position_map("dca:100", 8192).window == 100
     assert position_map("self-extend:128:12", 512) == PositionMap("self-extend", 512, 128, 12)
     groups = {length: position_map("self-extend", 512, length) for length in (1, 512, 513, 1024, 1025, 4096, None)}
-    assert [chosen.group for chosen in groups.values()] == [1, 1, 3, 3, 6, 11, 11]
+    assert [chosen.group for chosen in groups.values()] == [1, 1, 4, 4, 8, 16, 16]
     assert all(chosen.longest >= (length or 4096) for length, chosen in groups.items())
     assert PositionMap("self-extend", 512, 128, 10).longest < 4096 <= PositionMap("self-extend", 512, 128, 11).longest
     for extend in ("dynamic:64", "dca:100", "self-extend:128:12"):
