@@ -86,7 +86,7 @@ dist: $(VENV)/.installed-release ## build the wheel and the sdist into dist/, ch
 
 CHECKS := browser docs lint notebooks test
 dependencies: | $(VENV)/.created # of all checks, in one go
-	$(BIN)/python -m pip install -e '.[$(subst $(space),$(comma),$(CHECKS))]'
+	$(BIN)/python -m pip install --no-compile -e '.[$(subst $(space),$(comma),$(CHECKS))]'
 	@touch $(VENV)/.installed $(addprefix $(VENV)/.installed-,$(CHECKS))
 
 mac: $(VENV)/.installed ## measure this machine in three minutes: a table to paste; make mac MAC_ARGS="--model FOLDER"

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -33,7 +34,7 @@ def main() -> None:
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=WIDTH, file=nowhere, force_terminal=True)
         console.print(Text("$ mlx-resonance demo", style="bold"))
-        console.print(Text.from_ansi("\n".join(lines)))
+        console.print(Text.from_ansi(re.sub("\n\n\n+", "\n\n", "\n".join(lines))))
         output.parent.mkdir(parents=True, exist_ok=True)
         output.write_text(console.export_svg(title="mlx-resonance demo"))
     print(done.stdout.decode().strip())

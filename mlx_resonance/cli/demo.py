@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from rich.table import Table
+from rich.text import Text
 from typer import Option
 
 from ..errors import UsageError
@@ -126,9 +127,14 @@ def _answers(found: Sequence[dict[str, Any]], lengths: Sequence[int], trained: i
         table.add_column(f"{length:,} tokens ({length / trained:g} ×)")
     for name in dict.fromkeys(answer["angles"] for answer in found):
         own = [answer for answer in found if answer["angles"] == name]
-        cells = [("✓ " if answer["found"] else "✗ ") + " ".join(answer["text"].split())[:24] for answer in own]
-        table.add_row(name, *cells)
+        table.add_row(name, *map(_cell, own))
     return table
+
+
+def _cell(answer: dict[str, Any]) -> Text:
+    """The beginning of an answer, and whether it is right."""
+    text = " ".join(answer["text"].split())[:24]
+    return Text(f"✓ {text}", style="green") if answer["found"] else Text(f"✗ {text}", style="red")
 
 
 def _schedule(checkpoint: Checkpoint) -> Table:
