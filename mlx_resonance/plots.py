@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
@@ -18,11 +19,24 @@ from .errors import UsageError
 from .files import user_path
 from .frequencies import Float64Array
 from .inspection import Inspection
+from .rope_types import PREFIX
 from .storage import check_output
 
-# Okabe and Ito's colors, which the color-blind can tell apart.
+# Okabe and Ito's colors, which the color-blind can tell apart: of what is no method.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
-MORE_COLORS = ("#CC79A7", "#E69F00", "#56B4E9", "black")
+# A method has one hue and one marker in every figure: light with wavelengths as computed, dark where they are rounded.
+METHODS = {
+    "default": ("#A6A6A6", "black", "o"),
+    "linear": ("#66C2A5", "#00664B", "v"),
+    "ntk": ("#F4A582", "#A63603", "^"),
+    "dynamic ntk": ("#E6C229", "#7A6000", "<"),
+    "yarn": ("#56B4E9", "#004C82", "s"),
+    "self-extend": ("#E78AC3", "#8E1F68", "D"),
+    "dca": ("#A99BDB", "#473699", "P"),
+    "dynamic": ("#C79A63", "#66390E", "X"),
+}
+ALIASES = {"rope": "default", "plain": "default", "plain rope": "default"}
+RAMPS = ("#8FD3C9", "#0B6E66", "p")  # a second ramp of the same method, and whatever has no name above
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "font.size": 9,
@@ -110,7 +124,7 @@ def plot_posgen(
 def posgen_curves(
     axis: Axes, accuracies: Mapping[str, np.ndarray], positions: np.ndarray, faint: Collection[str] = ()
 ) -> None:
-    """Draw a line for every reading; rounded ones are solid, in the color of their dashed twin.
+    """Draw a line for every reading, with the `look` of its encoding.
 
     Args:
         axis: to draw on.
@@ -118,18 +132,28 @@ def posgen_curves(
         positions: of the accuracies.
         faint: names of the lines to draw faintly.
     """
-    colors = {"rope": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
-    more = iter(MORE_COLORS)
+    first: dict[str, str] = {}  # by encoding, the first of its ramps
     for name, accuracy in accuracies.items():
-        twin = name.removeprefix("resonance_")
-        base = twin.partition("/")[0]
-        if twin not in colors:  # a ramp: the first has its encoding's color
-            is_first = not any(known.startswith(f"{base}/") for known in colors)
-            colors[twin] = colors[base] if is_first else next(more)
-        axis.plot(
-            positions, 100 * accuracy, "--" if twin == name else "-", color=colors[twin], label=name, linewidth=1,
-            alpha=0.3 if name in faint else 1,
-        )  # fmt: skip
+        encoding, _, ramp = name.partition("/")
+        method = first.setdefault(encoding.removeprefix(PREFIX), ramp)
+        style = look(encoding if ramp == method else name) | {"marker": "", "alpha": 0.3 if name in faint else 1}
+        axis.plot(positions, 100 * accuracy, label=name, **style)
+
+
+def look(name: str) -> dict[str, Any]:
+    """How a method is drawn in every figure: matplotlib's settings of a line with markers.
+
+    Rounded wavelengths are a thin dark line over the light wide one of the same method, so that both can be seen where
+    they coincide.
+
+    Args:
+        name: of a rope type, a position map or an encoding: `yarn`, `Resonance-YaRN`, `self-extend`.
+    """
+    base = re.sub("^resonance[-_ ]", "", name.lower())
+    light, dark, marker = METHODS.get(ALIASES.get(base, base), RAMPS)
+    if base == name.lower():
+        return {"color": light, "marker": marker, "linewidth": 3, "markersize": 7, "zorder": 2}
+    return {"color": dark, "marker": marker, "linewidth": 1.2, "markersize": 3.5, "zorder": 2.5}
 
 
 def plot_passkey(lengths: Sequence[int], depths: Sequence[int], found: np.ndarray, path: str | Path) -> None:
@@ -180,7 +204,7 @@ def perplexity_panels(
 
 
 def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, Sequence[float] | np.ndarray]) -> None:
-    """Draw a line for every rope; rounded ones are solid, in the color of their dashed twin.
+    """Draw a line for every rope, with the `look` of its method.
 
     Args:
         axis: to draw on.
@@ -188,16 +212,15 @@ def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, 
         curves: by name of the rope, after the model's if there are several; shape (contexts,), or (seeds, contexts) for
             a line of means with a band that spans the seeds.
     """
-    colors = {"default": GREY, "linear": GREEN, "ntk": ORANGE, "yarn": BLUE}
-    twins = dict.fromkeys(name.replace("resonance_", "") for name in curves)
-    colors |= dict(zip((twin for twin in twins if twin not in colors), cycle(MORE_COLORS), strict=False))
     seeds = {name: np.atleast_2d(np.asarray(values)) for name, values in curves.items()}
+    styles = cycle(("-", "--", ":", "-."))  # of models
+    models = {model: next(styles) for model in dict.fromkeys(_model_and_method(name)[0] for name in curves)}
     for name, values in seeds.items():
-        twin = name.replace("resonance_", "")
-        style = "o--" if twin == name else "o-"
-        axis.plot(contexts, values.mean(0), style, color=colors[twin], label=name, markersize=3.5, linewidth=1.4)
+        model, method = _model_and_method(name)
+        style = look(method)
+        axis.plot(contexts, values.mean(0), models[model], label=name, **style)
         if len(values) > 1:
-            axis.fill_between(contexts, values.min(0), values.max(0), color=colors[twin], alpha=0.2, linewidth=0)
+            axis.fill_between(contexts, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
     axis.set_xscale("log", base=2)
     axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
     axis.set_xticks([], minor=True)
@@ -208,11 +231,21 @@ def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, 
             formats(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
 
 
+def _model_and_method(name: str) -> tuple[str, str]:
+    """The parts of `RopeConfig.name`, after the name of a model if there are several."""
+    *before, last = name.split(", ")
+    if ":" in last:  # a position map, after the rope type
+        rope, method = before.pop() if before else "", last.partition(":")[0]
+        return ", ".join(before), (PREFIX if rope.startswith(PREFIX) else "") + method
+    return ", ".join(before), f"{last} NTK" if last.removeprefix(PREFIX) == "dynamic" else last
+
+
 def gap_panel(axis: Axes, gaps: Mapping[str, Float64Array]) -> None:
     """The feature gap of every pair; two to four of them, by name."""
-    looks = zip((ORANGE, BLUE, GREEN, GREY), ("^", "o", "s", "x"), (7, 3, 5, 5), strict=True)
+    looks = zip((ORANGE, BLUE, GREEN, GREY), ("^", "o", "s", "x"), (6, 2.5, 8, 5), strict=True)
     for (name, gap), (color, marker, size) in zip(gaps.items(), looks, strict=False):
-        axis.plot(np.arange(len(gap)), gap, marker, color=color, label=name, markersize=size)
+        fill = "none" if marker == "s" else "full"  # where gaps coincide, all of them show
+        axis.plot(np.arange(len(gap)), gap, marker, color=color, label=name, markersize=size, fillstyle=fill)
     axis.set_yscale("symlog", linthresh=1e-3)  # shows a gap of exactly zero
     axis.set(xlabel="feature pair", ylabel="feature gap", ylim=(-2e-4, 4))
     axis.set_yticks([0, 1e-3, 1e-2, 0.1, 1], ["0", "0.001", "0.01", "0.1", "1"])

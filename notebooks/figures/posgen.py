@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from mlx_resonance.plots import BLUE, GREY, ORANGE, STYLE, legend_below, posgen_curves
+from mlx_resonance.plots import BLUE, GREY, ORANGE, STYLE, legend_below, look, posgen_curves
 
 import matplotlib
 import numpy as np
@@ -13,8 +13,6 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 
 from .common import TEXT_GREY, Picture, figure_of
-
-LIGHT_BLUE = "#8CBFDE"
 
 
 @matplotlib.rc_context(STYLE)
@@ -28,7 +26,12 @@ def sequences(rows: Mapping[str, NDArray[np.int32]], position: int, near: int, f
         far: by subtask, the position of the one further back.
     """
     length = max(map(len, rows.values()))
-    figure, (axis,) = figure_of(size=(8.5, 0.5 + 0.62 * len(rows)))
+    places = ", ".join(f"{name} at position {place}" for name, place in far.items())
+    figure, (axis,) = figure_of(
+        f"The first {length} digits of {len(rows)} sequences. The digit at position {position} follows from the {near} "
+        f"before it and from a far one: {places}.",
+        size=(8.5, 0.5 + 0.62 * len(rows)),
+    )
     for y, (name, digits) in enumerate(rows.items()):
         for x, digit in enumerate(digits):
             is_near, is_far = position - near <= x < position, x == far[name]
@@ -57,8 +60,15 @@ def training(steps: Sequence[tuple[int, float, float]], chance: float, total: in
         chance: accuracy of guessing, in [0, 1].
         total: steps of the whole training.
     """
-    figure, (left, right) = figure_of(1, 2, (7, 2.6))
     step, loss, accuracy = np.array(steps, dtype=float).reshape(-1, 3).T
+    measured = accuracy[~np.isnan(accuracy)]
+    figure, (left, right) = figure_of(
+        f"Training after {len(step)} of {total} steps. Left: the loss, {loss[-1]:.2f} nats where guessing has "
+        f"{-np.log(chance):.2f}. Right: accuracy, {100 * measured[-1]:.0f} % where guessing has {100 * chance:.0f} %."
+        if len(measured)
+        else f"Training after {len(step)} of {total} steps: nothing validated yet.",
+        1, 2, (7, 2.6),
+    )  # fmt: skip
     left.plot(step, loss, "o-", color=BLUE, markersize=4, linewidth=1.4)
     left.axhline(-np.log(chance), color="black", linewidth=0.8, linestyle=":", label="guessing")
     right.plot(step, 100 * accuracy, "o-", color=BLUE, markersize=4, linewidth=1.4)
@@ -75,13 +85,18 @@ def training(steps: Sequence[tuple[int, float, float]], chance: float, total: in
 def accuracy_over_position(
     curves: Mapping[str, Mapping[str, NDArray[np.float64]]], seed_length: int, train_length: int
 ) -> Picture:
-    """Accuracy over the position, a panel per subtask; resonance is solid, its plain twin dashed in the same color.
+    """Accuracy over the position, a panel per subtask.
 
     Args:
         curves: by subtask and encoding, as `accuracy_curves` gives them.
         seed_length, train_length: digits.
     """
-    figure, axes = figure_of(1, len(curves), (8.5, 3.2))
+    words = "; ".join(
+        f"{subtask}: " + ", ".join(f"{name} {100 * line[-20:].mean():.0f} %" for name, line in lines.items())
+        for subtask, lines in curves.items()
+    )
+    alt = f"Accuracy over the position; trained on {train_length} digits (grey). Mean of the last 20 digits: {words}."
+    figure, axes = figure_of(alt, 1, len(curves), (8.5, 3.2))
     for axis, (subtask, lines) in zip(axes, curves.items(), strict=True):
         # In semi-recursive sequences every other token is easy: two neighbours make one point.
         smooth = {name: np.convolve(accuracy, [0.5, 0.5], mode="valid") for name, accuracy in lines.items()}
@@ -107,11 +122,18 @@ def seeds_and_paper(
         ours: % by subtask and encoding, one number for each seed.
         paper: % by subtask and encoding.
     """
-    figure, axes = figure_of(1, len(ours), (8.5, 3.2))
+    words = "; ".join(
+        f"{subtask}: "
+        + ", ".join(f"{name} {seeds.mean():.0f} % ({paper[subtask][name]:.0f})" for name, seeds in of.items())
+        for subtask, of in ours.items()
+    )
+    alt = f"Accuracy past the training length, every seed and their mean; the paper's mean in parentheses. {words}."
+    figure, axes = figure_of(alt, 1, len(ours), (8.5, 3.2))
     for axis, (subtask, encodings) in zip(axes, ours.items(), strict=True):
         for y, (encoding, seeds) in enumerate(encodings.items()):
-            axis.plot(seeds, np.full(len(seeds), y), "o", color=LIGHT_BLUE, markersize=4, label="one seed")
-            axis.plot(seeds.mean(), y, "|", color=BLUE, markersize=18, markeredgewidth=2.5, label="mean of them")
+            color = look(encoding)["color"]
+            axis.plot(seeds, np.full(len(seeds), y), "o", color=color, markersize=4, label="one seed")
+            axis.plot(seeds.mean(), y, "|", color=color, markersize=18, markeredgewidth=2.5, label="mean of them")
             axis.plot(paper[subtask][encoding], y, "D", color=ORANGE, markersize=5, label="the paper's mean")
         axis.set(title=subtask, xlabel="accuracy, %", xlim=(0, 103), ylim=(len(encodings) - 0.5, -0.5))
         axis.set_yticks(range(len(encodings)), list(encodings) if axis is axes[0] else [])
@@ -132,7 +154,11 @@ def differences(
         intervals: by name, their ends.
         paper: points by name.
     """
-    figure, (axis,) = figure_of(size=(8.5, 0.9 + 0.42 * len(ours)))
+    words = ", ".join(f"{name} {seeds.mean():+.1f} (paper {paper[name]:+.1f})" for name, seeds in ours.items())
+    figure, (axis,) = figure_of(
+        f"Resonance minus plain, in points of accuracy, every seed, with 95 % intervals of the means: {words}.",
+        size=(8.5, 0.9 + 0.42 * len(ours)),
+    )
     for y, (name, seeds) in enumerate(ours.items()):
         axis.plot(intervals[name], (y, y), linewidth=3, color=BLUE, solid_capstyle="butt", label="95 %", zorder=1.5)
         axis.plot(seeds, np.full(len(seeds), y), "o", color="black", markersize=3, label="one seed")

@@ -19,6 +19,7 @@ playwright = pytest.importorskip("playwright.sync_api", reason="make test-browse
 ROOT = Path(__file__).parents[2]
 SCREENSHOTS = ROOT / "build" / "screenshots"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+NAMES = sorted(path.stem for path in (ROOT / "notebooks").glob("0*.ipynb"))
 MINUTES = 4 * 60_000  # of a busy machine, in ms
 # The page holds all cells, not only the visible ones.
 SETTINGS = {
@@ -35,14 +36,14 @@ def lab(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """
     folder = tmp_path_factory.mktemp("lab")
     shutil.copytree(ROOT / "notebooks", folder / "notebooks")
-    shutil.copytree(ROOT / "benchmarks" / "results", folder / "benchmarks" / "results")
+    shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("*.safetensors"))
     for name, values in SETTINGS.items():
         path = folder / "settings" / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(values))
     token = secrets.token_hex(16)
     places = {"JUPYTER_CONFIG_DIR": "config", "JUPYTER_RUNTIME_DIR": "runtime", "JUPYTERLAB_SETTINGS_DIR": "settings"}
-    environment = os.environ | {key: str(folder / value) for key, value in places.items()}
+    environment = os.environ | {key: str(folder / value) for key, value in places.items()} | {"NOTEBOOK_TINY": "1"}
     command = [sys.executable, "-m", "jupyterlab", "--no-browser", "--allow-root", "--ip=127.0.0.1", "--port=0"]
     with (folder / "log").open("wb") as log:
         server = subprocess.Popen(
@@ -79,8 +80,8 @@ def browser() -> Iterator[playwright.Browser]:
         running.close()
 
 
-def run_all(page: playwright.Page, address: str) -> None:
-    """Open a notebook, run it, wait for its last cell, and check that no cell failed."""
+def open_notebook(page: playwright.Page, address: str) -> None:
+    """Open a notebook, and wait for its kernel."""
     page.goto(address, timeout=MINUTES)
     page.wait_for_selector(".jp-Notebook .jp-CodeCell", timeout=MINUTES)
     idle = "document.querySelector('#jp-main-statusbar')?.innerText.includes('| Idle')"
@@ -89,6 +90,11 @@ def run_all(page: playwright.Page, address: str) -> None:
     if page.locator(accept).count():
         page.locator(accept).click()
         page.wait_for_function(f"() => {idle}", timeout=MINUTES)
+
+
+def run_all(page: playwright.Page, address: str) -> None:
+    """Open a notebook, run it, wait for its last cell, and check that no cell failed."""
+    open_notebook(page, address)
     page.get_by_role("menuitem", name="Edit", exact=True).click()
     page.get_by_text("Clear Outputs of All Cells").click()
     page.wait_for_function("() => !document.querySelector('.jp-OutputArea-output')", timeout=MINUTES)
@@ -113,7 +119,6 @@ def test_a_slider_changes_the_figure(lab: str, browser: playwright.Browser) -> N
     run_all(page, lab.format("01-resonance-rope"))
     before = pictures(page)
     assert before
-    page.screenshot(path=SCREENSHOTS / "01-before.png")
     handle = page.locator(".widget-slider .noUi-handle").first
     handle.scroll_into_view_if_needed(timeout=MINUTES)
     page.screenshot(path=SCREENSHOTS / "01-before.png")
@@ -140,4 +145,26 @@ def test_generation_runs_live(lab: str, browser: playwright.Browser) -> None:
         page.screenshot(path=SCREENSHOTS / f"03-{number}.png")
         size = image.bounding_box()
         assert size is not None and size["width"] > 200 and size["height"] > 100
+    page.close()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_figures_and_their_descriptions_show_before_anything_runs(
+    lab: str, browser: playwright.Browser, name: str
+) -> None:
+    page = browser.new_page(viewport={"width": 1200, "height": 1600})
+    open_notebook(page, lab.format(name))
+    images = page.locator(".jp-OutputArea img")
+    committed = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
+    outputs = [output for cell in committed["cells"] for output in cell.get("outputs", [])]
+    texts = [output["metadata"]["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})]
+    page.wait_for_function("count => document.querySelectorAll('.jp-OutputArea img').length == count", arg=len(texts))
+    shown = [" ".join(line.split()) for line in page.locator(".jp-OutputArea .jp-RenderedHTML small").all_inner_texts()]
+    assert texts and shown == [" ".join(text.split()) for text in texts]
+    for number, image in enumerate(images.all(), 1):
+        image.scroll_into_view_if_needed()
+        size = image.bounding_box()
+        assert size is not None and size["width"] > 200 and size["height"] > 100
+        if number == 1:
+            page.screenshot(path=SCREENSHOTS / f"{name}.png")
     page.close()
