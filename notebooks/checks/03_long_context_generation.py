@@ -27,9 +27,8 @@ def the_answers_are_right(answer: str, answer2: str, real: bool) -> None:
     assert right[0] in answer and right[1] in answer2
 
 
-def the_second_question_is_read_alone(prompt: Any, prompt2: Any, new: int, first: float, first2: float) -> None:
+def the_second_question_is_read_alone(prompt: Any, prompt2: Any, new: int) -> None:
     assert 0 < new < 40 and len(prompt) > 1500 and len(prompt2) > 1500
-    assert first2 < first / 2
 
 
 def the_cache_changes_no_answer(
