@@ -144,7 +144,10 @@ def test_what_the_gpu_refuses_is_one_line_that_names_the_step(loaded: Any, said:
         greedy(loaded, tokens, prefill_step_size=128)
 
 
-@pytest.mark.parametrize("kv_bits", [None, 8, "8,4", 4, KVFormat.of(4, True)])
+LONG = (pytest.param(8, marks=pytest.mark.long), pytest.param(4, marks=pytest.mark.long))
+
+
+@pytest.mark.parametrize("kv_bits", [None, "8,4", KVFormat.of(4, True), *LONG])
 def test_the_same_text_whatever_the_chunks(loaded: Any, kv_bits: KVBits, monkeypatch: pytest.MonkeyPatch) -> None:
     tokens = prompt(loaded[1], 300, start=500)
     expected = greedy(loaded, tokens, kv_bits=kv_bits)

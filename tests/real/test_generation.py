@@ -72,6 +72,7 @@ def test_a_batch_answers_each_question(run: Any, loaded: Any, smollm2_32k: Path,
         assert texts[country] == generate(model, tokenizer, prompt_tokens(tokenizer, question, True), max_tokens=12)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not mx.distributed.is_available("ring"), reason="this MLX has no ring backend")
 def test_three_processes_share_nine_heads(smollm2_32k: Path, tmp_path: Path) -> None:
     """Three query heads and one key-value head for each; the first one prints."""

@@ -42,7 +42,7 @@ def of_transformers(folder: Path) -> Any:
     [
         ("smollm2", 100),
         ("smollm2_32k", 100),
-        ("smollm2_32k", 2000),
+        pytest.param("smollm2_32k", 2000, marks=pytest.mark.long),
         pytest.param("smollm2", 2000, marks=pytest.mark.long),
         pytest.param("smollm2_32k", 9000, marks=pytest.mark.long),  # it was trained on 8192
     ],

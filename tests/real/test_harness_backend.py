@@ -118,6 +118,7 @@ def compare(settings: dict[str, Any], flags: list[Any], folder: Path) -> dict[st
     return result
 
 
+@pytest.mark.long
 def test_local_files(smollm2: Path, tmp_path: Path) -> None:
     write_tasks(tmp_path)
     settings = {"tasks": ["choose", "write", "longbench2_local"], "folders": [str(tmp_path)], "context": 600}
