@@ -158,7 +158,9 @@ def test_figures_and_their_descriptions_show_before_anything_runs(
     committed = json.loads((ROOT / "notebooks" / f"{name}.ipynb").read_text())
     outputs = [output for cell in committed["cells"] for output in cell.get("outputs", [])]
     texts = [output["metadata"]["image/png"]["alt"] for output in outputs if "image/png" in output.get("data", {})]
-    page.wait_for_function("count => document.querySelectorAll('.jp-OutputArea img').length == count", arg=len(texts))
+    page.wait_for_function(
+        "count => document.querySelectorAll('.jp-OutputArea img').length == count", arg=len(texts), timeout=MINUTES
+    )
     shown = [" ".join(line.split()) for line in page.locator(".jp-OutputArea .jp-RenderedHTML small").all_inner_texts()]
     assert texts and shown == [" ".join(text.split()) for text in texts]
     for number, image in enumerate(images.all(), 1):
