@@ -19,6 +19,7 @@ from rich.console import Console
 from rich.text import Text
 
 WIDTH = 100
+CODES = re.compile(r"\x1b\[[0-9;?]*[A-Za-z]")
 
 
 def main() -> None:
@@ -29,8 +30,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-c", "from mlx_resonance.cli import main; main()", "demo", "--json"]
         done = subprocess.run(command, env=environment, capture_output=True, check=True, cwd=folder)
-    # A terminal has the bar only while it moves.
+    # A terminal has the bar only while it moves; without it, lines of control codes are left.
     lines = [line for line in done.stderr.decode().splitlines() if "━" not in line and "[ResonanceRoPE]" not in line]
+    lines = ["" if not CODES.sub("", line).strip() else line for line in lines]
     with open(os.devnull, "w") as nowhere:
         console = Console(record=True, width=WIDTH, file=nowhere, force_terminal=True)
         console.print(Text("$ mlx-resonance demo", style="bold"))

@@ -21,6 +21,7 @@ from .scaling import check_context, named_rope
 
 ROPE = "resonance_yarn"
 DEPTH = 5  # where the number is, in % of the text
+STEP = 256  # tokens in a pass: of larger passes a CPU computes more scores that the mask then drops
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ def answers(
     for name, rope in settings.items():
         set_rope(model, rope)
         for task in tasks:
-            pieces = list(stream_generate(model, checkpoint.tokenizer, task.prompt, max_tokens=ANSWER_TOKENS))
+            options: Any = {"max_tokens": ANSWER_TOKENS, "prefill_step_size": STEP}
+            pieces = list(stream_generate(model, checkpoint.tokenizer, task.prompt, **options))
             text = "".join(piece.text for piece in pieces)
             found = first_integer(text) == task.key
             yield {"angles": name, "length": task.length, "key": task.key, "found": found} | figures(text, pieces[-1])
