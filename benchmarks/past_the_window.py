@@ -29,7 +29,7 @@ from mlx_resonance.evaluation.perplexity import select_documents
 from mlx_resonance.generation.cache import make_cache
 from mlx_resonance.generation.prefill import prefill
 from mlx_resonance.generation.stream import generate
-from mlx_resonance.plots import legend_below, look, new_figure
+from mlx_resonance.plots import legend_below, length_axis, look, new_figure
 from mlx_resonance.positions import METHODS, position_map
 from mlx_resonance.rope import expect
 from mlx_resonance.run_log import RunLog
@@ -218,9 +218,7 @@ def draw(result: dict[str, Any], lengths: list[int], path: Path) -> None:
                 style |= {"linewidth": 2 * size - 0.8, "markersize": 3 + 2 * size}
             axis.plot(lengths, values, label="plain RoPE" if method == "plain" else method, **style)
             highest = max(highest, *values) if "yarn" in method else highest
-        axis.set_xscale("log", base=2)
-        axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
-        axis.set_xticks([], minor=True)
+        length_axis(axis, lengths)
         axis.set(xlabel="tokens", ylabel="perplexity of the last 512", ylim=(0, 1.3 * highest))
         legend_below(figure, 4)
 

@@ -220,8 +220,11 @@ class Checkpoint:
     @property
     def rope_settings(self) -> dict[str, Any]:
         """The rope settings in use, as JSON: in transformers 4 keys, and a position map that no config.json has."""
-        positions = self.rope.positions
-        return self.rope.to_hf("4") | ({} if positions is None else {"extend": positions.extend})
+        positions, extend = self.rope.positions, {}
+        if positions is not None:
+            # What a user wrote does not say how `dynamic` chooses its groups: results of another rule are not the same.
+            extend = {"extend": positions.extend} | ({"kept": positions.kept} if positions.method == "dynamic" else {})
+        return self.rope.to_hf("4") | extend
 
     @property
     def mlx_config(self) -> dict[str, Any]:

@@ -221,14 +221,19 @@ def perplexity_curves(axis: Axes, contexts: Sequence[int], curves: Mapping[str, 
         axis.plot(contexts, values.mean(0), models[model], label=name, **style)
         if len(values) > 1:
             axis.fill_between(contexts, values.min(0), values.max(0), color=style["color"], alpha=0.2, linewidth=0)
-    axis.set_xscale("log", base=2)
-    axis.set_xticks(contexts, [f"{context:,}" for context in contexts])
-    axis.set_xticks([], minor=True)
+    length_axis(axis, contexts)
     every = np.concatenate([values.ravel() for values in seeds.values()])
     if every.max() > 5 * every.min():  # a scaling that breaks down would flatten the others
         axis.set_yscale("log")
         for formats in (axis.yaxis.set_major_formatter, axis.yaxis.set_minor_formatter):
             formats(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 1)))
+
+
+def length_axis(axis: Axes, lengths: Sequence[int]) -> None:
+    """A logarithmic axis with a mark at each of some lengths, in tokens."""
+    axis.set_xscale("log", base=2)
+    axis.set_xticks(lengths, [f"{length:,}" for length in lengths])
+    axis.set_xticks([], minor=True)
 
 
 def _model_and_method(name: str) -> tuple[str, str]:

@@ -11,7 +11,7 @@ from mlx_resonance.errors import UsageError
 from mlx_resonance.generation import Engine, PromptCache
 from mlx_resonance.generation.prompt_cache import cache_identity
 from mlx_resonance.generation.quantized_cache import QuantizedCache
-from mlx_resonance.positions import METHODS
+from mlx_resonance.positions import METHODS, PositionMap
 from mlx_resonance.rope_types import LONGEST
 
 import mlx.core as mx
@@ -118,3 +118,13 @@ def test_caches_of_mlx_lm(checkpoint: Path) -> None:
     assert quantized == generate(model, opened.tokenizer, ids, kv_bits=8, **options)
     with pytest.raises(UsageError, match="a quantized cache of mlx-lm keeps no keys for other positions"):
         model(mx.array([ids]), cache=[QuantizedKVCache() for _ in model.layers])
+
+
+def test_results_of_another_rule_for_the_group_are_not_used(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On-disk KV caches and run logs know a model by this digest."""
+    extended = {extend: Checkpoint.open(checkpoint, extend=extend) for extend in ("dynamic", "self-extend:128:8")}
+    before = {extend: opened.results_digest() for extend, opened in extended.items()}
+    monkeypatch.setattr(PositionMap, "kept", property(lambda self: self.trained))
+    changed = [extend for extend, opened in extended.items() if opened.results_digest() != before[extend]]
+    assert changed == ["dynamic"]  # the other has its group in what the user wrote
+    assert extended["dynamic"].settings()["rope"]["kept"] == 512

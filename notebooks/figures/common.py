@@ -7,7 +7,7 @@ import io
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from mlx_resonance.plots import BLUE, GREY, STYLE, look, perplexity_panels
+from mlx_resonance.plots import BLUE, GREY, STYLE, length_axis, look, perplexity_panels
 
 import matplotlib
 import numpy as np
@@ -105,9 +105,8 @@ def method_lines(
         axis.plot(np.array(lengths) * aside, values, label=name, **look(name))
     if trained:
         axis.axvline(trained, color="black", linewidth=0.8, linestyle=":")
-    axis.set(xlabel="context, tokens", ylabel=ylabel, xscale="log")
-    axis.set_xticks(lengths, [f"{value:,}" for value in lengths])
-    axis.set_xticks([], minor=True)
+    axis.set(xlabel="context, tokens", ylabel=ylabel)
+    length_axis(axis, lengths)
     axis.legend()
     return figure
 
