@@ -9,8 +9,8 @@ from mlx_resonance.errors import UsageError
 from mlx_resonance.posgen import train
 from mlx_resonance.posgen.data import tokens
 from mlx_resonance.posgen.evaluate import generated, in_and_out, teacher_forced
-from mlx_resonance.posgen.settings import ENCODINGS, PRESETS, Reading, Settings, settings_from
-from mlx_resonance.posgen.tasks import Task
+from mlx_resonance.posgen.settings import ENCODINGS, PRESETS, Reading, Settings, Stage, settings_from
+from mlx_resonance.posgen.tasks import SUBTASKS, Task
 from mlx_resonance.posgen.train import Best, Run, results, run_training
 
 import mlx.core as mx
@@ -174,30 +174,40 @@ def test_each_part_has_its_rows_and_its_rope(monkeypatch, train_scaled) -> None:
     validations = len(seen)
     results(run, model, best)
     assert trained and all(one == SMOKE.frequencies(YARN, scaled=train_scaled) for one in trained)
-    as_trained = seen[validations + 1], seen[-1]
+    as_trained = seen[validations + 1], seen[validations + 3]
     for one in seen:
         scaled = train_scaled or not any(one is other for other in as_trained)
         assert one[1] == SMOKE.frequencies(YARN, scaled=scaled)
     assert [one[0] for one in seen[:validations]] == ["teacher_forced"] * 3
     assert all(np.array_equal(one[2], rows.validation) for one in seen[:validations])
     assert [(name, *prompt) for name, _, _, *prompt in seen[validations:]] == [
-        ("teacher_forced",), ("teacher_forced",), ("generated", 4), ("generated", 12), ("teacher_forced",),
-        ("teacher_forced",),
+        *[("teacher_forced",)] * 4, ("generated", 4), ("generated", 12),
     ]  # fmt: skip
-    measured = [rows.test, rows.test[:, :12]]
-    for one, expected in zip(seen[validations:], (*measured, rows.test[:2], rows.test[:2], *measured), strict=True):
+    measured = [rows.test, rows.test[:, :12]] * 2
+    for one, expected in zip(seen[validations:], (*measured, *[rows.test[:2]] * 2), strict=True):
         np.testing.assert_array_equal(one[2], expected)
+
+
+def test_weights_of_the_last_step_are_measured_once(monkeypatch) -> None:
+    run, measured = Run(TASK, SMOKE, (ROPE, NTK), 1), []
+    monkeypatch.setattr(train, "_measured", lambda run, model, reading, rows: measured.append(reading) or {"id": 0.5})
+    model, best = run_training(run)
+    best.keep(ROPE, SMOKE.steps, 1.0, model)
+    best.keep(NTK, SMOKE.steps - 1, 1.0, model)
+    lines = results(run, model, best)
+    assert measured == [ROPE, NTK, NTK] and [line["last"] for line in lines] == [{"id": 0.5}] * 2
 
 
 def test_an_epoch_has_every_row_once_in_an_order_of_its_own() -> None:
     runs = [Run(TASK, SMOKE, (ROPE,), seed) for seed in (1, 2)]
-    ids = tokens(runs[0].splits().train, TASK.modulus)
+    rows = runs[0].splits().train
+    ids = tokens(rows, TASK.modulus)
     orders, steps = [], SMOKE.steps_per_epoch
     for run, epoch in product(runs, range(2)):
-        batches = [train._batch(run, ids, steps * epoch + i) for i in range(steps)]
-        assert [batch.shape for batch, _ in batches] == [(16, 13), (16, 13), (8, 13)]
-        assert [key.tolist() for _, key in batches] == [[run.seed, 1024 * (steps * epoch + i)] for i in range(steps)]
-        orders.append(np.concatenate([batch for batch, _ in batches]))
+        batches = [train._batch(run, rows, steps * epoch + i) for i in range(steps)]
+        assert [batch.shape for batch, *_ in batches] == [(16, 13), (16, 13), (8, 13)]
+        assert [key.tolist() for *_, key in batches] == [[run.seed, 1024 * (steps * epoch + i)] for i in range(steps)]
+        orders.append(np.concatenate([batch for batch, *_ in batches]))
     for order in orders:
         np.testing.assert_array_equal(np.sort(order, axis=0), np.sort(ids, axis=0))
         assert {row.tobytes() for row in order} == {row.tobytes() for row in ids}
@@ -230,21 +240,40 @@ def test_every_name_of_a_setting_is_explained() -> None:
     assert all(name in text for name in Settings.__dataclass_fields__)
 
 
+@pytest.mark.parametrize("subtask", SUBTASKS)
+def test_rows_of_random_digits_are_answered_by_the_rule(subtask: str) -> None:
+    """Each row's digits are up to a number of its own, one of four; an answer is the sum of the rule's tokens."""
+    task = Task(subtask, far=2)
+    settings = replace(SMOKE, batch_size=1000, curriculum=(Stage(120, 1, largest=9),))
+    run = Run(task, settings, (ROPE,), 1)
+    ids, answers, _ = map(np.array, train._batch(run, run.splits().train, 0))
+    rows = ids[:, 1:].astype(int)
+    assert rows.shape == (100, 120) and set(rows.max(axis=1)) == {6, 7, 8, 9}
+    assert answers.shape == (100, 115) and np.array_equal(answers[:, 0], rows[:, :5].sum(axis=1) % 17)
+    for position in range(5, 120):
+        window = task.window(position)
+        far = rows[:, window] + rows[:, window + 1]
+        near = rows[:, position - 1] + rows[:, position - 2] + rows[:, position - 3]
+        assert np.array_equal(answers[:, position - 5], (near + far) % 17)
+
+
 def test_a_curriculum_comes_before_the_first_epoch() -> None:
     """Short rows first, more of them in a step, from their beginning; the epochs then are those without it."""
-    settings = replace(SMOKE, curriculum=((6, 2), (8, 1)))
-    assert settings.curriculum_steps == 3 and settings.steps == SMOKE.steps + 3
+    settings = replace(SMOKE, curriculum=(Stage(6, 2), Stage(8, 1), Stage(12, 2, largest=5)))
+    assert settings.curriculum_steps == 5 and settings.steps == SMOKE.steps + 5
     assert settings_from(json.loads(json.dumps(asdict(settings)))) == settings
     run, plain = Run(TASK, settings, (ROPE,), 1), Run(TASK, SMOKE, (ROPE,), 1)
-    ids = tokens(run.splits().train, TASK.modulus)
-    batches = [train._batch(run, ids, step) for step in range(settings.steps)]
-    assert [batch.shape for batch, _ in batches[:3]] == [(32, 7), (32, 7), (24, 9)]
-    beginnings = {row.tobytes() for row in ids[:, :7]}
+    rows = run.splits().train
+    batches = [train._batch(run, rows, step) for step in range(settings.steps)]
+    assert [batch.shape for batch, _, _ in batches[:4]] == [(32, 7), (32, 7), (24, 9), (16, 13)]
+    beginnings = {row.tobytes() for row in tokens(rows, TASK.modulus)[:, :7]}
     assert all(row.tobytes() in beginnings for row in np.array(batches[0][0]))
     assert not np.array_equal(batches[0][0], batches[1][0])
     for step in range(SMOKE.steps):
-        assert np.array_equal(batches[3 + step][0], train._batch(plain, ids, step)[0])
-    assert [key.tolist() for _, key in batches] == [[1, 1024 * step] for step in range(settings.steps)]
+        assert all(map(np.array_equal, batches[5 + step][:2], train._batch(plain, rows, step)[:2]))
+    for ids, answers, _ in (batches[0], batches[-1]):  # the right answers are the next digits
+        assert np.array_equal(ids[:, 1 + TASK.seed_length :], answers)
+    assert [key.tolist() for *_, key in batches] == [[1, 1024 * step] for step in range(settings.steps)]
     losses = []
     run_training(run, on_progress=lambda step, loss, *_: losses.append(loss))
     assert len(losses) == settings.steps

@@ -65,6 +65,22 @@ class ModelConfig:
     ordered: float = 0.0
 
 
+class Stage(NamedTuple):
+    """Steps before the first epoch, on rows that are easier; a step has as many tokens as later, so more rows.
+
+    Attributes:
+        length: digits of a row.
+        steps: number of steps.
+        largest: 0 for the beginnings of training rows. Otherwise the rows are random digits, each row's up to another
+            one of the four numbers that end with `largest`, and what follows a digit is what the rule says: sums of
+            small digits are easier, and no token tells a later one, so that the far tokens are needed.
+    """
+
+    length: int
+    steps: int
+    largest: int = 0
+
+
 @dataclass(frozen=True)
 class Settings:
     """What a run depends on besides its task, encoding and seed.
@@ -83,8 +99,7 @@ class Settings:
         ramps: tokens over which YaRN's ramp counts turns; the same weights are read with each of them.
         base, beta_fast, beta_slow: of the rotary embedding, as in `yarn_frequencies`.
         generated_rows: test rows that are also generated freely.
-        curriculum: stages before the first epoch, each with the digits of a row and the number of steps; a step has
-            as many tokens as later, so more rows.
+        curriculum: stages before the first epoch.
     """
 
     model: ModelConfig
@@ -103,7 +118,7 @@ class Settings:
     base: float = 10000.0
     beta_fast: float = 2.0
     beta_slow: float = 1.0
-    curriculum: tuple[tuple[int, int], ...] = ()
+    curriculum: tuple[Stage, ...] = ()
 
     def __post_init__(self) -> None:
         most = (MOST_STEPS - self.curriculum_steps) // max(1, self.steps_per_epoch)
@@ -122,7 +137,7 @@ class Settings:
     @property
     def curriculum_steps(self) -> int:
         """Number of steps before the first epoch."""
-        return sum(steps for _, steps in self.curriculum)
+        return sum(stage.steps for stage in self.curriculum)
 
     @property
     def steps(self) -> int:
@@ -192,18 +207,24 @@ PRESETS = {
         train_scaled=True,
         ramps=(65,),
     ),
-    # Short rows first, then one epoch: for tokens that follow from the last ones (`near` of `Task.kinds`).
+    # Rows of small random digits first, short ones, then longer ones and larger digits, then one epoch.
     "learned": Settings(
-        model=ModelConfig(layers=2, hidden_size=128, heads=2, head_dim=64, intermediate_size=512),
+        model=ModelConfig(layers=3, hidden_size=128, heads=2, head_dim=64, intermediate_size=512, ordered=0.7),
         split="disjoint",
         sizes=(10000, 100, 500),
         epochs=1,
-        batch_size=32,
+        batch_size=16,
         learning_rate=1e-3,
-        validate_every=200,
+        validate_every=1000,
         generated_rows=20,
         ramps=(65, 257),
-        curriculum=((8, 400), (24, 300)),
+        curriculum=(
+            Stage(16, 250, largest=4),
+            Stage(32, 250, largest=4),
+            Stage(48, 200, largest=4),
+            Stage(64, 300, largest=5),
+            *(Stage(64, 300, largest) for largest in (7, 9, 11, 13, 16)),
+        ),
     ),
     # The paper's data and lengths in one to four minutes on a CPU; not every seed learns them.
     "laptop": Settings(
@@ -236,7 +257,7 @@ PRESETS = {
 def settings_from(values: dict[str, Any]) -> Settings:
     """The settings of which these are `dataclasses.asdict`, also after JSON."""
     tuples = {name: tuple(values[name]) for name in ("sizes", "ramps")}
-    tuples["curriculum"] = tuple((length, steps) for length, steps in values["curriculum"])
+    tuples["curriculum"] = tuple(Stage(*stage) for stage in values["curriculum"])
     return Settings(**values | tuples | {"model": ModelConfig(**values["model"])})
 
 

@@ -96,6 +96,21 @@ class Task:
         largest = self.seed_length * self.modulus
         return np.array([functions[self.arithmetic](s) for s in range(largest + 1)], dtype=np.int32)
 
+    def answers(self, rows: Int32Array) -> Int32Array:
+        """What the rule says comes next in rows of any digits.
+
+        Args:
+            rows: shape (N, L), L at least near + far.
+
+        Returns:
+            int32, shape (N, L - near - far): for each position after the seed, the answer to the digits before it.
+        """
+        positions = np.arange(self.seed_length, rows.shape[1])
+        windows = np.array([self.window(position) for position in positions], dtype=int)
+        sums = np.cumsum(np.pad(rows, ((0, 0), (1, 0))), axis=1)
+        near = sums[:, positions] - sums[:, positions - self.near]
+        return self.results()[near + sums[:, windows + self.far] - sums[:, windows]]
+
     def extend(self, seeds: Int32Array, length: int) -> Int32Array:
         """Extend seeds to sequences.
 

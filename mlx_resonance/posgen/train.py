@@ -122,9 +122,9 @@ def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress
     inside = settings.train_length - task.seed_length
     shown = [float("nan"), float("nan")]
 
-    def loss(model: Decoder, ids: mx.array, key: mx.array) -> mx.array:
+    def loss(model: Decoder, ids: mx.array, answers: mx.array, key: mx.array) -> mx.array:
         logits = model(ids[:, :-1], training_rope, dropout_key=key, start=task.seed_length)
-        return nn.losses.cross_entropy(logits, ids[:, task.seed_length + 1 :], reduction="mean")
+        return nn.losses.cross_entropy(logits, answers, reduction="mean")
 
     def on_step(step: int, value: float) -> None:
         if step % settings.validate_every == 0 or step == settings.steps:
@@ -141,7 +141,7 @@ def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress
         model,
         OneCycleAdamW(settings.learning_rate, settings.steps, weight_decay=settings.weight_decay),
         loss,
-        partial(_batch, run, tokens(splits.train, task.modulus)),
+        partial(_batch, run, splits.train),
         settings.steps,
         checkpoint=checkpoint,
         checkpoint_every=settings.validate_every,
@@ -170,6 +170,8 @@ def results(run: Run, model: Decoder, best: Best) -> list[Record]:
     lines = []
     for reading, after in zip(run.readings, last, strict=True):
         best.load_into(model, reading)
+        step = int(best.arrays[f"{reading}.step"])
+        measured = after if step == run.settings.steps else _measured(run, model, reading, rows)
         rope = run.rope(reading)
         free = generated(model, rope, some, task, task.seed_length)
         continued = generated(model, rope, some, task, settings.train_length)
@@ -177,8 +179,8 @@ def results(run: Run, model: Decoder, best: Best) -> list[Record]:
         accuracies["generated_id"], accuracies["generated_ood"] = in_and_out(free, len(some), inside)
         accuracies["continued_ood"] = float(continued.mean() / len(some))
         line: Record = {"subtask": task.subtask} | reading._asdict() | {"seed": run.seed}
-        line |= {"step": int(best.arrays[f"{reading}.step"]), "rows": len(rows)}
-        line |= _measured(run, model, reading, rows) | {name: round(value, 6) for name, value in accuracies.items()}
+        line |= {"step": step, "rows": len(rows)} | measured
+        line |= {name: round(value, 6) for name, value in accuracies.items()}
         line |= {"generated": free.tolist(), "continued": continued.tolist(), "generated_rows": len(some)}
         lines.append(line | {"last": after})
     return lines
@@ -200,19 +202,31 @@ def _measured(run: Run, model: Decoder, reading: Reading, rows: Int32Array) -> R
     return rounded | {"correct": counts.tolist(), "trained": trained.tolist()}
 
 
-def _batch(run: Run, rows: np.ndarray, step: int) -> tuple[mx.array, mx.array]:
-    """The rows of a step, shape (B, 1 + L), and its key for dropout, (2,): functions of the seed and the step."""
-    settings, left = run.settings, step
+def _batch(run: Run, rows: Int32Array, step: int) -> tuple[mx.array, mx.array, mx.array]:
+    """A step's tokens, shape (B, 1 + L), the right answers, (B, L - near - far), and its key for dropout, (2,).
+
+    All are functions of the seed and the step.
+    """
+    settings, task = run.settings, run.task
+    digits = _rows(run, rows, step)
     key = mx.array([run.seed, DROPOUT_KEYS * step], dtype=mx.uint32)
-    for length, steps in settings.curriculum:
-        if left < steps:
-            size = settings.batch_size * settings.train_length // length
-            chosen = np.random.default_rng([run.seed, step, length]).integers(len(rows), size=size)
-            return mx.array(rows[chosen, : 1 + length]), key
-        left -= steps
+    return mx.array(tokens(digits, task.modulus)), mx.array(task.answers(digits)), key
+
+
+def _rows(run: Run, rows: Int32Array, step: int) -> Int32Array:
+    """The digits of a step's rows, shape (B, L)."""
+    settings, left = run.settings, step
+    for stage in settings.curriculum:
+        if left < stage.steps:
+            size = settings.batch_size * settings.train_length // stage.length
+            draw = np.random.default_rng([run.seed, step, stage.length])
+            if not stage.largest:
+                return rows[draw.integers(len(rows), size=size), : stage.length]
+            largest = draw.integers(max(1, stage.largest - 3), stage.largest, size=(size, 1), endpoint=True)
+            return draw.integers(largest, size=(size, stage.length), dtype=np.int32, endpoint=True)
+        left -= stage.steps
     epoch, i = divmod(left, settings.steps_per_epoch)
-    chosen = _order(run.seed, epoch, len(rows))[i * settings.batch_size : (i + 1) * settings.batch_size]
-    return mx.array(rows[chosen]), key
+    return rows[_order(run.seed, epoch, len(rows))[i * settings.batch_size : (i + 1) * settings.batch_size]]
 
 
 @lru_cache(maxsize=8)
