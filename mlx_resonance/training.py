@@ -46,14 +46,17 @@ def warmup_linear(peak: float, steps: int, warmup_steps: int) -> Schedule:
     return optim.join_schedules([rise, fall], [warmup_steps])
 
 
-def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0.1) -> Schedule:
+def one_cycle(
+    start: float, peak: float, end: float, steps: int, rise: float = 0.1, hold: int = 0
+) -> Schedule:
     """A value that rises from `start` to `peak` and falls to `end`, along half a cosine each.
 
     Args:
         start, peak, end: the values at the first step, at the turn, at the last step. If the rise takes no more than
             one step, the value starts at `peak`.
-        steps: total number of steps.
+        steps: number of steps without those that hold the peak.
         rise: the fraction of the steps before the turn, below 1.
+        hold: number of further steps at the turn.
 
     Returns:
         A schedule: step number to value.
@@ -67,6 +70,8 @@ def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0
 
     def schedule(step: mx.array) -> mx.array:
         step = step.astype(mx.float32)
+        if hold:
+            step = mx.where(step < turn, step, mx.maximum(step - hold, turn))
         before = anneal(start, peak, step / turn if turn else mx.ones_like(step))
         return mx.where(step <= turn, before, anneal(peak, end, (step - turn) / max(last - turn, 1e-9)))
 
@@ -78,17 +83,18 @@ class OneCycleAdamW(optim.AdamW):
 
     Args:
         peak: the highest learning rate; the first is a 25th of it, the last a 250 000th.
-        steps: total number of steps.
+        steps: number of steps of the cycle.
         weight_decay: decoupled; multiplied by the learning rate.
+        hold: number of further steps at the peak.
 
     Source: torch `optim/adamw.py` with `optim/lr_scheduler.py`, OneCycleLR and its defaults; but
         pct_start is 0.1 as in sheryc/resonance_rope `configs/experiment/sweep.yaml`.
     """
 
-    def __init__(self, peak: float, steps: int, weight_decay: float = 0.01) -> None:
-        rate = one_cycle(peak / 25, peak, peak / 25 / 1e4, steps)
+    def __init__(self, peak: float, steps: int, weight_decay: float = 0.01, hold: int = 0) -> None:
+        rate = one_cycle(peak / 25, peak, peak / 25 / 1e4, steps, hold=hold)
         super().__init__(rate, weight_decay=weight_decay, bias_correction=True)
-        self._maybe_schedule("beta_1", one_cycle(0.95, 0.85, 0.95, steps))
+        self._maybe_schedule("beta_1", one_cycle(0.95, 0.85, 0.95, steps, hold=hold))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
         """Update one parameter with this step's momentum."""

@@ -83,9 +83,10 @@ def test_the_momentum_falls_as_the_rate_rises() -> None:
     assert (betas[0], min(betas), betas[-1]) == pytest.approx((0.95, 0.85, 0.95))
 
 
-def values(steps: int, rise: float) -> list[float]:
+def values(steps: int, rise: float, hold: int = 0) -> list[float]:
     """The values of all steps, or of the last 20 of very many."""
-    schedule = one_cycle(1.0, 25.0, 1e-4, steps, rise)
+    schedule = one_cycle(1.0, 25.0, 1e-4, steps, rise, hold)
+    steps += hold
     first = 0 if steps < 1000 else steps - 20
     return [schedule(mx.array(step, dtype=mx.uint64)).item() for step in range(first, steps)]
 
@@ -121,3 +122,13 @@ def test_every_value_equals_torchs(steps: int, rise: float) -> None:
         optimizer.step()
         schedule.step()
     np.testing.assert_allclose(values(steps, rise), expected, rtol=1e-6, atol=25 * 2**-22)
+
+
+@pytest.mark.parametrize(("steps", "rise"), [(20, 0.1), (25, 0.1), (10, 0.0), (10, 0.1), (50, 0.5)])
+def test_a_held_peak_comes_between_the_rise_and_the_fall(steps: int, rise: float) -> None:
+    """The values before the turn and after it are the same; all steps between have the peak."""
+    turn, plain, held = rise * steps - 1, values(steps, rise), values(steps, rise, hold=7)
+    before, after = math.ceil(max(turn, 0)), steps - math.floor(turn) - 1
+    assert held[:before] == plain[:before] and held[-after:] == plain[-after:]
+    assert held[before:-after] == pytest.approx([25.0] * (steps + 7 - before - after))
+    assert len(held) == steps + 7 and held[before:-after]

@@ -219,8 +219,13 @@ def test_the_optimizer_is_that_of_the_settings(monkeypatch) -> None:
     monkeypatch.setattr(
         train, "OneCycleAdamW", lambda *args, **options: made.append((args, options)) or optimizer(*args, **options)
     )
+    norms, loop = [], train.train
+    monkeypatch.setattr(
+        train, "train", lambda *args, **options: norms.append(options["max_grad_norm"]) or loop(*args, **options)
+    )
     run_training(Run(TASK, replace(SMOKE, weight_decay=0.25), (ROPE,), 1))
-    assert made == [((SMOKE.learning_rate, SMOKE.steps), {"weight_decay": 0.25})]
+    run_training(Run(TASK, replace(SMOKE, max_grad_norm=0.5), (ROPE,), 1))
+    assert made[0] == ((SMOKE.learning_rate, SMOKE.steps), {"weight_decay": 0.25, "hold": 0}) and norms == [None, 0.5]
 
 
 def test_measures_count_positions() -> None:
@@ -242,9 +247,9 @@ def test_every_name_of_a_setting_is_explained() -> None:
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
 def test_rows_of_random_digits_are_answered_by_the_rule(subtask: str) -> None:
-    """Each row's digits are up to a number of its own, one of four; an answer is the sum of the rule's tokens."""
+    """Each row's digits are up to a number of its own; an answer is the sum of the rule's tokens."""
     task = Task(subtask, far=2)
-    settings = replace(SMOKE, batch_size=1000, curriculum=(Stage(120, 1, largest=9),))
+    settings = replace(SMOKE, batch_size=1000, curriculum=(Stage(120, 1, largest=9, least=6),))
     run = Run(task, settings, (ROPE,), 1)
     ids, answers, _ = map(np.array, train._batch(run, run.splits().train, 0))
     rows = ids[:, 1:].astype(int)
@@ -259,7 +264,7 @@ def test_rows_of_random_digits_are_answered_by_the_rule(subtask: str) -> None:
 
 def test_a_curriculum_comes_before_the_first_epoch() -> None:
     """Short rows first, more of them in a step, from their beginning; the epochs then are those without it."""
-    settings = replace(SMOKE, curriculum=(Stage(6, 2), Stage(8, 1), Stage(12, 2, largest=5)))
+    settings = replace(SMOKE, curriculum=(Stage(6, 2), Stage(8, 1), Stage(12, 2, 5)))
     assert settings.curriculum_steps == 5 and settings.steps == SMOKE.steps + 5
     assert settings_from(json.loads(json.dumps(asdict(settings)))) == settings
     run, plain = Run(TASK, settings, (ROPE,), 1), Run(TASK, SMOKE, (ROPE,), 1)

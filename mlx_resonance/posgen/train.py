@@ -139,13 +139,18 @@ def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress
 
     train(
         model,
-        OneCycleAdamW(settings.learning_rate, settings.steps, weight_decay=settings.weight_decay),
+        OneCycleAdamW(
+            settings.learning_rate,
+            settings.steps - settings.curriculum_steps,
+            weight_decay=settings.weight_decay,
+            hold=settings.curriculum_steps,
+        ),
         loss,
         partial(_batch, run, splits.train),
         settings.steps,
         checkpoint=checkpoint,
         checkpoint_every=settings.validate_every,
-        max_grad_norm=None,
+        max_grad_norm=settings.max_grad_norm,
         on_step=on_step,
         carried=best.arrays,
     )
@@ -222,8 +227,9 @@ def _rows(run: Run, rows: Int32Array, step: int) -> Int32Array:
             draw = np.random.default_rng([run.seed, step, stage.length])
             if not stage.largest:
                 return rows[draw.integers(len(rows), size=size), : stage.length]
-            largest = draw.integers(max(1, stage.largest - 3), stage.largest, size=(size, 1), endpoint=True)
-            return draw.integers(largest, size=(size, stage.length), dtype=np.int32, endpoint=True)
+            high = draw.integers(stage.least, stage.largest, size=(size, 1), endpoint=True)
+            low = draw.integers(np.maximum(high - 4, 0), size=(size, 1), endpoint=True)
+            return draw.integers(low, high, size=(size, stage.length), dtype=np.int32, endpoint=True)
         left -= stage.steps
     epoch, i = divmod(left, settings.steps_per_epoch)
     return rows[_order(run.seed, epoch, len(rows))[i * settings.batch_size : (i + 1) * settings.batch_size]]
