@@ -46,9 +46,7 @@ def warmup_linear(peak: float, steps: int, warmup_steps: int) -> Schedule:
     return optim.join_schedules([rise, fall], [warmup_steps])
 
 
-def one_cycle(
-    start: float, peak: float, end: float, steps: int, rise: float = 0.1, hold: int = 0
-) -> Schedule:
+def one_cycle(start: float, peak: float, end: float, steps: int, rise: float = 0.1, hold: int = 0) -> Schedule:
     """A value that rises from `start` to `peak` and falls to `end`, along half a cosine each.
 
     Args:

@@ -247,19 +247,31 @@ def test_every_name_of_a_setting_is_explained() -> None:
 
 @pytest.mark.parametrize("subtask", SUBTASKS)
 def test_rows_of_random_digits_are_answered_by_the_rule(subtask: str) -> None:
-    """Each row's digits are up to a number of its own; an answer is the sum of the rule's tokens."""
+    """Each row's digits are between two numbers of its own; an answer is the sum of the rule's tokens."""
     task = Task(subtask, far=2)
-    settings = replace(SMOKE, batch_size=1000, curriculum=(Stage(120, 1, largest=9, least=6),))
+    settings = replace(SMOKE, batch_size=4000, curriculum=(Stage(120, 1, largest=9, least=6),))
     run = Run(task, settings, (ROPE,), 1)
     ids, answers, _ = map(np.array, train._batch(run, run.splits().train, 0))
     rows = ids[:, 1:].astype(int)
-    assert rows.shape == (100, 120) and set(rows.max(axis=1)) == {6, 7, 8, 9}
-    assert answers.shape == (100, 115) and np.array_equal(answers[:, 0], rows[:, :5].sum(axis=1) % 17)
+    between = {(row.min(), row.max()) for row in rows}
+    assert rows.shape == (400, 120) and between == {(a, b) for b in (6, 7, 8, 9) for a in range(b - 3)}
+    assert answers.shape == (400, 115) and np.array_equal(answers[:, 0], rows[:, :5].sum(axis=1) % 17)
     for position in range(5, 120):
         window = task.window(position)
         far = rows[:, window] + rows[:, window + 1]
         near = rows[:, position - 1] + rows[:, position - 2] + rows[:, position - 3]
         assert np.array_equal(answers[:, position - 5], (near + far) % 17)
+
+
+def test_a_curriculum_fits_the_task() -> None:
+    """Digits stay below the modulus, and rows are longer than the seed or the run is refused."""
+    settings = replace(SMOKE, batch_size=500, curriculum=(Stage(8, 1, largest=16, least=12),))
+    run = Run(Task("cot", modulus=5), settings, (ROPE,), 1)
+    ids, answers, _ = train._batch(run, run.splits().train, 0)
+    assert mx.max(ids[:, 1:]).item() == 4 and mx.max(answers).item() == 4
+    Run(Task("cot", near=6, far=1), settings, (ROPE,), 1)
+    with pytest.raises(UsageError, match="near \\+ far must be less than the 8 digits of the first rows, got 6 \\+ 2"):
+        Run(Task("cot", near=6, far=2), settings, (ROPE,), 1)
 
 
 def test_a_curriculum_comes_before_the_first_epoch() -> None:

@@ -217,7 +217,7 @@ PRESETS = {
         model=ModelConfig(layers=3, hidden_size=128, heads=2, head_dim=64, intermediate_size=512, ordered=0.7),
         split="disjoint",
         sizes=(10000, 100, 250),
-        epochs=2,
+        epochs=3,
         batch_size=16,
         learning_rate=8e-4,
         max_grad_norm=1.0,
@@ -229,7 +229,7 @@ PRESETS = {
             Stage(32, 250, largest=4),
             Stage(48, 200, largest=4),
             Stage(64, 350, largest=5),
-            Stage(64, 1000, largest=16, least=4),
+            Stage(64, 1300, largest=16, least=4),
         ),
     ),
     # Short rows first: for the tokens that follow from the last ones (`near` of `Task.kinds`).

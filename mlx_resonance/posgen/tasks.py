@@ -105,10 +105,10 @@ class Task:
         Returns:
             int32, shape (N, L - near - far): for each position after the seed, the answer to the digits before it.
         """
-        positions = np.arange(self.seed_length, rows.shape[1])
-        windows = np.array([self.window(position) for position in positions], dtype=int)
-        sums = np.cumsum(np.pad(rows, ((0, 0), (1, 0))), axis=1)
-        near = sums[:, positions] - sums[:, positions - self.near]
+        positions = range(self.seed_length, rows.shape[1])
+        windows = np.array([self.window(position) for position in positions], dtype=np.int64)
+        sums: NDArray[np.int64] = np.cumsum(np.pad(rows, ((0, 0), (1, 0))), axis=1, dtype=np.int64)
+        near = sums[:, self.seed_length : -1] - sums[:, self.far : -1 - self.near]
         return self.results()[near + sums[:, windows + self.far] - sums[:, windows]]
 
     def extend(self, seeds: Int32Array, length: int) -> Int32Array:

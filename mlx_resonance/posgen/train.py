@@ -38,7 +38,8 @@ class Run:
         seed: decides the initial values, the order of the rows and the dropout.
 
     Raises:
-        UsageError: readings that do not share a training, or a wrong seed.
+        UsageError: readings that do not share a training, a wrong seed, or a task for which the curriculum's rows are
+            too short.
     """
 
     task: Task
@@ -50,6 +51,13 @@ class Run:
         if len({self.settings.training(reading) for reading in self.readings}) != 1:
             raise UsageError(f"{', '.join(map(str, self.readings))} are trained with different angles")
         check_option("seed", 0 <= self.seed < 2**32, "in [0, 2**32)", self.seed)
+        shortest = min((stage.length for stage in self.settings.curriculum), default=self.task.seed_length + 1)
+        if shortest <= self.task.seed_length:
+            raise UsageError(
+                f"near + far must be less than the {shortest} digits of the first rows, got {self.task.near} + "
+                f"{self.task.far}",
+                option="preset",
+            )
 
     def splits(self) -> Splits:
         """The rows to train on, validate on and test on."""
@@ -212,10 +220,9 @@ def _batch(run: Run, rows: Int32Array, step: int) -> tuple[mx.array, mx.array, m
 
     All are functions of the seed and the step.
     """
-    settings, task = run.settings, run.task
     digits = _rows(run, rows, step)
     key = mx.array([run.seed, DROPOUT_KEYS * step], dtype=mx.uint32)
-    return mx.array(tokens(digits, task.modulus)), mx.array(task.answers(digits)), key
+    return mx.array(tokens(digits, run.task.modulus)), mx.array(run.task.answers(digits)), key
 
 
 def _rows(run: Run, rows: Int32Array, step: int) -> Int32Array:
@@ -227,7 +234,8 @@ def _rows(run: Run, rows: Int32Array, step: int) -> Int32Array:
             draw = np.random.default_rng([run.seed, step, stage.length])
             if not stage.largest:
                 return rows[draw.integers(len(rows), size=size), : stage.length]
-            high = draw.integers(stage.least, stage.largest, size=(size, 1), endpoint=True)
+            largest = min(stage.largest, run.task.modulus - 1)
+            high = draw.integers(min(stage.least, largest), largest, size=(size, 1), endpoint=True)
             low = draw.integers(np.maximum(high - 4, 0), size=(size, 1), endpoint=True)
             return draw.integers(low, high, size=(size, stage.length), dtype=np.int32, endpoint=True)
         left -= stage.steps
