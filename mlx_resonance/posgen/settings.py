@@ -71,11 +71,11 @@ class Stage(NamedTuple):
     Attributes:
         length: digits of a row.
         steps: number of steps.
-        largest: 0 for the beginnings of training rows. Otherwise the rows are random digits, and what follows a digit
-            is what the rule says: sums of small digits are easier, and no token tells a later one, so that the far
-            tokens are needed.
-        least: each row's digits are up to a number of its own, from this to `largest`, and at least a number of its
-            own, from 0 to 4 less: in rows of any digits, the smallest and the largest sums are rare.
+        largest: 0 for the beginnings of training rows. Otherwise the rows are random digits, and the answers are what
+            the rule gives: small digits have sums that are easy to learn, and no token follows from the one before,
+            so that the far tokens are needed.
+        least: a row's digits are from a to b, b being drawn from `least` to `largest` (and below the modulus), and a
+            from 0 to b - 4, since the smallest and the largest sums of any digits are rare.
     """
 
     length: int
@@ -212,7 +212,7 @@ PRESETS = {
         train_scaled=True,
         ramps=(65,),
     ),
-    # Rows of small random digits first, short ones, then longer ones and larger digits, then one epoch.
+    # Rows of small random digits first, short ones, then longer ones and larger digits, then the training rows.
     "learned": Settings(
         model=ModelConfig(layers=3, hidden_size=128, heads=2, head_dim=64, intermediate_size=512, ordered=0.7),
         split="disjoint",
