@@ -118,7 +118,7 @@ def plot_posgen(
         axes[0].set_ylabel("accuracy, %")
         if any(faint.values()):
             figure.suptitle("faint: below 99 % within the training length", fontsize=9)
-        legend_below(figure, 5)
+        legend_below(figure, min(5, 1 + len(panels)))
 
 
 def posgen_curves(
