@@ -32,7 +32,12 @@ def table(name: str, summary: dict[str, Any]) -> list[str]:
         for reading, row in found.items():
             pair = summary["pairs"][subtask].get(reading.removeprefix("resonance_"), {})
             shown = pair if reading.startswith("resonance_") else {}
-            cells = [f"`{reading}`", str(row["seeds"]), _number(row["trained_id"]) + "†" * below_bar(row)]
+            span = (
+                f" ({row['trained_least']:.1f} to {row['trained_most']:.1f})"
+                if row["seeds"] > 1 and row["trained_most"]
+                else ""
+            )
+            cells = [f"`{reading}`", str(row["seeds"]), _number(row["trained_id"]) + span + "†" * below_bar(row)]
             cells += [_number(row["trained_near"])]
             cells += [_number(row["ood"]) + (f" ± {row['ood_std']:.1f}" if row["ood_std"] is not None else "")]
             cells += [_number(row["near"]), _number(row["far"]), _number(row["paper"])]

@@ -34,9 +34,10 @@ def summarize(header: Record, lines: Sequence[Record], weights: str = "best") ->
         `bounds`: per subtask and kind of token, and for `all`, what a constant and a guess without far tokens reach
         past the training length (see `bounds`).
         `table`: per subtask and reading, the number of seeds and of those `below` the bar of 99 % within the training
-        length; mean accuracies within it, with the angles of the training (`first` prediction, `trained_id`, the
-        others, of them `trained_near` and `trained_far` tokens) and with the scaled ones (`id`); past it, mean (`ood`),
-        sample standard deviation and variance, `near` and `far` tokens; of generated text; the paper's mean.
+        length; `trained_least` and `trained_most`, the `trained_id` of the worst and of the best seed; mean accuracies
+        within it, with the angles of the training (`first` prediction, `trained_id`, the others, of them `trained_near`
+        and `trained_far` tokens) and with the scaled ones (`id`); past it, mean (`ood`), sample standard deviation and
+        variance, `near` and `far` tokens; of generated text; the paper's mean.
         `pairs`: per subtask and reading of a base encoding, resonance minus plain past the training length, paired by
         seed (see `paired`), with `p_holm`, adjusted for all pairs of the table. What has no value is None.
     """
@@ -174,6 +175,8 @@ def _statistics(lines: Sequence[Record]) -> dict[str, Any]:
     return {
         "seeds": len(lines),
         "below": sum(value < BAR for value in learned) if len(learned) == len(lines) else None,
+        "trained_least": min(learned, default=None),
+        "trained_most": max(learned, default=None),
         **{name: mean(name) for name in ("trained_id", "trained_near", "trained_far", "first", "id", "near", "far")},
         "ood": float(ood.mean()),
         "ood_std": float(ood.std(ddof=1)) if len(lines) > 1 else None,

@@ -95,7 +95,8 @@ class Settings:
         train_length, test_length: digits of a training row, and of a validation or test row, which is longer.
         epochs: passes over the training rows.
         batch_size: rows of a step.
-        learning_rate: the peak of the one-cycle schedule of the epochs; the curriculum is trained at the peak.
+        learning_rate: the peak of the one-cycle schedule of the epochs; the curriculum is trained at the
+            peak, after its rise.
         weight_decay: AdamW's.
         max_grad_norm: gradients are scaled down to this global norm; None leaves them, as the official code does.
         validate_every: steps between two validations; another one follows the last step.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from numpy.typing import NDArray
@@ -84,17 +85,8 @@ class Task:
         return np.array(["first", *np.where(near[1:], "near", "far")])
 
     def results(self) -> Int32Array:
-        """The next token for every sum of near and far tokens, shape ((near + far)·modulus + 1,)."""
-        functions = {
-            "mod_addition": lambda s: s % self.modulus,
-            "pow_sin": lambda s: math.floor(math.pow(math.sin(s), 2) * self.modulus),
-            "pow_sin_2pi": lambda s: math.floor(
-                abs(math.sin(2 * math.pi * (s % self.modulus) / self.modulus)) * self.modulus
-            ),
-        }
-        # pow_sin_2pi of a quarter turn is the modulus itself: not a digit but [UNK], as in the official tables.
-        largest = self.seed_length * self.modulus
-        return np.array([functions[self.arithmetic](s) for s in range(largest + 1)], dtype=np.int32)
+        """The next token for every sum of near and far tokens, shape ((near + far)·modulus + 1,), read-only."""
+        return _results(self.arithmetic, self.modulus, self.seed_length * self.modulus)
 
     def answers(self, rows: Int32Array) -> Int32Array:
         """What the rule says comes next in rows of any digits.
@@ -137,3 +129,16 @@ class Task:
             np.take(results, total, out=tokens[position])
             near_sum += tokens[position] - tokens[position - near]
         return np.ascontiguousarray(tokens.T)
+
+
+@lru_cache(maxsize=8)
+def _results(arithmetic: str, modulus: int, largest: int) -> Int32Array:
+    functions = {
+        "mod_addition": lambda s: s % modulus,
+        "pow_sin": lambda s: math.floor(math.pow(math.sin(s), 2) * modulus),
+        "pow_sin_2pi": lambda s: math.floor(abs(math.sin(2 * math.pi * (s % modulus) / modulus)) * modulus),
+    }
+    # pow_sin_2pi of a quarter turn is the modulus itself: not a digit but [UNK], as in the official tables.
+    found = np.array([functions[arithmetic](s) for s in range(largest + 1)], dtype=np.int32)
+    found.setflags(write=False)
+    return found
