@@ -1,4 +1,4 @@
-"""Stop strings, against a search in the whole text."""
+"""Stop strings, against a search in the whole text, character by character."""
 
 from __future__ import annotations
 
@@ -6,12 +6,22 @@ from mlx_resonance.errors import UsageError
 from mlx_resonance.generation.stop import StopStrings
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 WORDS = st.text(alphabet="ab\n", min_size=1, max_size=4)
 
 
+def before_the_first(text: str, stop: list[str]) -> tuple[str, bool]:
+    """The text before the stop string that is complete first, read character by character, and whether there is one."""
+    for end in range(len(text) + 1):
+        if ended := [word for word in stop if text[:end].endswith(word)]:
+            return text[: end - max(map(len, ended))], True
+    return text, False
+
+
+@example("\naa", ["a", "\naa"], [])
+@example("\naa", ["a", "\naa"], [2])  # the shorter one is complete before the one that starts earlier
 @given(st.text(alphabet="ab\n", max_size=40), st.lists(WORDS, max_size=4), st.lists(st.integers(0, 40), max_size=12))
 def test_a_text_ends_before_the_first_stop_string_however_it_is_cut(text: str, stop: list[str], cuts: list[int]):
     stops, got = StopStrings(stop), ""
@@ -21,9 +31,7 @@ def test_a_text_ends_before_the_first_stop_string_however_it_is_cut(text: str, s
             break
         got += stops.add(text[start:end])
         assert len(got) <= end and text.startswith(got)
-    places = [text.find(word) for word in stop if word in text]
-    assert stops.found == bool(places)
-    assert got + ("" if stops.found else stops.finish()) == text[: min(places, default=len(text))]
+    assert (got + ("" if stops.found else stops.finish()), stops.found) == before_the_first(text, stop)
 
 
 def test_nothing_is_held_back_that_cannot_begin_a_stop_string() -> None:

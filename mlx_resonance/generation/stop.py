@@ -1,4 +1,4 @@
-"""Stop strings: a text ends before the first of them, however it is cut into pieces."""
+"""Stop strings: a text ends before the one that is complete first, however it is cut into pieces."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ MOST = 64  # stop strings
 
 class StopStrings:
     """Passes on the pieces of a text up to the first stop string, and holds back what may be the beginning of one.
+
+    The first is the one that ends first, so that nothing has to be read past it; of two that end together, the longer.
 
     Args:
         stop: the strings; none of them may be empty.
@@ -32,10 +34,10 @@ class StopStrings:
         if not self.stop:
             return piece
         text, self._held = self._held + piece, ""
-        places = [place for word in self.stop if (place := text.find(word)) >= 0]
-        if places:
+        spans = [(place + len(word), place) for word in self.stop if (place := text.find(word)) >= 0]
+        if spans:
             self.found = True
-            return text[: min(places)]
+            return text[: min(spans)[1]]
         kept = max((_beginning(text, word) for word in self.stop), default=0)
         self._held = text[len(text) - kept :]
         return text[: len(text) - kept]
