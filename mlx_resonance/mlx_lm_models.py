@@ -54,25 +54,30 @@ def install() -> None:
     """
     if hasattr(_mlx_lm.load_model, "of_mlx_lm"):
         return
-    for original, make in (
-        (_mlx_lm.load_model, _load_model),
-        (_mlx_lm.load_tokenizer, _load_tokenizer),
-        (_mlx_lm.initialize_rope, _initialize_rope),
-        (_mlx_lm.generate_step, _generate_step),
-    ):
-        ours: Any = make(original)
-        ours.of_mlx_lm = original
-        _replace(original, ours)
+    changes: dict[Callable[..., Any], Any] = {
+        _mlx_lm.load_model: _load_model,
+        _mlx_lm.load_tokenizer: _load_tokenizer,
+        _mlx_lm.initialize_rope: _initialize_rope,
+        _mlx_lm.generate_step: _generate_step,
+    }
+    for original, make in changes.items():
+        changes[original] = make(original)
+        changes[original].of_mlx_lm = original
+    _replace(changes)
     if not hasattr(BatchGenerator.insert_segments, "of_mlx_lm"):
         BatchGenerator.insert_segments = _insert_segments(BatchGenerator.insert_segments)
         BatchGenerator.__init__ = _batch_generator(BatchGenerator.__init__)
 
 
-def _replace(original: Callable[..., Any], ours: Callable[..., Any]) -> None:
+def _replace(changes: Mapping[Callable[..., Any], Callable[..., Any]]) -> None:
+    """Put functions in the place of others, under every name that any module has for them."""
+    found = {id(original): ours for original, ours in changes.items()}
     for module in list(sys.modules.values()):
-        for name, value in list(getattr(module, "__dict__", {}).items()):
-            if value is original:
-                setattr(module, name, ours)
+        names = getattr(module, "__dict__", {})
+        if not found.keys().isdisjoint(map(id, names.values())):  # quick: a program may have thousands of modules
+            for name, value in list(names.items()):
+                if id(value) in found:
+                    setattr(module, name, found[id(value)])
 
 
 def _check_ids(model: Any, ids: Iterable[Any]) -> None:

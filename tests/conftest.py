@@ -121,8 +121,8 @@ def installed() -> Iterator[None]:
     install()
     yield
     step = sys.modules["mlx_lm.generate"].generate_step
-    for ours in (mlx_lm.utils.load_model, mlx_lm.utils.load_tokenizer, rope_utils.initialize_rope, step):
-        mlx_lm_models._replace(ours, ours.of_mlx_lm)
+    ours = (mlx_lm.utils.load_model, mlx_lm.utils.load_tokenizer, rope_utils.initialize_rope, step)
+    mlx_lm_models._replace({function: function.of_mlx_lm for function in ours})
 
 
 @pytest.fixture
