@@ -1,12 +1,15 @@
-"""Does Resonance-YaRN help a small LLaMA at 8 times its context? Train, extend, measure, one line per model.
+"""Does Resonance-YaRN help a small LLaMA far past its context? Train, extend, measure, one line per model.
 
     python benchmarks/extension.py mini --work-dir /tmp/extension --output benchmarks/results/extension-mini.jsonl
     python benchmarks/extension.py stdlib-llama --steps 0 --work-dir … --output …
+    python benchmarks/extension.py smollm2 --steps 0,25 --ropes yarn,resonance_yarn --work-dir … --output …
 
 `mini` trains its own models from scratch, with plain RoPE and with resonance, three seeds of each; `stdlib-llama` is
-the checkpoint of the package. Each is then extended with every scaling: as it is (0 steps of fine-tuning) and after the
-other `--steps`, on sequences of the trained length (the paper's cheapest recipe: 4096 tokens for a context of 32 768)
-or of any other `--length`. The output is a run log: a killed run resumes, and no result is measured twice.
+the checkpoint of the package; both are extended to 8 times their context. `smollm2` is the LLaMA that `make smollm2`
+fetches, at twice its context. Each is extended with every scaling: as it is (0 steps of fine-tuning) and after the
+other `--steps`: on sequences of the trained length (the paper's cheapest recipe: 4096 tokens for a context of 32 768)
+or of any other `--length`; smollm2 on shorter ones whose positions skip through the whole context, and it is measured
+by LongPPL, too. The output is a run log: a killed run resumes, and no result is measured twice.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 from mlx_resonance import Checkpoint, RopeConfig, feature_gap
 from mlx_resonance.evaluation.passkey import PasskeyGrid, accuracy, run_passkey
@@ -32,10 +36,11 @@ from mlx_resonance.scaling import named_rope
 from mlx_resonance.storage import atomic_file
 
 import numpy as np
-from extension_bases import CONTEXT, base_folder
+from documents import FOLDER, documents
+from extension_bases import CONTEXT, SMOLLM2, base_folder
+from reporting import on_progress
 from stdlib_llama import CONFIG, read, source_files
 
-FACTOR = 8
 ROPES = ("default", "linear", "ntk", "yarn", "resonance_yarn")
 FROM_RESONANCE = ("resonance_default", "resonance_yarn")  # for models trained with rounded wavelengths
 KEY = ("base", "rope", "steps", "length", "seed")  # of a result
@@ -43,41 +48,68 @@ KEY = ("base", "rope", "steps", "length", "seed")  # of a result
 
 @dataclass(frozen=True)
 class Experiment:
-    """The trained length, what is measured past it, and how models are fine-tuned."""
+    """The trained length, what is measured past it, and how models are fine-tuned.
+
+    Args:
+        context: tokens that models were trained with.
+        bases: their rope types.
+        documents: number of texts, each as long as the longest context.
+        repetitions: of the passkey, at each length and depth.
+        learning_rate: of fine-tuning.
+        factor: how many times the context grows.
+        last: number of tokens at the end of a text whose perplexity is also measured separately.
+        length: tokens of a training sequence; 0 for `context`. Positions of shorter ones skip through the longest one.
+    """
 
     context: int
     bases: tuple[str, ...]
     documents: int
-    repetitions: int  # of the passkey, at each length and depth
+    repetitions: int
     learning_rate: float
+    factor: int = 8
+    last: int = 0
+    length: int = 0
 
     @property
     def contexts(self) -> list[int]:
-        """From the trained length to `FACTOR` times that."""
-        return [self.context * times for times in (1, 2, 4, FACTOR)]
+        """From the trained length to `factor` times that."""
+        return [self.context * times for times in (1, 2, 4, 8) if times <= self.factor]
 
 
 EXPERIMENTS = {
-    "mini": Experiment(CONTEXT, ("default", "resonance_default"), 22, 1, 5e-4),
-    "stdlib-llama": Experiment(512, ("default",), 10, 3, 2e-4),
+    "mini": Experiment(CONTEXT, ("default", "resonance_default"), 22, 1, 5e-4, last=CONTEXT),
+    "stdlib-llama": Experiment(512, ("default",), 10, 3, 2e-4, last=512),
+    "smollm2": Experiment(8192, ("default",), 3, 1, 5e-5, factor=2, last=512, length=1024),
 }
 
 
-def training_text(work: Path) -> Path:
-    """The standard library's training files as JSON lines."""
-    path = work / "text" / "train.jsonl"
+def texts(setting: str) -> tuple[list[str], list[str]]:
+    """What to fine-tune on, and what to measure: standard library's modules, or manuals in English."""
+    if setting != "smollm2":
+        trained, held_out = source_files()
+        return [read(path) for path in trained], [read(path) for path in held_out]
+    manuals = [document.text for document in documents(FOLDER)]
+    count = EXPERIMENTS[setting].documents
+    return manuals[count:], manuals[:count]
+
+
+def training_text(setting: str, work: Path) -> Path:
+    """A folder with the training texts as JSON lines."""
+    path = work / f"text-{setting}" / "train.jsonl"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_file(path) as partial:
-            partial.write_text("".join(json.dumps({"text": read(file)}) + "\n" for file in source_files()[0]))
+            partial.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts(setting)[0]))
     return path.parent
 
 
-def extended(folder: Path, rope: str, steps: int, length: int, seed: int, experiment: Experiment, work: Path) -> Path:
-    """The checkpoint after fine-tuning, made if missing; a step has `FACTOR` times the context's tokens."""
+def extended(folder: Path, rope: str, steps: int, length: int, seed: int, setting: str, work: Path) -> Path:
+    """The checkpoint after fine-tuning, made if missing; a step has 8 sequences of the usual length's tokens."""
+    experiment = EXPERIMENTS[setting]
     target = work / f"{folder.name}-{rope}-{steps}x{length}-{seed}"
     if target.exists():
         return target
+    scaling: dict[str, Any]
     if rope.removeprefix("resonance_") == "default":  # nothing scaled: config.json has to allow the length
         declared = work / f"{folder.name}-declared"
         shutil.copytree(folder, declared, dirs_exist_ok=True)
@@ -85,55 +117,71 @@ def extended(folder: Path, rope: str, steps: int, length: int, seed: int, experi
         (declared / "config.json").write_text(json.dumps(config, indent=2) + "\n")
         folder, scaling = declared, {}
     else:
-        scaling = {"rope": rope, "factor": FACTOR}
+        scaling = {"rope": rope, "factor": experiment.factor}
 
     def on_step(recipe: object, step: int, loss: float, rate: float) -> None:
         if step % 10 == 0:
             print(f"{target.name} step {step}/{steps} loss {loss:.3f}", file=sys.stderr, flush=True)
 
     finetune(
-        folder, training_text(work), target, length=length, steps=steps, batch_size=1, seed=seed, dtype="float32",
-        accumulate=experiment.contexts[-1] // length, learning_rate=experiment.learning_rate, force=True,
-        grad_checkpoint=length > experiment.context, on_step=on_step, **scaling,
+        folder, training_text(setting, work), target, length=length, steps=steps, batch_size=1, seed=seed,
+        dtype="float32", accumulate=max(1, 8 * (experiment.length or experiment.context) // length),
+        learning_rate=experiment.learning_rate, force=True, grad_checkpoint=length > experiment.context,
+        skip_positions=bool(experiment.length), on_step=on_step, **scaling,
     )  # fmt: skip
     return target
 
 
-def measure(name: str, checkpoint: Checkpoint, experiment: Experiment, work: Path) -> dict:
-    """Perplexity on held-out files and the passkey grid, at every context."""
+def measure(name: str, checkpoint: Checkpoint, setting: str, work: Path) -> dict[str, Any]:
+    """Perplexity on held-out texts and the passkey grid, at every context."""
+    experiment = EXPERIMENTS[setting]
     longest = experiment.contexts[-1]
     tokenizer = checkpoint.tokenizer
-    texts = [read(path) for path in source_files()[1]]
-    documents, _ = select_documents(texts, tokenizer, longest - 1, experiment.documents)
-    subject = Subject(checkpoint, [checkpoint.rope], [tokenizer.bos_token_id], documents)
-    protocol = Protocol(experiment.contexts, truncate=True, last=experiment.context)
-    rows = run_perplexity([subject], protocol, work / f"{name}-perplexity.jsonl", {"data": "held out"})
-    result = {
+    start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
+    chosen, _ = select_documents(texts(setting)[1], tokenizer, longest - len(start), experiment.documents)
+    protocol = Protocol(experiment.contexts, truncate=True, last=experiment.last)
+    evaluator = None
+    if setting == "smollm2":  # as it is, it picks the tokens of LongPPL for all
+        own = Checkpoint.open(base_folder(setting, "default", 0, work))
+        evaluator = Subject(own.with_rope(named_rope(own.rope, "yarn", experiment.factor)), [], start, chosen)
+    rows = run_perplexity(
+        [Subject(checkpoint, [checkpoint.rope], start, chosen)], protocol, work / f"{setting}-perplexity.jsonl",
+        {"data": "held out"}, evaluator=evaluator, progress=on_progress,
+    )  # fmt: skip
+    result: dict[str, Any] = {
         "perplexity": [row["perplexity_tokens"] for row in rows],
         "perplexity_last": [row["perplexity_last"] for row in rows],
-        "documents": len(documents),
+        "documents": len(chosen),
     }
+    if evaluator is not None:
+        result |= {name: [row[name] for row in rows] for name in ("longppl", "key_tokens")}
     grid = PasskeyGrid(experiment.contexts, (10, 50, 90), experiment.repetitions)
     trials = run_passkey(checkpoint, grid, work / f"{name}-passkey.jsonl")
     return result | {"passkey": accuracy(grid, trials).mean(0).tolist()}
 
 
-def tables(lines: list[dict], contexts: list[int]) -> str:
+def tables(lines: list[dict[str, Any]], experiment: Experiment) -> str:
     """Means over seeds: perplexity at every context, of all tokens and of the last; resonance minus plain."""
-    groups: dict[tuple, dict[int, dict]] = {}
+    groups: dict[tuple, dict[int, dict[str, Any]]] = {}
     for line in lines:
         groups.setdefault((line["steps"], line["length"], line["base"], line["rope"]), {})[line["seed"]] = line
-    figures_of = ["perplexity", "perplexity_last", "passkey"]
-    names = {"perplexity": "", "perplexity_last": "last tokens of ", "passkey": "passkeys found at "}
-    # The last tokens of the shortest context are all of its tokens.
-    cut = {"perplexity_last": 1}
+    contexts = experiment.contexts
+    names = {
+        "perplexity": "",
+        "perplexity_last": "last tokens of ",
+        "longppl": "LongPPL of ",
+        "passkey": "passkeys found at ",
+    }
+    figures_of = [name for name in names if all(name in line for line in lines)]
+    # The last tokens of the shortest context may be all of its tokens.
+    cut = {"perplexity_last": int(experiment.last >= experiment.context)}
     marks = [f"{names[figure]}{context}" for figure in figures_of for context in contexts[cut.get(figure, 0) :]]
     rows = [
         f"| trained with | steps × length | rope | seeds | {' | '.join(marks)} |",
         "| --- " * (4 + len(marks)) + "|",
     ]
 
-    def figures(line: dict) -> np.ndarray:
+    def figures(line: dict[str, Any]) -> np.ndarray:
         return np.concatenate([line[figure][cut.get(figure, 0) :] for figure in figures_of])
 
     order = [*ROPES[:-1], *FROM_RESONANCE]
@@ -161,12 +209,15 @@ def _mean_and_std(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return values.mean(0), values.std(0, ddof=1) if len(values) > 1 else np.zeros(values.shape[1])
 
 
-def gaps(experiment: Experiment) -> dict[str, dict[str, float]]:
+def gaps(setting: str) -> dict[str, dict[str, float]]:
     """Sums of the feature gap without fine-tuning, by a base's own rope type and the one it is extended with."""
+    experiment = EXPERIMENTS[setting]
     sums: dict[str, dict[str, float]] = {}
     for base in experiment.bases:
         own = RopeConfig(CONFIG["head_dim"], rope_type=base, max_position_embeddings=experiment.context)
-        tested = {rope: named_rope(own, rope, FACTOR).frequencies() for rope in (*ROPES, *FROM_RESONANCE)}
+        if setting == "smollm2":
+            own = Checkpoint.open(SMOLLM2).rope
+        tested = {rope: named_rope(own, rope, experiment.factor).frequencies() for rope in (*ROPES, *FROM_RESONANCE)}
         lengths = experiment.context, experiment.contexts[-1]
         sums[base] = {
             rope: round(float(feature_gap(each, *lengths, trained=own.frequencies()).sum()), 2)
@@ -178,8 +229,8 @@ def gaps(experiment: Experiment) -> dict[str, dict[str, float]]:
 def cells(args: argparse.Namespace, experiment: Experiment) -> Iterator[tuple[int, int, str, str]]:
     """Steps, seed, base and rope of every requested model."""
     for steps, seed in product(map(int, args.steps.split(",")), map(int, args.seeds.split(","))):
-        if args.setting == "stdlib-llama" and not steps and seed:
-            continue  # without training, the package's checkpoint has one seed
+        if args.setting != "mini" and not steps and seed:
+            continue  # without training, a checkpoint has one seed
         for base in experiment.bases:
             for rope in args.ropes.split(",") if base == "default" else FROM_RESONANCE:
                 yield steps, seed, base, rope
@@ -197,9 +248,9 @@ def main() -> None:
     parser.add_argument("--figure", type=Path, help="draw the perplexity of the last tokens over the context")
     args = parser.parse_args()
     experiment, work = EXPERIMENTS[args.setting], args.work_dir
-    length = args.length or experiment.context
+    length = args.length or experiment.length or experiment.context
     work.mkdir(parents=True, exist_ok=True)
-    header = {"setting": args.setting, "contexts": experiment.contexts, "last": experiment.context}
+    header = {"setting": args.setting, "contexts": experiment.contexts, "last": experiment.last}
     log = RunLog(args.output, "extension", header, key=KEY)
     for steps, seed, base, rope in cells(args, experiment):
         trained_on = length if steps else 0
@@ -208,17 +259,17 @@ def main() -> None:
             continue
         folder = base_folder(args.setting, base, seed, work)
         if steps:
-            folder = extended(folder, rope, steps, length, seed, experiment, work)
+            folder = extended(folder, rope, steps, length, seed, args.setting, work)
         checkpoint = Checkpoint.open(folder)
-        angles = checkpoint.rope if steps else named_rope(checkpoint.rope, rope, FACTOR)
+        angles = checkpoint.rope if steps else named_rope(checkpoint.rope, rope, experiment.factor)
         checkpoint = checkpoint.with_rope(replace(angles, max_position_embeddings=experiment.contexts[-1]))
         record = dict(zip(KEY, key, strict=True))
-        record |= measure(f"{base}-{rope}-{steps}x{trained_on}-{seed}", checkpoint, experiment, work)
+        record |= measure(f"{base}-{rope}-{steps}x{trained_on}-{seed}", checkpoint, args.setting, work)
         log.append(record)
         print(json.dumps(record), file=sys.stderr, flush=True)
     lines = log.records
-    print(tables(lines, experiment.contexts))
-    print("feature gap, as it is:", gaps(experiment))
+    print(tables(lines, experiment))
+    print("feature gap, as it is:", gaps(args.setting))
     if args.figure:
         panels: dict[str, dict[str, list]] = {}
         for line in (line for line in lines if line["base"] == "default"):

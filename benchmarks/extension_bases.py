@@ -19,6 +19,7 @@ from mlx.utils import tree_flatten
 from random_llama import TINY
 from stdlib_llama import CONFIG, muon_and_adam, passkey_row, read, source_files
 
+SMOLLM2 = Path("build") / "smollm2"
 CONTEXT = 256  # that mini is trained with
 MINI = CONFIG | {
     "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 2,
@@ -87,5 +88,5 @@ def base_folder(name: str, base: str, seed: int, work: Path) -> Path:
     if name == "mini":
         train_mini(base, seed, folder)
     else:
-        convert(TINY, folder, resonance=False, dtype="float32")
+        convert(SMOLLM2 if name == "smollm2" else TINY, folder, resonance=False, dtype="float32")
     return folder
