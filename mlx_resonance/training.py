@@ -84,14 +84,17 @@ class OneCycleAdamW(optim.AdamW):
         steps: number of steps of the cycle.
         weight_decay: decoupled; multiplied by the learning rate.
         hold: number of further steps at the peak.
+        beta_2: how slowly the mean of the squared gradients forgets.
 
     Source: torch `optim/adamw.py` with `optim/lr_scheduler.py`, OneCycleLR and its defaults; but
         pct_start is 0.1 as in sheryc/resonance_rope `configs/experiment/sweep.yaml`.
     """
 
-    def __init__(self, peak: float, steps: int, weight_decay: float = 0.01, hold: int = 0) -> None:
+    def __init__(
+        self, peak: float, steps: int, weight_decay: float = 0.01, hold: int = 0, beta_2: float = 0.999
+    ) -> None:
         rate = one_cycle(peak / 25, peak, peak / 25 / 1e4, steps, hold=hold)
-        super().__init__(rate, weight_decay=weight_decay, bias_correction=True)
+        super().__init__(rate, betas=[0.9, beta_2], weight_decay=weight_decay, bias_correction=True)
         self._maybe_schedule("beta_1", one_cycle(0.95, 0.85, 0.95, steps, hold=hold))
 
     def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:

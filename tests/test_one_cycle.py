@@ -29,10 +29,10 @@ def gradient(step: int) -> np.ndarray:
     return (rng.normal(size=SHAPE) * np.logspace(-7, 2, math.prod(SHAPE)).reshape(SHAPE)).astype(np.float32)
 
 
-def torch_run(dtype: torch.dtype) -> tuple[list[np.ndarray], list[float], list[float]]:
+def torch_run(dtype: torch.dtype, beta_2: float) -> tuple[list[np.ndarray], list[float], list[float]]:
     """Parameters after every step, and the learning rate and first beta of each."""
     weight = torch.tensor(np.array(Weight().weight), dtype=dtype, requires_grad=True)
-    optimizer = torch.optim.AdamW([weight], lr=PEAK, weight_decay=0.01)
+    optimizer = torch.optim.AdamW([weight], lr=PEAK, betas=(0.9, beta_2), weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=PEAK, total_steps=STEPS, pct_start=0.1, anneal_strategy="cos"
     )
@@ -48,9 +48,9 @@ def torch_run(dtype: torch.dtype) -> tuple[list[np.ndarray], list[float], list[f
     return weights, rates, betas
 
 
-def our_run() -> tuple[list[np.ndarray], list[float], list[float]]:
+def our_run(beta_2: float = 0.999) -> tuple[list[np.ndarray], list[float], list[float]]:
     """The same with ours, in the compiled step of `train`."""
-    model, optimizer = Weight(), OneCycleAdamW(PEAK, STEPS, weight_decay=0.01)
+    model, optimizer = Weight(), OneCycleAdamW(PEAK, STEPS, weight_decay=0.01, beta_2=beta_2)
     weights, rates, betas = [], [], []
 
     def on_step(step: int, value: float) -> None:
@@ -65,9 +65,10 @@ def our_run() -> tuple[list[np.ndarray], list[float], list[float]]:
     return weights, rates, betas
 
 
-def test_a_training_run_equals_torchs() -> None:
-    weights, rates, betas = our_run()
-    expected = torch_run(torch.float64)
+@pytest.mark.parametrize("beta_2", [0.999, 0.98])
+def test_a_training_run_equals_torchs(beta_2: float) -> None:
+    weights, rates, betas = our_run(beta_2)
+    expected = torch_run(torch.float64, beta_2)
     assert len(weights) == STEPS
     np.testing.assert_allclose(rates, expected[1], rtol=0, atol=PEAK * 2**-22)
     np.testing.assert_allclose(betas, expected[2], rtol=0, atol=2**-22)

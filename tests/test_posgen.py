@@ -223,9 +223,10 @@ def test_the_optimizer_is_that_of_the_settings(monkeypatch) -> None:
     monkeypatch.setattr(
         train, "train", lambda *args, **options: norms.append(options["max_grad_norm"]) or loop(*args, **options)
     )
-    run_training(Run(TASK, replace(SMOKE, weight_decay=0.25), (ROPE,), 1))
+    run_training(Run(TASK, replace(SMOKE, weight_decay=0.25, beta_2=0.9), (ROPE,), 1))
     run_training(Run(TASK, replace(SMOKE, max_grad_norm=0.5), (ROPE,), 1))
-    assert made[0] == ((SMOKE.learning_rate, SMOKE.steps), {"weight_decay": 0.25, "hold": 0}) and norms == [None, 0.5]
+    assert made[0] == ((SMOKE.learning_rate, SMOKE.steps), {"weight_decay": 0.25, "hold": 0, "beta_2": 0.9})
+    assert norms == [None, 0.5]
 
 
 def test_measures_count_positions() -> None:

@@ -98,6 +98,7 @@ class Settings:
         learning_rate: the peak of the one-cycle schedule of the epochs; the curriculum is trained at the
             peak, after its rise.
         weight_decay: AdamW's.
+        beta_2: AdamW's; with a smaller one, a step adapts sooner to gradients that have grown.
         max_grad_norm: gradients are scaled down to this global norm; None leaves them, as the official code does.
         validate_every: steps between two validations; another one follows the last step.
         train_scaled: scale the frequencies in training, too, not only in validation and test.
@@ -116,6 +117,7 @@ class Settings:
     validate_every: int
     generated_rows: int
     weight_decay: float = 0.01
+    beta_2: float = 0.999
     max_grad_norm: float | None = None
     train_length: int = 64
     test_length: int = 256
@@ -218,9 +220,10 @@ PRESETS = {
         model=ModelConfig(layers=3, hidden_size=128, heads=2, head_dim=64, intermediate_size=512, ordered=0.7),
         split="disjoint",
         sizes=(10000, 100, 250),
-        epochs=3,
+        epochs=4,
         batch_size=16,
         learning_rate=8e-4,
+        beta_2=0.99,
         max_grad_norm=1.0,
         validate_every=1000,
         generated_rows=20,
@@ -230,7 +233,7 @@ PRESETS = {
             Stage(32, 250, largest=4),
             Stage(48, 200, largest=4),
             Stage(64, 350, largest=5),
-            Stage(64, 1300, largest=16, least=4),
+            Stage(64, 1000, largest=16, least=4),
         ),
     ),
     # Short rows first: for the tokens that follow from the last ones (`near` of `Task.kinds`).

@@ -152,6 +152,7 @@ def run_training(run: Run, checkpoint: Path | None = None, on_progress: Progress
             settings.steps - settings.curriculum_steps,
             weight_decay=settings.weight_decay,
             hold=settings.curriculum_steps,
+            beta_2=settings.beta_2,
         ),
         loss,
         partial(_batch, run, splits.train),
