@@ -56,8 +56,8 @@ class Experiment:
         documents: number of texts, each as long as the longest context.
         repetitions: of the passkey, at each length and depth.
         learning_rate: of fine-tuning.
-        factor: how many times the context grows.
         last: number of tokens at the end of a text whose perplexity is also measured separately.
+        factor: how many times the context grows.
         length: tokens of a training sequence; 0 for `context`. Positions of shorter ones skip through the longest one.
     """
 
@@ -66,8 +66,8 @@ class Experiment:
     documents: int
     repetitions: int
     learning_rate: float
+    last: int
     factor: int = 8
-    last: int = 0
     length: int = 0
 
     @property
