@@ -295,3 +295,27 @@ def test_a_curriculum_comes_before_the_first_epoch() -> None:
     losses = []
     run_training(run, on_progress=lambda step, loss, *_: losses.append(loss))
     assert len(losses) == settings.steps
+
+
+def test_epochs_may_have_random_rows_beside_those_of_the_training() -> None:
+    """Every step has them, each its own, with the rule's answers; the training rows stay those of the epoch."""
+    stage = Stage(6, 2, largest=9, least=7)
+    settings = replace(SMOKE, curriculum=(stage,), random_rows=3)
+    assert settings_from(json.loads(json.dumps(asdict(settings)))) == settings
+    assert settings.steps == SMOKE.steps + 2
+    run, plain = Run(TASK, settings, (ROPE,), 1), Run(TASK, SMOKE, (ROPE,), 1)
+    rows = run.splits().train
+    assert train._batch(run, rows, 0)[0].shape == ((16 + 3) * 12 // 6, 7)
+    drawn = []
+    for step in range(SMOKE.steps):
+        ids, answers, _ = map(np.array, train._batch(run, rows, 2 + step))
+        of_epoch, of_epoch_answers, _ = map(np.array, train._batch(plain, rows, step))
+        assert np.array_equal(ids[:-3], of_epoch) and np.array_equal(answers[:-3], of_epoch_answers)
+        digits = ids[-3:, 1:].astype(np.int32)
+        assert np.array_equal(answers[-3:], TASK.answers(digits))
+        assert digits.max() <= 9
+        drawn.append(digits.tobytes())
+    assert len(set(drawn)) == SMOKE.steps
+    for wrong in ((), (Stage(6, 2),)):
+        with pytest.raises(UsageError, match="random_rows are like those of the last stage"):
+            replace(SMOKE, curriculum=wrong, random_rows=3)

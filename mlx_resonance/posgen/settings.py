@@ -106,6 +106,8 @@ class Settings:
         base, beta_fast, beta_slow: of the rotary embedding, as in `yarn_frequencies`.
         generated_rows: test rows that are also generated freely.
         curriculum: stages before the first epoch.
+        random_rows: rows of a step of the epochs beside those of `batch_size`, of random digits as in the last stage:
+            training rows alone may teach the shortcut, which these do not have.
     """
 
     model: ModelConfig
@@ -127,10 +129,13 @@ class Settings:
     beta_fast: float = 2.0
     beta_slow: float = 1.0
     curriculum: tuple[Stage, ...] = ()
+    random_rows: int = 0
 
     def __post_init__(self) -> None:
         most = (MOST_STEPS - self.curriculum_steps) // max(1, self.steps_per_epoch)
         check_option("epochs", 1 <= self.epochs <= most, f"at least 1 and at most {most}", self.epochs)
+        if self.random_rows and not (self.curriculum and self.curriculum[-1].largest):
+            raise UsageError("random_rows are like those of the last stage, which must have random digits")
         if self.test_length <= self.train_length:
             raise UsageError(
                 f"the test length must be more than the training length {self.train_length}, got {self.test_length}",
@@ -215,25 +220,25 @@ PRESETS = {
         train_scaled=True,
         ramps=(65,),
     ),
-    # Rows of small random digits first, short ones, then longer ones and larger digits, then the training rows.
+    # Rows of small random digits first, in which the window is found, then larger ones, whose sums are learned beside
+    # the training rows.
     "learned": Settings(
-        model=ModelConfig(layers=3, hidden_size=128, heads=2, head_dim=64, intermediate_size=512, ordered=0.7),
+        model=ModelConfig(layers=3, hidden_size=128, heads=4, head_dim=64, intermediate_size=512, ordered=0.9),
         split="disjoint",
         sizes=(10000, 100, 250),
         epochs=4,
-        batch_size=16,
+        batch_size=8,
+        random_rows=8,
         learning_rate=8e-4,
         beta_2=0.99,
         max_grad_norm=1.0,
-        validate_every=1000,
+        validate_every=2000,
         generated_rows=20,
         ramps=(65, 257),
         curriculum=(
             Stage(16, 200, largest=4),
-            Stage(32, 250, largest=4),
-            Stage(48, 200, largest=4),
-            Stage(64, 350, largest=5),
-            Stage(64, 1000, largest=16, least=4),
+            Stage(64, 1200, largest=4),
+            Stage(64, 300, largest=16, least=4),
         ),
     ),
     # Short rows first: for the tokens that follow from the last ones (`near` of `Task.kinds`).

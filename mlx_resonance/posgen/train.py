@@ -20,7 +20,7 @@ from ..training import OneCycleAdamW, train
 from .data import SPECIAL, Splits, make_splits, tokens
 from .evaluate import generated, in_and_out, teacher_forced
 from .model import Decoder
-from .settings import DROPOUT_KEYS, Reading, Settings
+from .settings import DROPOUT_KEYS, Reading, Settings, Stage
 from .tasks import Int32Array, Task
 
 # Steps done, loss, and the accuracies of the last validation, in and out of distribution (NaN before the first).
@@ -231,17 +231,27 @@ def _rows(run: Run, rows: Int32Array, step: int) -> Int32Array:
     settings, left = run.settings, step
     for stage in settings.curriculum:
         if left < stage.steps:
-            size = settings.batch_size * settings.train_length // stage.length
-            draw = np.random.default_rng([run.seed, step, stage.length])
-            if not stage.largest:
-                return rows[draw.integers(len(rows), size=size), : stage.length]
-            largest = min(stage.largest, run.task.modulus - 1)
-            high = draw.integers(min(stage.least, largest), largest, size=(size, 1), endpoint=True)
-            low = draw.integers(np.maximum(high - 4, 0), size=(size, 1), endpoint=True)
-            return draw.integers(low, high, size=(size, stage.length), dtype=np.int32, endpoint=True)
+            size = (settings.batch_size + settings.random_rows) * settings.train_length // stage.length
+            if stage.largest:
+                return _random_rows(run, stage, step, size)
+            chosen = np.random.default_rng([run.seed, step, stage.length]).integers(len(rows), size=size)
+            return rows[chosen, : stage.length]
         left -= stage.steps
     epoch, i = divmod(left, settings.steps_per_epoch)
-    return rows[_order(run.seed, epoch, len(rows))[i * settings.batch_size : (i + 1) * settings.batch_size]]
+    of_epoch = rows[_order(run.seed, epoch, len(rows))[i * settings.batch_size : (i + 1) * settings.batch_size]]
+    if not settings.random_rows:
+        return of_epoch
+    last = settings.curriculum[-1]._replace(length=settings.train_length)
+    return np.concatenate([of_epoch, _random_rows(run, last, step, settings.random_rows)])
+
+
+def _random_rows(run: Run, stage: Stage, step: int, size: int) -> Int32Array:
+    """Rows of random digits, each between two numbers of its own, shape (size, length of the stage)."""
+    draw = np.random.default_rng([run.seed, step, stage.length])
+    largest = min(stage.largest, run.task.modulus - 1)
+    high = draw.integers(min(stage.least, largest), largest, size=(size, 1), endpoint=True)
+    low = draw.integers(np.maximum(high - 4, 0), size=(size, 1), endpoint=True)
+    return draw.integers(low, high, size=(size, stage.length), dtype=np.int32, endpoint=True)
 
 
 @lru_cache(maxsize=8)
