@@ -1,4 +1,4 @@
-"""PosGen's results as the docs show them: the table of all run logs, the figure, the feature gaps.
+"""PosGen's results as the docs show them: the table of all run logs, the figure, feature gaps, the first digits past.
 
     mlx-resonance posgen sweep --preset learned --seeds 10 --output benchmarks/results/posgen-learned.jsonl
     python benchmarks/posgen.py [--weights last] [--figure posgen.svg] [benchmarks/results/posgen-*.jsonl]
@@ -20,6 +20,7 @@ from mlx_resonance.posgen.settings import ENCODINGS, Settings, settings_from
 from mlx_resonance.posgen.sweep import read_results
 
 RESULTS = Path(__file__).parent / "results"
+DIGITS = 8  # past the training length, looked at apart
 
 
 def table(name: str, summary: dict[str, Any]) -> list[str]:
@@ -66,6 +67,22 @@ def gaps(settings: Settings) -> dict[str, dict[str, float]]:
     return result
 
 
+def just_past(header: dict[str, Any], lines: list[dict[str, Any]], weights: str) -> dict[str, dict[str, Any]]:
+    """Mean accuracy in % of the first digits past the training length, by subtask, reading and kind of token."""
+    curves, kinds, _, start, train_length = figure_of(header, lines, weights)
+    first = slice(train_length - start, train_length - start + DIGITS)
+    return {
+        subtask: {
+            reading: {
+                str(kind): round(100 * float(curve[first][kinds[subtask][first] == kind].mean()), 1)
+                for kind in sorted(set(kinds[subtask][first]))
+            }
+            for reading, curve in found.items()
+        }
+        for subtask, found in curves.items()
+    }
+
+
 def minutes(settings: Settings, lines: list[dict[str, Any]]) -> float:
     """Time of all trainings: readings that share one all have its seconds."""
     trainings = {(line["subtask"], line["seed"], line["encoding"][:3], line["seconds"]) for line in lines}
@@ -92,6 +109,7 @@ def main() -> None:
         settings = settings_from(header["settings"])
         report[path.stem] = summarize(header, lines, arguments.weights) | {
             "feature_gap": gaps(settings),
+            "just_past": just_past(header, lines, arguments.weights),
             "minutes": minutes(settings, lines),
         }
         if arguments.figure and path == arguments.files[0]:
@@ -105,6 +123,7 @@ def main() -> None:
     print("\n† a seed below 99 % within the training length, or not known")
     for name, summary in report.items():
         print(name, "feature gap", summary["feature_gap"])
+        print(name, f"first {DIGITS} digits past the training length, %", summary["just_past"])
     print(json.dumps(report))
 
 

@@ -275,8 +275,8 @@ for name in ENCODINGS:
 #
 # The preset `learned` gives the digits in an easier order: first rows of small random
 # digits, short ones, with the answers of the rule, then larger digits, then the
-# sequences. A model takes some ten minutes. Those above 99 %, not every one so far,
-# know the far digit of sequences that they have not seen:
+# sequences beside such rows. A model takes some ten minutes. Those above 99 % know the
+# far digit of sequences that they have not seen:
 
 # %%
 _, models = read_results(RESULTS.with_name("posgen-learned.jsonl"))

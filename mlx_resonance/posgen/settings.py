@@ -220,10 +220,10 @@ PRESETS = {
         train_scaled=True,
         ramps=(65,),
     ),
-    # Rows of small random digits first, in which the window is found, then larger ones, whose sums are learned beside
-    # the training rows.
+    # Rows of small random digits first, in which the window is found, then larger ones little by little, since many
+    # new sums at once make it forget the window; the sums are learned beside the training rows.
     "learned": Settings(
-        model=ModelConfig(layers=3, hidden_size=128, heads=4, head_dim=64, intermediate_size=512, ordered=0.9),
+        model=ModelConfig(layers=4, hidden_size=128, heads=2, head_dim=64, intermediate_size=512, ordered=0.9),
         split="disjoint",
         sizes=(10000, 100, 250),
         epochs=4,
@@ -237,8 +237,8 @@ PRESETS = {
         ramps=(65, 257),
         curriculum=(
             Stage(16, 200, largest=4),
-            Stage(64, 1200, largest=4),
-            Stage(64, 300, largest=16, least=4),
+            Stage(64, 600, largest=4),
+            *(Stage(64, 100, largest, least=4) for largest in range(6, 17, 2)),
         ),
     ),
     # Short rows first: for the tokens that follow from the last ones (`near` of `Task.kinds`).
