@@ -29,7 +29,7 @@ def table(name: str, summary: dict[str, Any]) -> list[str]:
     for subtask, found in summary["table"].items():
         limits = summary["bounds"][subtask]
         ceilings = [f"{limits[kind]['ceiling']:.1f}" if kind in limits else "" for kind in ("all", "near", "far")]
-        rows.append(f"| {name}, {subtask}: ceiling without far tokens | | | | {' | '.join(ceilings)} | | | |")
+        rows.append(f"| {name}, {subtask}: ceiling without far tokens | | | | | {' | '.join(ceilings)} | | | |")
         for reading, row in found.items():
             pair = summary["pairs"][subtask].get(reading.removeprefix("resonance_"), {})
             shown = pair if reading.startswith("resonance_") else {}
@@ -39,7 +39,7 @@ def table(name: str, summary: dict[str, Any]) -> list[str]:
                 else ""
             )
             cells = [f"`{reading}`", str(row["seeds"]), _number(row["trained_id"]) + span + "†" * below_bar(row)]
-            cells += [_number(row["trained_near"])]
+            cells += [_number(row["trained_near"]), _number(row["id"])]
             cells += [_number(row["ood"]) + (f" ± {row['ood_std']:.1f}" if row["ood_std"] is not None else "")]
             cells += [_number(row["near"]), _number(row["far"]), _number(row["paper"])]
             cells += [f"{shown['difference']:+.1f}{_interval(shown)}" if shown else ""]
@@ -116,7 +116,7 @@ def main() -> None:
             plot_posgen(*figure_of(header, lines, arguments.weights), arguments.figure)
     # Holm's adjustment is for all that is shown, not for each file.
     adjust([pair for found in report.values() for pairs in found["pairs"].values() for pair in pairs.values()])
-    columns = ("", "seeds", "within", "near", "past", "near", "far", "paper", "resonance - plain", "p")
+    columns = ("", "seeds", "within", "near", "scaled", "past", "near", "far", "paper", "resonance - plain", "p")
     print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
     for name, summary in report.items():
         print("\n".join(table(name, summary)))

@@ -275,7 +275,7 @@ for name in ENCODINGS:
 #
 # The preset `learned` gives the digits in an easier order: first rows of small random
 # digits, short ones, with the answers of the rule, then larger digits, then the
-# sequences beside such rows. A model takes some ten minutes. Those above 99 % know the
+# sequences beside such rows. A model takes thirteen minutes. Those above 99 % know the
 # far digit of sequences that they have not seen:
 
 # %%
