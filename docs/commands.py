@@ -17,7 +17,7 @@ Written by `python docs/commands.py docs/commands.md`; a test compares the two.
 
 `mlx-resonance --install-completion` makes bash, zsh or fish complete commands, flags, their choices and paths (in zsh
 the first Tab of a session only loads it); `--show-completion` prints the script that does it. `mlx-resonance --version`
-prints the versions and the device, for reports of faults.
+prints the versions and the device, for bug reports. A model is given with `-m`, or as the first argument.
 """
 
 

@@ -245,7 +245,7 @@ BAD = {
     "data --subtask cot --rows 10000000 --output {}/x.npy": "at most 2**28, got 10000000 times 512 (--rows)",
     "data --subtask cot --split random --output {}/x.npy": "not one of official, disjoint",
     "train --subtask cot --encoding alibi --output {}/r": "not one of rope, linear, ntk, yarn",
-    "train --subtask cot --encoding rope --preset huge --output {}/r": "official, paper, learned, shortcut, laptop",
+    "train --subtask cot --encoding rope --preset huge --output {}/r": "official, official-small, paper, learned, shortcut, laptop",
     f"train {TINY} --epochs 0 --output {{}}/r": "Invalid value for '--epochs'",
     "data --subtask cot --modulus 99999999999999999999 --output {}/x.npy": "less than or equal to 1048576",
     "data --subtask cot --modulus 1000000 --output {}/x.npy": "at most 2**20, got 1000000 times 4 (--modulus)",

@@ -138,6 +138,15 @@ def test_training_has_the_beginning_of_every_official_test_row(splits):
     np.testing.assert_array_equal(splits["test"][:, :64], splits["train"][1000:2000])
 
 
+def test_smaller_parts_of_the_official_split_are_spread_over_its_own(golden):
+    task = golden_task(golden)
+    whole, part = (make_splits(task, "official", sizes) for sizes in (SIZES, (SIZES[0], 100, 250)))
+    np.testing.assert_array_equal(part.train, whole.train)
+    np.testing.assert_array_equal(part.validation, whole.validation[::10])
+    np.testing.assert_array_equal(part.test, whole.test[::4])
+    assert SIZES == (10000, 1000, 1000)
+
+
 def test_official_seed_of_all_digits():
     table = make_table(Task("cot", modulus=4, near=3, far=1), "official", 5, 8)
     assert table[:, :4].tolist() == [[0, 1, 2, 3]] * 5

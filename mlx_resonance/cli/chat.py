@@ -58,10 +58,7 @@ def command(
     stop: shared.Stop = None,
     factor: Factor = None,
     extend: Extend = None,
-    context: Annotated[
-        int | None,
-        Option(min=1, max=2**31, help="Tokens of context. Default: the checkpoint's, or what memory has room for."),
-    ] = None,
+    context: shared.Context = None,
     kv_bits: KvBits = None,
     kv_rotate: KvRotate = False,
     prefill_step_size: PrefillStep = 2048,

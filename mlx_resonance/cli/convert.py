@@ -33,7 +33,7 @@ def command(
         Literal["float32", "float16", "bfloat16"] | None, Option(help="Default: as in the source; of GGUF, float16.")
     ] = None,
     quantize: Annotated[bool, Option("-q", "--quantize", help="Quantize the weights.")] = False,
-    q_bits: Annotated[int | None, Option(min=2, max=8, help="Bits per weight. Affine: 4.")] = None,
+    q_bits: Annotated[int | None, Option(min=2, max=8, help="Bits per weight: 2, 3, 4, 5, 6 or 8. Affine: 4.")] = None,
     q_group_size: Annotated[int | None, Option(min=32, max=128, help="Weights per scale. Affine: 64.")] = None,
     q_mode: Annotated[Literal["affine", "mxfp4", "nvfp4", "mxfp8"], Option(help="Quantized format.")] = "affine",
     quant_predicate: Annotated[

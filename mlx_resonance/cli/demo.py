@@ -91,7 +91,7 @@ def _demo(
     stdout.print()
     stdout.print(_answers(found, lengths, trained))
     stdout.print(
-        "\nYaRN makes the longer context work, rounded or not; rounding to whole tokens makes its angles exact.\n\n"
+        "\nYaRN makes the longer context work, rounded to whole tokens or not; either way its angles are exact.\n\n"
         f"Nothing was trained: {target.folder} has the same weights, "
         f"{format_size(sum(path.stat().st_size for path in target.folder.glob('*.safetensors')))}, "
         "and these wavelengths, in tokens:\n",

@@ -15,7 +15,7 @@ from ..evaluation.suites import SUITES
 from ..rope_types import LONGEST
 from .options import (
     LARGEST,
-    Context,
+    EvalContext,
     Extend,
     Factor,
     Force,
@@ -85,7 +85,7 @@ def command(
     confirm_run_unsafe_code: Annotated[
         bool, Option("--confirm-run-unsafe-code", help="Run tasks that execute what the model writes.")
     ] = False,
-    context: Context = None,
+    context: EvalContext = None,
     factor: Factor = None,
     extend: Extend = None,
     kv_bits: KvBits = None,

@@ -14,7 +14,7 @@ from typer import Option
 from ..errors import UsageError
 from .options import (
     LARGEST,
-    Context,
+    EvalContext,
     Extend,
     Factor,
     Force,
@@ -43,7 +43,7 @@ def command(
     output: Annotated[
         Path, Option(**path, metavar="FILE.jsonl", help="Run log of the answers, from which a killed run resumes.")
     ],
-    context: Context = None,
+    context: EvalContext = None,
     max_tokens: Annotated[
         int | None, Option(min=1, max=LARGEST, help="Maximum number of tokens of an answer. Default: L-Eval's.")
     ] = None,

@@ -121,9 +121,13 @@ Original = Annotated[
     int | None, Option(min=1, max=2**31, help="Tokens of context before scaling. Default: as in the source.")
 ]
 Dtype = Annotated[Literal["float32", "float16", "bfloat16"] | None, Option(help="Default: as in the source.")]
-Context = Annotated[
+EvalContext = Annotated[
     int | None,
     Option(min=1, max=2**31, help="Maximum tokens of prompt and answer. Default: the checkpoint's, up to 16384."),
+]
+Context = Annotated[
+    int | None,
+    Option(min=1, max=2**31, help="Tokens of context. Default: the checkpoint's, or what memory has room for."),
 ]
 Factor = Annotated[
     float | None, Option(min=1, max=2**31, help="Stretch the context to this many times the trained one.")

@@ -105,9 +105,9 @@ def make_splits(
 ) -> Splits:
     """Split a table into training, validation and test rows.
 
-    In the `official` split, validation takes the first rows of the training set and test the rows after them: with the
-    official sizes, a model has seen the beginning of every test sequence. In the `disjoint` split, no two rows share a
-    seed.
+    In the `official` split, validation has the first tenth of the training rows and test the second tenth, or as many
+    of these as asked for, evenly spread: a model has seen the beginning of every test sequence. Larger parts are the
+    first rows and those after them. In the `disjoint` split, no two rows share a seed.
 
     Args:
         task: the rule.
@@ -126,9 +126,13 @@ def make_splits(
     check_option("sizes", min(sizes) >= 1, "at least 1 each", sizes)
     train, validation, test = sizes
     table = make_table(task, split, sum(sizes), test_length)
-    first = 0 if split == "official" else train
-    middle = first + validation
-    return Splits(table[:train, :train_length], table[first:middle], table[middle : middle + test])
+    tenth = train // 10
+    if split == "official" and max(validation, test) <= tenth:
+        first, second = (np.arange(rows) * tenth // rows for rows in (validation, test))
+        return Splits(table[:train, :train_length], table[first], table[tenth + second])
+    start = 0 if split == "official" else train
+    middle = start + validation
+    return Splits(table[:train, :train_length], table[start:middle], table[middle : middle + test])
 
 
 def tokens(rows: Int32Array, modulus: int) -> Int32Array:
