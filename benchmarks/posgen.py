@@ -16,8 +16,10 @@ from typing import Any
 from mlx_resonance import feature_gap
 from mlx_resonance.plots import plot_posgen
 from mlx_resonance.posgen.report import WEIGHTS, adjust, below_bar, figure_of, summarize
-from mlx_resonance.posgen.settings import ENCODINGS, Settings, settings_from
+from mlx_resonance.posgen.settings import ENCODINGS, Reading, Settings, settings_from
 from mlx_resonance.posgen.sweep import read_results
+
+from reporting import exit_with
 
 RESULTS = Path(__file__).parent / "results"
 DIGITS = 8  # past the training length, looked at apart
@@ -29,7 +31,7 @@ def table(name: str, summary: dict[str, Any]) -> list[str]:
     for subtask, found in summary["table"].items():
         limits = summary["bounds"][subtask]
         ceilings = [f"{limits[kind]['ceiling']:.1f}" if kind in limits else "" for kind in ("all", "near", "far")]
-        rows.append(f"| {name}, {subtask}: ceiling without far tokens | | | | | {' | '.join(ceilings)} | | | |")
+        rows.append(f"| {name}, {subtask}: ceiling without far tokens | | | | | | {' | '.join(ceilings)} | | | |")
         for reading, row in found.items():
             pair = summary["pairs"][subtask].get(reading.removeprefix("resonance_"), {})
             shown = pair if reading.startswith("resonance_") else {}
@@ -39,7 +41,7 @@ def table(name: str, summary: dict[str, Any]) -> list[str]:
                 else ""
             )
             cells = [f"`{reading}`", str(row["seeds"]), _number(row["trained_id"]) + span + "†" * below_bar(row)]
-            cells += [_number(row["trained_near"]), _number(row["id"])]
+            cells += [_number(row["first"]), _number(row["trained_near"]), _number(row["id"])]
             cells += [_number(row["ood"]) + (f" ± {row['ood_std']:.1f}" if row["ood_std"] is not None else "")]
             cells += [_number(row["near"]), _number(row["far"]), _number(row["paper"])]
             cells += [f"{shown['difference']:+.1f}{_interval(shown)}" if shown else ""]
@@ -85,8 +87,11 @@ def just_past(header: dict[str, Any], lines: list[dict[str, Any]], weights: str)
 
 def minutes(settings: Settings, lines: list[dict[str, Any]]) -> float:
     """Time of all trainings: readings that share one all have its seconds."""
-    trainings = {(line["subtask"], line["seed"], line["encoding"][:3], line["seconds"]) for line in lines}
-    return round(sum(seconds for *_, seconds in trainings) / 60, 1)
+    trainings = {
+        (line["subtask"], line["seed"], settings.training(Reading(line["encoding"], line["ramp"]))): line["seconds"]
+        for line in lines
+    }
+    return round(sum(trainings.values()) / 60, 1)
 
 
 def _number(value: float | None) -> str:
@@ -116,7 +121,20 @@ def main() -> None:
             plot_posgen(*figure_of(header, lines, arguments.weights), arguments.figure)
     # Holm's adjustment is for all that is shown, not for each file.
     adjust([pair for found in report.values() for pairs in found["pairs"].values() for pair in pairs.values()])
-    columns = ("", "seeds", "within", "near", "scaled", "past", "near", "far", "paper", "resonance - plain", "p")
+    columns = (
+        "",
+        "seeds",
+        "within",
+        "first",
+        "near",
+        "scaled",
+        "past",
+        "near",
+        "far",
+        "paper",
+        "resonance - plain",
+        "p",
+    )
     print(f"| {' | '.join(columns)} |\n{'| --- ' * len(columns)}|")
     for name, summary in report.items():
         print("\n".join(table(name, summary)))
@@ -128,4 +146,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

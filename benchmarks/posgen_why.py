@@ -16,20 +16,22 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance import feature_gap
 from mlx_resonance.frequencies import RotaryFrequencies, default_frequencies
-from mlx_resonance.plots import gap_panel, legend_below, new_figure
+from mlx_resonance.plots import gap_panel, new_figure
 from mlx_resonance.posgen.data import Splits
 from mlx_resonance.posgen.evaluate import teacher_forced
-from mlx_resonance.posgen.report import paired
+from mlx_resonance.posgen.report import adjust, paired
 from mlx_resonance.posgen.settings import PRESETS, Reading, sweep_seeds
+from mlx_resonance.posgen.sweep import checkpoint_of
 from mlx_resonance.posgen.tasks import Task
 from mlx_resonance.posgen.train import Run, run_training
 from mlx_resonance.rope import ResonanceRoPE
-from mlx_resonance.run_log import RunLog
+from mlx_resonance.run_log import RunLog, read_run_log
 
 import numpy as np
 from reporting import exit_with, markdown
@@ -37,8 +39,11 @@ from reporting import exit_with, markdown
 ROUNDINGS = ("none", "pre-critical", "others", "all", "quarters")
 DIFFERENT = 2380  # sequences, as many as the official split's training rows have
 ENCODINGS = ("rope", "ntk", "yarn")
+KINDS = ("near", "far")
+PAIRS = ("change", "memory")  # of `summarize`
 KEY = ("trained", "read", "different", "encoding", "ramp", "seed")
-COLORS = ("#888888", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7")
+AFTER = "all, after training"
+COLORS = dict(zip((*ROUNDINGS, AFTER), ("#888888", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7"), strict=True))
 
 
 def rounded(frequencies: RotaryFrequencies, rounding: str, critical: np.ndarray) -> RotaryFrequencies:
@@ -84,10 +89,10 @@ class Variant(Run):
         """The rotary op of a reading, scaled."""
         return ResonanceRoPE(self.frequencies(reading, True, rounding or self.rounding), traditional=True)
 
-    def training_rope(self) -> ResonanceRoPE:
-        """The rotary op of the training."""
-        scaled = self.settings.train_scaled
-        return ResonanceRoPE(self.frequencies(self.readings[0], scaled, self.rounding), traditional=True)
+    def training_rope(self, rounding: str | None = None) -> ResonanceRoPE:
+        """The rotary op of the training, or the same with another rounding."""
+        frequencies = self.frequencies(self.readings[0], self.settings.train_scaled, rounding or self.rounding)
+        return ResonanceRoPE(frequencies, traditional=True)
 
 
 def variants(seeds: int) -> Iterator[Variant]:
@@ -101,31 +106,41 @@ def variants(seeds: int) -> Iterator[Variant]:
             yield Variant(Task("semi-recursive"), settings, readings, seed, rounding, DIFFERENT)
 
 
-def measure(run: Variant, log: RunLog, folder: Path) -> None:
-    """Train what has no results yet, and test the weights of the last step."""
+def measure(run: Variant, log: RunLog) -> None:
+    """Train what has no results yet, and test the weights of the last step.
+
+    A cell has the right predictions within the training length, of sequences that were not trained (`unseen`) and that
+    were (`seen`), read unscaled with its rounding, and those of `correct`, read with its encoding.
+    """
     reads = [run.rounding, "all"] if run.rounding == "none" and not run.different else [run.rounding]
     common: dict[str, Any] = {"trained": run.rounding, "different": run.different, "seed": run.seed}
     cells = [common | {"read": read} | reading._asdict() for read in reads for reading in run.readings]
-    if all(tuple(cell[name] for name in KEY) in log for cell in cells):
+    checkpoint = checkpoint_of(log.path, run, run.rounding, run.different)
+    log.reload()  # another process may have added some
+    left = [cell for cell in cells if tuple(cell[name] for name in KEY) not in log]
+    if not left:
+        checkpoint.unlink(missing_ok=True)
         return
-    checkpoint = folder / f"{run.rounding}-{run.different}-{run.seed}.safetensors"
 
     def on_step(step: int, loss: float, *_: float) -> None:
         if step % 100 == 0:
-            print(f"{checkpoint.stem} step {step}/{run.settings.steps} loss {loss:.3f}", file=sys.stderr, flush=True)
+            print(f"{common} step {step}/{run.settings.steps} loss {loss:.3f}", file=sys.stderr, flush=True)
 
     model, _ = run_training(run, checkpoint, on_step)
     splits, inside = run.splits(), run.settings.train_length
-    rope = run.training_rope()
-    unseen = teacher_forced(model, rope, splits.test[:, :inside], run.task)
-    seen = teacher_forced(model, rope, splits.train[: len(splits.test)], run.task)
-    for cell in cells:
-        if tuple(cell[name] for name in KEY) in log:
-            continue  # an earlier run was killed between two of them
-        reading = Reading(cell["encoding"], cell["ramp"])
-        correct = teacher_forced(model, run.rope(reading, cell["read"]), splits.test, run.task)
-        counts = {"correct": correct, "unseen": unseen, "seen": seen}
-        log.append(cell | {"rows": len(splits.test)} | {name: count.tolist() for name, count in counts.items()})
+    lines = []
+    for read in reads:
+        rope = run.training_rope(read)
+        within = {
+            "unseen": teacher_forced(model, rope, splits.test[:, :inside], run.task),
+            "seen": teacher_forced(model, rope, splits.train[: len(splits.test)], run.task),
+        }
+        for cell in (cell for cell in left if cell["read"] == read):
+            reading = Reading(cell["encoding"], cell["ramp"])
+            correct = teacher_forced(model, run.rope(reading, read), splits.test, run.task)
+            counts = within | {"correct": correct}
+            lines.append(cell | {"rows": len(splits.test)} | {name: count.tolist() for name, count in counts.items()})
+    log.append(*lines)
     checkpoint.unlink(missing_ok=True)
 
 
@@ -136,7 +151,11 @@ def name_of(trained: str, read: str, different: int) -> str:
 
 
 def summarize(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By variant and reading: near and far accuracy in %, seen, unseen and past the length; change from no rounding."""
+    """By variant and reading: near and far accuracy in %, seen, unseen and past the length.
+
+    `change` is that of the near tokens past it, from no rounding on as many sequences, `memory` that from the same
+    rounding on all sequences; paired by seed, with p-values adjusted for all of them.
+    """
     settings, task = PRESETS["shortcut"], Task("semi-recursive")
     kinds = task.kinds(settings.test_length)
     inside = settings.train_length - task.seed_length
@@ -145,7 +164,7 @@ def summarize(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         variant = name_of(line["trained"], line["read"], line["different"])
         groups.setdefault((variant, str(Reading(line["encoding"], line["ramp"]))), {})[line["seed"]] = line
 
-    def near(line: dict[str, Any], name: str, kind: str = "near") -> float:
+    def accuracy(line: dict[str, Any], name: str, kind: str = "near") -> float:
         counts = np.array(line[name][inside:] if name == "correct" else line[name])
         at = kinds[inside:] if name == "correct" else kinds[:inside]
         return 100 * float(counts[at == kind].mean()) / line["rows"]
@@ -155,13 +174,19 @@ def summarize(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         cell: dict[str, Any] = {"seeds": len(seeds)}
         for name in ("seen", "unseen", "correct"):
             for kind in ("near", "far"):
-                cell[f"{name}_{kind}"] = float(np.mean([near(line, name, kind) for line in seeds.values()]))
-        plain = groups.get((name_of("none", "none", next(iter(seeds.values()))["different"]), reading), {})
-        both = [seed for seed in seeds if seed in plain]
-        if both and seeds is not plain:
-            changes = [near(seeds[seed], "correct") - near(plain[seed], "correct") for seed in both]
-            cell["change"] = paired(np.array(changes))
+                cell[f"{name}_{kind}"] = float(np.mean([accuracy(line, name, kind) for line in seeds.values()]))
+        line = next(iter(seeds.values()))
+        others = {"change": name_of("none", "none", line["different"])}
+        if line["different"]:
+            others["memory"] = name_of(line["trained"], line["read"], 0)
+        for name, other in others.items():
+            before = groups.get((other, reading), {})
+            both = [seed for seed in seeds if seed in before] if other != variant else []
+            if both:
+                changes = [accuracy(seeds[seed], "correct") - accuracy(before[seed], "correct") for seed in both]
+                cell[name] = paired(np.array(changes))
         result.setdefault(variant, {})[reading] = cell
+    adjust([cell[name] for of in result.values() for cell in of.values() for name in PAIRS if name in cell])
     return result
 
 
@@ -170,14 +195,18 @@ def table(result: dict[str, dict[str, Any]]) -> str:
     rows = []
     for variant, of in result.items():
         for reading, cell in of.items():
-            change = cell.get("change")
-            shown = f"{change['difference']:+.1f}" if change else ""
-            if change and change["low"] is not None:
-                shown += f" [{change['low']:+.1f}, {change['high']:+.1f}]"
-            numbers = [cell[name] for name in ("seen_near", "unseen_near", "seen_far", "unseen_far", "correct_near")]
-            rows.append((variant, f"`{reading}`", cell["seeds"], *(f"{number:.1f}" for number in numbers), shown))
-    columns = ("rounded", "read", "seeds", "near: seen", "unseen", "far: seen", "unseen", "near, past", "change")
-    return markdown(columns, rows)
+            numbers = [f"{cell[f'{name}_{kind}']:.1f}" for name, kind in product(("seen", "unseen", "correct"), KINDS)]
+            rows.append((variant, f"`{reading}`", cell["seeds"], *numbers, *(_shown(cell.get(name)) for name in PAIRS)))
+    names = ("rounded", "read", "seeds", "near: seen", "far", "near: unseen", "far", "near: past", "far")
+    return markdown((*names, "near, past: from none", "from all sequences"), rows)
+
+
+def _shown(pair: dict[str, Any] | None) -> str:
+    """A difference, with its interval and adjusted p-value if there are any."""
+    if pair is None:
+        return ""
+    span = "" if pair["low"] is None else f" [{pair['low']:+.1f}, {pair['high']:+.1f}], p {pair['p_holm']:.3f}"
+    return f"{pair['difference']:+.1f}{span}"
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:
@@ -194,16 +223,20 @@ def draw(lines: list[dict[str, Any]], path: Path) -> None:
                 if (line["encoding"], line["ramp"]) == reading and not line["different"]:
                     curve = np.array(line["correct"])[chosen] / line["rows"]
                     groups.setdefault(name_of(line["trained"], line["read"], 0), []).append(curve)
-            for (name, curves), color in zip(groups.items(), COLORS, strict=False):
-                axis.plot(1 + task.seed_length + chosen, 100 * np.mean(curves, axis=0), label=name, color=color)
+            for name in (name for name in COLORS if name in groups):
+                curve = 100 * np.mean(groups[name], axis=0)
+                axis.plot(1 + task.seed_length + chosen, curve, label=name, color=COLORS[name])
             axis.axvline(settings.train_length + 0.5, color="black", linewidth=0.8, linestyle=":")
             axis.set(title=str(reading), xlabel="position", ylim=(0, 103))
         axes[0].set_ylabel("accuracy of near tokens, %")
         lengths = settings.train_length + 1, settings.test_length + 1
         gaps = {name: run.frequencies(shown[0], False, name) for name in ("none", "all", "quarters")}
         gap_panel(axes[3], {name: feature_gap(found, *lengths) for name, found in gaps.items()})
+        for points, name in zip(axes[3].lines, gaps, strict=True):
+            points.set_color(COLORS[name])
+        axes[3].legend(loc="best")
         axes[3].set_title("rope, unseen angles")
-        legend_below(figure, 6)
+        figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLORS))
 
 
 def main() -> None:
@@ -214,12 +247,17 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="train nothing")
     args = parser.parse_args()
     runs = list(variants(args.seeds))
-    log = RunLog(args.output, "posgen-why", json.loads(json.dumps(asdict(runs[0].settings))), key=KEY)
-    for run in runs if not args.report else ():
-        measure(run, log, args.output.parent)
-    result = summarize(log.records)
+    if args.report:
+        _, lines = read_run_log(args.output, "posgen-why")
+    else:
+        log = RunLog(args.output, "posgen-why", asdict(runs[0].settings), key=KEY)
+        for run in runs:
+            measure(run, log)
+        log.reload()
+        lines = log.records
+    result = summarize(lines)
     if args.figure:
-        draw(log.records, args.figure)
+        draw(lines, args.figure)
     print(table(result))
     print(json.dumps(result))
 

@@ -94,6 +94,12 @@ def test_the_report_shows_either_weights(run, tmp_path) -> None:
         assert row["trained_id"] == pytest.approx(100 * sum(chosen["trained"][1:]) / 7 / line["rows"], abs=1e-3)
         shown = run("posgen", "report", output, "--weights", weights)[1]
         assert f"{weights} weights" in shown and f"{row['trained_id']:.1f}*" in shown  # below the bar
+        assert (row["generated_ood"] is None) == (weights == "last")  # which wrote no text
+    lines = [json.loads(text) for text in output.read_text().splitlines()]
+    del lines[1]["last"]
+    output.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    code, _, err = run("posgen", "report", output, "--weights", "last")
+    assert code == 2 and "have only the best weights" in err and "--weights" in err
 
 
 def test_weights_are_read_with_another_ramp(run, tmp_path) -> None:
@@ -104,6 +110,18 @@ def test_weights_are_read_with_another_ramp(run, tmp_path) -> None:
     ]
     assert found[0] == found[1] and [line["ramp"] for line in found] == [13, 13, 97]
     assert [line["settings"]["ramps"] for line in found] == [[13], [13], [97]] and "last" not in found[0]
+    code, _, err = run("posgen", "eval", tmp_path / "r", "--encoding", "ntk", "--ramp", "13")
+    assert code == 2 and "ramp must be given for YaRN alone, got 13" in err
+
+
+def test_what_was_measured_with_the_trained_angles_stays(run, tmp_path) -> None:
+    """Read with other ones, or at another length, the weights were still trained with the first ones."""
+    assert run(*TRAIN, tmp_path / "r", "--train-scaled")[0] == 0
+    trained = json.loads((tmp_path / "r" / "run.jsonl").read_text().splitlines()[1])
+    for other in (("--encoding", "resonance_ntk"), ("--length", "40")):
+        found = json.loads(run("posgen", "eval", tmp_path / "r", *other, "--json")[1])
+        assert all(found[name] == trained[name] for name in ("first", "trained_id", "trained"))
+        assert found["correct"] != trained["correct"]
 
 
 def test_every_result_says_its_split(run, tmp_path, monkeypatch) -> None:
@@ -245,7 +263,7 @@ BAD = {
     "data --subtask cot --rows 10000000 --output {}/x.npy": "at most 2**28, got 10000000 times 512 (--rows)",
     "data --subtask cot --split random --output {}/x.npy": "not one of official, disjoint",
     "train --subtask cot --encoding alibi --output {}/r": "not one of rope, linear, ntk, yarn",
-    "train --subtask cot --encoding rope --preset huge --output {}/r": "official, official-small, paper, learned, shortcut, laptop",
+    "train --subtask cot --encoding rope --preset huge --output {}/r": "official, official-small, paper, learned",
     f"train {TINY} --epochs 0 --output {{}}/r": "Invalid value for '--epochs'",
     "data --subtask cot --modulus 99999999999999999999 --output {}/x.npy": "less than or equal to 1048576",
     "data --subtask cot --modulus 1000000 --output {}/x.npy": "at most 2**20, got 1000000 times 4 (--modulus)",
@@ -259,7 +277,7 @@ BAD = {
     f"train {TINY} --seed 4294967296 --output {{}}/r": "less than or equal to 4294967295",
     "sweep --preset smoke --seeds 99999999999999999999 --output {}/s.jsonl": "less than or equal to 1000",
     f"train {TINY} --seed -1 --output {{}}/r": "Invalid value for '--seed'",
-    f"train {TINY} --near 11 --output {{}}/r": "near + far = 12 < train_length",
+    f"train {TINY} --near 11 --output {{}}/r": "near + far must be at most 10",
     f"train {TINY} --output {{}}": "has no run.jsonl: give another --output",
     f"train {TINY} --output {{}}/notes.txt": "notes.txt is a file: expected a folder: give another --output",
     "sweep --preset smoke --seeds 0 --output {}/s.jsonl": "Invalid value for '--seeds'",

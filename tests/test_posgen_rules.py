@@ -95,7 +95,7 @@ def test_a_rule_of_two_terms_serves_all_but_the_first_token(subtask: str, every:
     window = task.seed_length if subtask == "recursive" else task.near
     guess = (2 * rows[:, task.seed_length : -1] - rows[:, task.seed_length - window : -1 - window]) % task.modulus
     right = (guess == rows[:, task.seed_length + 1 :]).mean(axis=0)
-    assert (right[::every] == 1).all()
+    assert (right[::every] == 1).all() and (task.kinds(256)[1::every] == "near").all()
     if every == 2:
         assert right[1::2].mean() < 0.1
 

@@ -108,7 +108,7 @@ def test_a_sweep_clears_what_was_left_after_its_last_line(swept, tmp_path) -> No
     again = tmp_path / output.name
     again.write_bytes(output.read_bytes())
     for run in sweep.runs_left(SMOKE, TASK, SUBTASKS, ENCODINGS, (1, 2)):
-        sweep._checkpoint(again, run).touch()
+        sweep.checkpoint_of(again, run).touch()
     assert len(os.listdir(tmp_path)) == 1 + 12
     assert run_sweep(again, "smoke", SMOKE, TASK, seeds=(1, 2)) == lines
     assert os.listdir(tmp_path) == [again.name]
@@ -151,6 +151,9 @@ BROKEN = {
     "more right than there are": {"rows": 1, "correct": [2] * 20}, "fewer positions": {"correct": [1] * 19},
     "no correct": {"correct": ...}, "no step": {"step": ...}, "a large seed": {"seed": 2**32},
     "no list": {"correct": 20}, "counts of text": {"correct": ["1"] * 20}, "negative": {"correct": [-1] * 20},
+    "YaRN without a ramp": {"encoding": "yarn", "ramp": 0}, "a ramp without YaRN": {"encoding": "rope", "ramp": 13},
+    "learned above one": {"trained_id": 7.0}, "learned of text": {"trained_id": "0.5"}, "first of text": {"first": "a"},
+    "too few of the training": {"trained": [1]}, "the training of text": {"trained": "x"}, "no last": {"last": [1]},
 }  # fmt: skip
 HEADERS = {
     "no task": {"task": None}, "no settings": {"settings": {}}, "no preset": {"preset": ...},
@@ -158,6 +161,9 @@ HEADERS = {
     "text for a number": {"task": {"modulus": "17"}},
     "no batch": {"settings": asdict(replace(SMOKE, batch_size=8)) | {"batch_size": 0}},
 }  # fmt: skip
+
+
+BROKEN_LAST = {"above one": {"ood": 2.0}, "more right than there are": {"trained": [99] * 8}, "text": {"first": "a"}}
 
 
 def broken(path, output, change: dict, number: int):
@@ -178,6 +184,14 @@ def test_a_broken_line_is_named(swept, tmp_path, name) -> None:
         with pytest.raises(UsageError, match=rf"line 4(: {wrong} cannot be| has no '{wrong}' that is) "):
             call()
     assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("name", BROKEN_LAST)
+def test_broken_measures_of_the_last_step_are_named(swept, tmp_path, name) -> None:
+    last = json.loads(swept[0].read_text().splitlines()[3])["last"]
+    path = broken(tmp_path / "broken.jsonl", swept[0], {"last": last | BROKEN_LAST[name]}, 3)
+    with pytest.raises(UsageError, match=f"line 4: {next(iter(BROKEN_LAST[name]))} cannot be"):
+        read_results(path)
 
 
 @pytest.mark.parametrize("name", HEADERS)

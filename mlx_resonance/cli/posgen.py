@@ -247,24 +247,24 @@ def _print_report(header: dict[str, Any], summary: dict[str, Any], weights: str)
     stdout.print(f"{header['preset']}: {task['arithmetic']}, {rule}, {settings['split']} split, {weights} weights")
     stdout.print(f"{settings['train_length']} digits to train on, {settings['test_length']} to test on; {scaled}")
     stdout.print("Accuracy in %, mean over seeds, the true tokens given. learned: up to the")
-    stdout.print(f"training length, read as trained, first prediction left out; *: below {BAR:g} in a")
+    stdout.print(f"training length, read as trained, without the first prediction; *: below {BAR:g} in a")
     stdout.print("seed, or not known. in, out: up to and past that length, read with scaled")
     stdout.print("angles. near, far: where the last tokens tell the next one, and where the far")
     stdout.print("window has moved.")
     for subtask, readings in summary["table"].items():
         counts = sorted({row["seeds"] for row in readings.values()})
-        table = Table(box=None, pad_edge=False)
-        table.add_column(f"{subtask}, {'-'.join(map(str, counts))} seeds", min_width=22, no_wrap=True)
-        for name in ("learned", "near", "in", "out", "std", "near", "far", "paper"):
+        table = Table(box=None, pad_edge=False, collapse_padding=True)
+        table.add_column(f"{subtask},\n{'-'.join(map(str, counts))} seeds", min_width=18, no_wrap=True)
+        for name in ("first", "learned", "near\nin", "in", "out", "std", "near\nout", "far\nout", "paper"):
             table.add_column(name, justify="right", no_wrap=True)
         for reading, row in readings.items():
-            names = ("trained_id", "trained_near", "id", "ood", "ood_std", "near", "far", "paper")
+            names = ("first", "trained_id", "trained_near", "id", "ood", "ood_std", "near", "far", "paper")
             cells = ["" if row[name] is None else f"{row[name]:.1f}" for name in names]
-            table.add_row(reading, cells[0] + "*" * below_bar(row), *cells[1:])
+            table.add_row(reading, cells[0], cells[1] + "*" * below_bar(row), *cells[2:])
         limits = summary["bounds"][subtask]
         for bound in ("chance", "ceiling"):
             near_and_far = (f"{limits[kind][bound]:.1f}" if kind in limits else "" for kind in ("near", "far"))
-            table.add_row(bound, "", "", "", f"{limits['all'][bound]:.1f}", "", *near_and_far)
+            table.add_row(bound, "", "", "", "", f"{limits['all'][bound]:.1f}", "", *near_and_far)
         stdout.print(table)
     stdout.print("chance, ceiling: the best guess from no tokens, and from the last ones alone.")
     if any(summary["pairs"].values()):

@@ -28,7 +28,11 @@ def bounds(task: Task, length: int) -> dict[str, dict[str, float]]:
         that of the most frequent token after the same last near + far tokens, as far as their sums and the last of
         them tell. Accuracies in [0, 1].
     """
-    rows = make_table(task, "disjoint", min(TOKENS // length + 3, task.modulus**task.seed_length), length)
+    wanted, possible = TOKENS // length + 3, task.modulus**task.seed_length
+    if possible < 2**63:
+        rows = make_table(task, "disjoint", min(wanted, possible), length)
+    else:  # no two of so many will be the same
+        rows = task.extend(np.random.default_rng(0).integers(task.modulus, size=(wanted, task.seed_length)), length)
     kinds, result = task.kinds(length), {}
     for kind in (kind for kind in KINDS if kind in kinds):
         positions = task.seed_length + np.flatnonzero(kinds == kind)

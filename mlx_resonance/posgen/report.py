@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import UsageError
 from ..run_log import Record
 from .bounds import bounds
 from .settings import BASES, Reading, settings_from
@@ -21,6 +22,7 @@ PAPER = {
 }
 BAR = 99.0  # %: a model below it, within the training length, has not learned its task
 WEIGHTS = ("best", "last")
+GENERATED = ("generated_id", "generated_ood", "continued_ood")
 
 
 def summarize(header: Record, lines: Sequence[Record], weights: str = "best") -> dict[str, Any]:
@@ -28,7 +30,7 @@ def summarize(header: Record, lines: Sequence[Record], weights: str = "best") ->
 
     Args:
         header, lines: of the run log.
-        weights: `best` (on validation) or `last` (after the last step).
+        weights: `best` (on validation) or `last` (after the last step), with which no text was generated.
 
     Returns:
         `bounds`: per subtask and kind of token, and for `all`, what a constant and a guess without far tokens reach
@@ -40,6 +42,9 @@ def summarize(header: Record, lines: Sequence[Record], weights: str = "best") ->
         variance, `near` and `far` tokens; of generated text; the paper's mean.
         `pairs`: per subtask and reading of a base encoding, resonance minus plain past the training length, paired by
         seed (see `paired`), with `p_holm`, adjusted for all pairs of the table. What has no value is None.
+
+    Raises:
+        UsageError: a line has no weights of the last step.
     """
     settings = settings_from(header["settings"])
     report: dict[str, Any] = {"bounds": {}, "table": {}, "pairs": {}}
@@ -140,7 +145,11 @@ def _order(reading: Reading) -> tuple[int, int, bool]:
 
 
 def _weights_of(line: Record, weights: str) -> Record:
-    return line | (line.get("last") or {}) if weights == "last" else line
+    if weights != "last":
+        return line
+    if "last" not in line:
+        raise UsageError("these results have only the best weights, not those of the last step", option="weights")
+    return line | line["last"] | dict.fromkeys(GENERATED)
 
 
 def _bounds(task: Task, length: int, outside: NDArray[np.str_]) -> dict[str, dict[str, float]]:
@@ -181,5 +190,5 @@ def _statistics(lines: Sequence[Record]) -> dict[str, Any]:
         "ood": float(ood.mean()),
         "ood_std": float(ood.std(ddof=1)) if len(lines) > 1 else None,
         "ood_variance": float(ood.var(ddof=1)) if len(lines) > 1 else None,
-        **{name: mean(name) for name in ("generated_id", "generated_ood", "continued_ood")},
+        **{name: mean(name) for name in GENERATED},
     }

@@ -98,7 +98,9 @@ def evaluate_from(
         settings = replace(settings, test_length=length)
     if ramp is not None:
         settings = replace(settings, ramps=(ramp,))
-    readings = settings.readings([encoding or trained["encoding"]])
+    encoding = encoding or trained["encoding"]
+    check_option("ramp", ramp is None or encoding.endswith("yarn"), "given for YaRN alone", ramp)
+    readings = settings.readings([encoding])
     run = Run(task, settings, readings, trained["seed"])
     model = run.model()
     read_header(folder / WEIGHTS)  # refuse a damaged file
@@ -109,4 +111,5 @@ def evaluate_from(
     best.keep(readings[0], trained["step"], trained["validation_id"], model)
     result = results(run, model, best)[0] | {"settings": asdict(settings)}
     del result["last"]  # the folder has the best weights alone
-    return result
+    # What was measured with the angles of the training, which these may not be.
+    return result | {name: trained[name] for name in ("first", "trained_id", "trained")}

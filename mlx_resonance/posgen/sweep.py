@@ -20,6 +20,7 @@ from .tasks import SUBTASKS, Task
 from .train import Progress, Run, results, run_training
 
 KIND, KEY = "posgen", ("subtask", "encoding", "ramp", "seed")
+MEASURED = ("id", "ood", "first", "trained_id")  # accuracies of some weights
 ACCURACIES = ("validation_id", "id", "ood", "generated_id", "generated_ood", "continued_ood")
 FIELDS = {
     "subtask": str,
@@ -58,7 +59,7 @@ def read_results(path: Path, option: str = "results") -> tuple[Record, list[Reco
     found, lines = read_run_log(path, KIND, option)
     settings, task = from_header(path, found)
     for number, line in enumerate(lines, 2):
-        _check_result(f"{path}, line {number}", line, settings.test_length - task.seed_length, option)
+        _check_result(f"{path}, line {number}", line, settings, task, option)
     return found, lines
 
 
@@ -113,9 +114,9 @@ def run_sweep(
     runs = list(runs_left(settings, task, subtasks, encodings, seeds, log))
     for run in everything:
         if run not in runs:  # an earlier sweep may have been killed between its results and the end of its checkpoint
-            _checkpoint(output, run).unlink(missing_ok=True)
+            checkpoint_of(output, run).unlink(missing_ok=True)
     for number, run in enumerate(runs, 1):
-        checkpoint = _checkpoint(output, run)
+        checkpoint = checkpoint_of(output, run)
         started = time.perf_counter()
         model, best = run_training(run, checkpoint, on_run(run, number, len(runs)) if on_run else None)
         where = {
@@ -131,26 +132,39 @@ def run_sweep(
     return log.records
 
 
-def _check_result(where: str, line: Record, predicted: int, option: str) -> None:
-    """Raise UsageError where a field is not as `results` gives it; a row has `predicted` predicted tokens."""
+def _check_result(where: str, line: Record, settings: Settings, task: Task, option: str) -> None:
+    """Raise UsageError where a field is not as `results` gives it."""
     for name, wanted in FIELDS.items():
         check_field(where, line, name, wanted, option)
-    counts = line.get("correct")
+    last, inside = line.get("last", {}), settings.train_length - task.seed_length
     right = {"subtask": line["subtask"] in SUBTASKS, "encoding": line["encoding"] in ENCODINGS}
-    right |= {"ramp": line["ramp"] >= 0, "seed": 0 <= line["seed"] < 2**32, "rows": line["rows"] >= 1}
+    right |= {"ramp": (line["ramp"] > 0) == line["encoding"].endswith("yarn"), "seed": 0 <= line["seed"] < 2**32}
+    right |= {"rows": line["rows"] >= 1, "correct": "correct" in line, "last": isinstance(last, dict)}
     right |= {name: 0 <= line[name] <= 1 for name in ACCURACIES}  # not NaN
-    right["correct"] = (
-        isinstance(counts, list)
-        and len(counts) == predicted
-        and all(type(count) is int and 0 <= count <= line["rows"] for count in counts)
-    )
-    for name, is_right in right.items():
+    found = [(name, line.get(name), is_right) for name, is_right in right.items()]
+    lengths = {"correct": settings.test_length - task.seed_length, "trained": inside}
+    for measured in (line, last) if right["last"] else ():
+        for name in (name for name in (*lengths, *MEASURED) if name in measured):
+            value = measured[name]
+            if name in lengths:
+                is_right = isinstance(value, list) and len(value) == lengths[name]
+                is_right = is_right and all(type(count) is int and 0 <= count <= line["rows"] for count in value)
+            else:
+                is_right = type(value) is float and 0 <= value <= 1
+            found.append((name, value, is_right))
+    for name, value, is_right in found:
         if not is_right:
-            raise UsageError(f"{where}: {name} cannot be {line.get(name)!s:.60}", option=option)
+            raise UsageError(f"{where}: {name} cannot be {value!s:.60}", option=option)
 
 
-def _checkpoint(output: Path, run: Run) -> Path:
-    """A name that no other run has: a run with other settings must not resume from this one's checkpoint."""
-    everything = json.dumps([vars(run.task), asdict(run.settings), run.readings, run.seed])
+def checkpoint_of(output: Path, run: Run, *more: object) -> Path:
+    """A name that no other run has: a run with other settings must not resume from this one's checkpoint.
+
+    Args:
+        output: the run log of its results.
+        run: the run.
+        more: what it depends on besides, for JSON.
+    """
+    everything = json.dumps([vars(run.task), asdict(run.settings), run.readings, run.seed, *more])
     name = f"{run.task.subtask}-{run.readings[0].encoding}-{hashlib.sha256(everything.encode()).hexdigest()[:12]}"
     return output.with_suffix(f".{name}.safetensors")

@@ -51,6 +51,11 @@ class Run:
         if len({self.settings.training(reading) for reading in self.readings}) != 1:
             raise UsageError(f"{', '.join(map(str, self.readings))} are trained with different angles")
         check_option("seed", 0 <= self.seed < 2**32, "in [0, 2**32)", self.seed)
+        if self.settings.train_length < self.task.seed_length + 2:  # `first` and `trained_id` need a prediction each
+            raise UsageError(
+                f"near + far must be at most {self.settings.train_length - 2}, two less than the digits of a training "
+                f"row, got {self.task.near} + {self.task.far}"
+            )
         shortest = min((stage.length for stage in self.settings.curriculum), default=self.task.seed_length + 1)
         if shortest <= self.task.seed_length:
             raise UsageError(

@@ -1,0 +1,101 @@
+"""What `benchmarks/posgen.py` and `posgen_why.py` make of results, on trainings of a second and on given numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from mlx_resonance.posgen.settings import PRESETS, Reading
+from mlx_resonance.posgen.tasks import Task
+from mlx_resonance.run_log import RunLog
+
+import numpy as np
+import pytest
+
+SMOKE = PRESETS["smoke"]
+
+
+@pytest.fixture
+def why(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    monkeypatch.setitem(PRESETS, "shortcut", SMOKE)
+    import posgen_why
+
+    return posgen_why
+
+
+def run_of(why: ModuleType, rounding: str, different: int = 0) -> Any:
+    return why.Variant(Task("semi-recursive"), SMOKE, SMOKE.readings(("rope", "yarn")), 5549, rounding, different)
+
+
+def test_every_cell_is_read_with_its_own_rounding(why: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    """The counts here tell the wavelengths that a model was read with."""
+    monkeypatch.setattr(why, "teacher_forced", lambda model, rope, rows, task: np.array([rope.frequencies.wavelengths]))
+    log = RunLog(tmp_path / "why.jsonl", "posgen-why", {}, key=why.KEY)
+    run = run_of(why, "none")
+    why.measure(run, log)
+    assert [(line["read"], line["encoding"]) for line in log.records] == [
+        ("none", "rope"), ("none", "yarn"), ("all", "rope"), ("all", "yarn"),
+    ]  # fmt: skip
+    for line in log.records:
+        trained = run.frequencies(Reading("rope"), False, line["read"]).wavelengths.tolist()
+        tested = run.frequencies(Reading(line["encoding"], line["ramp"]), True, line["read"]).wavelengths.tolist()
+        assert line["seen"] == line["unseen"] == [trained] and line["correct"] == [tested]
+    assert log.records[0]["seen"] != log.records[2]["seen"]
+    assert [path.name for path in tmp_path.iterdir()] == ["why.jsonl"]
+
+
+def test_nothing_is_trained_twice(why: ModuleType, tmp_path: Path, monkeypatch: Any) -> None:
+    """Not what another process has added meanwhile, either; and no variant takes another one's checkpoint."""
+    path, runs = tmp_path / "why.jsonl", [run_of(why, "all"), run_of(why, "others"), run_of(why, "all", 10)]
+    log, other = (RunLog(path, "posgen-why", {}, key=why.KEY) for _ in range(2))
+    for run in runs:
+        why.measure(run, other)
+    monkeypatch.setattr(why, "run_training", None)
+    left = [why.checkpoint_of(path, run, run.rounding, run.different) for run in runs]
+    assert len(set(left)) == 3
+    left[0].touch()  # of a run that was killed after its last line
+    for run in runs:
+        why.measure(run, log)
+    assert len(log.records) == 6 and not left[0].exists()
+
+
+def test_changes_are_paired_by_seed(why: ModuleType) -> None:
+    """From no rounding on as many sequences, and from as much rounding on all of them."""
+    near = Task("semi-recursive").kinds(SMOKE.test_length) == "near"
+    inside = SMOKE.train_length - 4
+
+    def line(trained: str, different: int, seed: int, right: int, read: str = "") -> dict[str, Any]:
+        counts = np.where(near, right, 0).tolist()
+        return {
+            "trained": trained, "read": read or trained, "different": different, "encoding": "rope", "ramp": 0,
+            "seed": seed, "rows": 10, "correct": counts, "seen": counts[:inside], "unseen": [1] * inside,
+        }  # fmt: skip
+
+    lines = [line("none", 0, 1, 2), line("none", 0, 2, 3), line("all", 0, 1, 6), line("all", 0, 2, 8)]
+    lines += [line("none", 0, 1, 1, read="all"), line("none", 10, 1, 4), line("all", 10, 1, 5)]
+    found = why.summarize(lines)
+    assert list(found) == ["none", "all", "all, after training", "none, 10 sequences", "all, 10 sequences"]
+    whole = found["all"]["rope"]
+    assert whole["change"]["difference"] == pytest.approx(45) and whole["change"]["seeds"] == 2
+    assert whole["change"]["p_holm"] == whole["change"]["p"] and "memory" not in whole
+    assert (whole["correct_near"], whole["correct_far"], whole["unseen_near"]) == pytest.approx((70, 0, 10))
+    assert found["all, after training"]["rope"]["change"]["difference"] == pytest.approx(-10)
+    assert "change" not in found["none"]["rope"] and "change" not in found["none, 10 sequences"]["rope"]
+    assert found["none, 10 sequences"]["rope"]["memory"]["difference"] == pytest.approx(20)
+    few = found["all, 10 sequences"]["rope"]
+    assert (few["change"]["difference"], few["memory"]["difference"]) == pytest.approx((10, -10))
+    assert "| all | `rope` | 2 | 70.0 | 0.0 | 10.0 | 10.0 | 70.0 | 0.0 | +45.0 [" in why.table(found)
+
+
+def test_readings_share_the_time_of_their_training(why: ModuleType) -> None:
+    import posgen
+
+    lines = [
+        {"subtask": "cot", "encoding": encoding, "ramp": 65 * ("yarn" in encoding), "seed": seed, "seconds": seconds}
+        for seed in (1, 2)
+        for prefix, seconds in (("", 60.0), ("resonance_", 120.0))
+        for encoding in (f"{prefix}rope", f"{prefix}ntk", f"{prefix}yarn")
+    ]
+    assert posgen.minutes(PRESETS["learned"], lines) == 6
