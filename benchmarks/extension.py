@@ -9,7 +9,9 @@ the checkpoint of the package; both are extended to 8 times their context. `smol
 fetches, at twice its context. Each is extended with every scaling: as it is (0 steps of fine-tuning) and after the
 other `--steps`: on sequences of the trained length (the paper's cheapest recipe: 4096 tokens for a context of 32 768)
 or of any other `--length`; smollm2 on shorter ones whose positions skip through the whole context, and it is measured
-by LongPPL, too. The output is a run log: a killed run resumes, and no result is measured twice.
+by LongPPL, too, whose tokens it picks as it is with `--extend dynamic`, so that no arm picks its own. The output is a
+run log: a killed run resumes, and no result is measured twice. Two processes may share it and the work folder, with
+different --seeds, once --steps 0 is done.
 """
 
 from __future__ import annotations
@@ -19,12 +21,13 @@ import json
 import shutil
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance import Checkpoint, RopeConfig, feature_gap
+from mlx_resonance.errors import check_option
 from mlx_resonance.evaluation.passkey import PasskeyGrid, accuracy, run_passkey
 from mlx_resonance.evaluation.perplexity import Subject, run_perplexity, select_documents
 from mlx_resonance.evaluation.windows import Protocol
@@ -36,9 +39,9 @@ from mlx_resonance.scaling import named_rope
 from mlx_resonance.storage import atomic_file
 
 import numpy as np
-from documents import FOLDER, documents
+from documents import FOLDER, digest_of, documents
 from extension_bases import CONTEXT, SMOLLM2, base_folder
-from reporting import on_progress
+from reporting import exit_with, on_progress
 from stdlib_llama import CONFIG, read, source_files
 
 ROPES = ("default", "linear", "ntk", "yarn", "resonance_yarn")
@@ -93,6 +96,11 @@ def texts(setting: str) -> tuple[list[str], list[str]]:
     return manuals[count:], manuals[:count]
 
 
+def digests(setting: str) -> list[str]:
+    """Hashes of what is measured: the texts change with the release of Python, or of Debian."""
+    return [digest_of(text) for text in texts(setting)[1]]
+
+
 def training_text(setting: str, work: Path) -> Path:
     """A folder with the training texts as JSON lines."""
     path = work / f"text-{setting}" / "train.jsonl"
@@ -141,12 +149,12 @@ def measure(name: str, checkpoint: Checkpoint, setting: str, work: Path) -> dict
     chosen, _ = select_documents(texts(setting)[1], tokenizer, longest - len(start), experiment.documents)
     protocol = Protocol(experiment.contexts, truncate=True, last=experiment.last)
     evaluator = None
-    if setting == "smollm2":  # as it is, it picks the tokens of LongPPL for all
+    if setting == "smollm2":
         own = Checkpoint.open(base_folder(setting, "default", 0, work))
-        evaluator = Subject(own.with_rope(named_rope(own.rope, "yarn", experiment.factor)), [], start, chosen)
+        evaluator = Subject(own.extended("dynamic", longest), [], start, chosen)
     rows = run_perplexity(
         [Subject(checkpoint, [checkpoint.rope], start, chosen)], protocol, work / f"{setting}-perplexity.jsonl",
-        {"data": "held out"}, evaluator=evaluator, progress=on_progress,
+        {"data": "held out", "texts": digests(setting)}, evaluator=evaluator, progress=on_progress,
     )  # fmt: skip
     result: dict[str, Any] = {
         "perplexity": [row["perplexity_tokens"] for row in rows],
@@ -247,14 +255,17 @@ def main() -> None:
     parser.add_argument("--seeds", default="0,1,2", help="separated by commas")
     parser.add_argument("--figure", type=Path, help="draw the perplexity of the last tokens over the context")
     args = parser.parse_args()
+    for rope in args.ropes.split(","):
+        check_option("ropes", rope in ROPES, f"one of {', '.join(ROPES)}", rope)
     experiment, work = EXPERIMENTS[args.setting], args.work_dir
     length = args.length or experiment.length or experiment.context
     work.mkdir(parents=True, exist_ok=True)
-    header = {"setting": args.setting, "contexts": experiment.contexts, "last": experiment.last}
+    header = {"setting": args.setting, "contexts": experiment.contexts} | asdict(experiment)
     log = RunLog(args.output, "extension", header, key=KEY)
     for steps, seed, base, rope in cells(args, experiment):
         trained_on = length if steps else 0
         key = base, rope, steps, trained_on, seed
+        log.reload()
         if key in log:
             continue
         folder = base_folder(args.setting, base, seed, work)
@@ -267,6 +278,7 @@ def main() -> None:
         record |= measure(f"{base}-{rope}-{steps}x{trained_on}-{seed}", checkpoint, args.setting, work)
         log.append(record)
         print(json.dumps(record), file=sys.stderr, flush=True)
+    log.reload()
     lines = log.records
     print(tables(lines, experiment))
     print("feature gap, as it is:", gaps(args.setting))
@@ -280,4 +292,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    exit_with(main)

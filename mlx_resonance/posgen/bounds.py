@@ -32,7 +32,8 @@ def bounds(task: Task, length: int) -> dict[str, dict[str, float]]:
     if possible < 2**63:
         rows = make_table(task, "disjoint", min(wanted, possible), length)
     else:  # no two of so many will be the same
-        rows = task.extend(np.random.default_rng(0).integers(task.modulus, size=(wanted, task.seed_length)), length)
+        seeds = np.random.default_rng(0).integers(task.modulus, size=(wanted, task.seed_length), dtype=np.int32)
+        rows = task.extend(seeds, length)
     kinds, result = task.kinds(length), {}
     for kind in (kind for kind in KINDS if kind in kinds):
         positions = task.seed_length + np.flatnonzero(kinds == kind)
