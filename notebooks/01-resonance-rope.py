@@ -351,9 +351,9 @@ arcs(plain, yarn, TRAINED, LONGER)
 
 # %% [markdown]
 # Resonance-YaRN rounds the wavelengths that YaRN computes: first the stretch, then
-# the rounding. To a checkpoint that was trained with plain RoPE, the slow pairs then
-# show angles close to known ones. A fine-tuning on the old length removes the gap of
-# the fast pairs, too.
+# the rounding. In a checkpoint that was trained with plain RoPE, the slow pairs then
+# reach only angles close to known ones. Fine-tuning at the old length removes the gap
+# of the fast pairs, too.
 
 # %%
 both = yarn.resonate()

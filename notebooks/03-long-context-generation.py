@@ -222,8 +222,10 @@ for name, values in loss.items():
 # $$i - j \;\longrightarrow\; \lfloor i / g \rfloor + w - \lfloor w / g \rfloor
 # - \lfloor j / g \rfloor$$
 #
-# The group of `dynamic` is the smallest that keeps query $i$ below the trained
-# length, so up to 512 tokens nothing changes at all.
+# The group of `dynamic` is the smallest that keeps query $i$ below
+# $w + \tfrac{2}{3}(512 - w) = 384$: the largest distances are those that a model has
+# seen least, so that a third of the far positions stays unused. Up to 512 tokens
+# nothing changes at all.
 
 # %%
 from mlx_resonance.positions import position_map

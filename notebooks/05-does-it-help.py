@@ -51,8 +51,8 @@ checkpoint = Checkpoint.open(made.path)  # the same angles, in the fast type of 
 #
 # $$\exp\left(-\frac{1}{T} \sum_{t=1}^{T} \log p(x_t \mid x_{<t})\right),$$
 #
-# as if it had to guess among so many equally likely tokens each time. By hand, on the
-# first 256 tokens of a file that the model was not trained on:
+# the number of equally likely tokens among which it would have to guess. By hand, on
+# the first 256 tokens of a file that the model was not trained on:
 
 # %%
 import sysconfig
