@@ -57,7 +57,10 @@ def command(
         Suite | None, Option(metavar="NAME", help=f"A benchmark with its published options: {', '.join(SUITES)}.")
     ] = None,
     lengths: Annotated[
-        Sequence[int] | None, Option(**integers(1, LONGEST), help="Lengths in tokens, for tasks that come in several; of what, the task says.")
+        Sequence[int] | None,
+        Option(
+            **integers(1, LONGEST), help="Lengths in tokens, for tasks that come in several; of what, the task says."
+        ),
     ] = None,
     metadata: Annotated[
         Any, Option(parser=_object, metavar="JSON", help="For tasks that make or read their own data.")
