@@ -34,35 +34,27 @@ def the_smoke_preset_learns_nothing(steps: Any, smoke: Any, line: Any) -> None:
     assert line["id"] < 0.2 and line["ood"] < 0.2 and steps[-1][1] > np.log(17)
 
 
-def the_results_are_those_of_the_laptop_preset(laptop: Any, header: Any, lines: Any) -> None:
-    assert laptop.steps == 1600
-    assert header["preset"] == "laptop" and not header["settings"]["train_scaled"]
-    assert len(lines) == 3 * 8 * 5
+def the_results_are_those_of_a_preset(settings: Any, header: Any, ours: Any) -> None:
+    assert header["preset"] == "shortcut" and not header["settings"]["train_scaled"] and settings.steps == 1825
+    assert all(len(seeds) >= 5 for encodings in ours.values() for seeds in encodings.values())
 
 
-def curves_fall_past_the_training_length(curves: Any, ENCODINGS: Any) -> None:
+def the_shortcut_is_learned_and_falls_past_the_training_length(curves: Any, ENCODINGS: Any) -> None:
     for subtask, found in curves.items():
         right = (found["rope"] + found["resonance_rope"])[:60] / 2
-        assert right[0] < 0.15 and right[1::2].mean() > 0.9
-        assert (right[2::2].mean() > 0.9) == (subtask != "semi-recursive")
-        fall = {name: found[name][1:60].mean() - found[name][-60:].mean() for name in ENCODINGS}
-        assert 0 < fall["yarn"] < fall["rope"] / 2 and 0 < fall["resonance_yarn"] < fall["resonance_rope"] / 2
+        assert right[0] < 0.15 and right[1::2].mean() > 0.98
+        assert (right[2::2].mean() > 0.98) == (subtask != "semi-recursive")
+        assert all(found[name][1:60].mean() > found[name][-60:].mean() for name in ENCODINGS)
 
 
 def yarn_is_ahead_as_in_the_paper(table: Any, PAPER: Any) -> None:
     for subtask in PAPER:
-        assert table[subtask]["yarn/65"]["ood"] > table[subtask]["rope"]["ood"] + 10
-        assert PAPER[subtask]["yarn"] > PAPER[subtask]["rope"] + 10
+        assert table[subtask]["yarn/65"]["ood"] > table[subtask]["rope"]["ood"]
+        assert PAPER[subtask]["yarn"] > PAPER[subtask]["rope"]
 
 
-def every_interval_holds_zero(pairs: Any, intervals: Any) -> None:
-    assert len(intervals) == len(pairs) == 6
-    assert all(low < 0 < high for low, high in intervals.values())
-
-
-def semi_recursive_has_not_been_learned(curves: Any, ENCODINGS: Any, by_kind: Any) -> None:
-    assert all(curves["semi-recursive"][name][:60].mean() < 0.55 for name in ENCODINGS)
-    assert all(near > 40 and away < 7 for near, away in by_kind.values())
+def the_far_window_is_not_found(by_kind: Any) -> None:
+    assert all(near > 50 and away < 7 for near, away in by_kind.values())
 
 
 def a_learned_window_does_not_reach_further(learned: Any, window: Any) -> None:
@@ -71,8 +63,8 @@ def a_learned_window_does_not_reach_further(learned: Any, window: Any) -> None:
         assert 0.03 < curve[80:].mean() < 0.1
 
 
-def rounding_closes_a_small_part_of_the_gap(laptop: Any, gap: Any, total: Any) -> None:
-    critical = laptop.frequencies(laptop.readings(["resonance_rope"])[0], scaled=True).critical_pairs(65)
+def rounding_closes_a_small_part_of_the_gap(settings: Any, gap: Any, total: Any) -> None:
+    critical = settings.frequencies(settings.readings(["resonance_rope"])[0], scaled=True).critical_pairs(65)
     assert np.allclose(gap("resonance_rope")[:critical], 0) and gap("rope")[:critical].min() > 1e-6
     assert 0 < total["rope"] - total["resonance_rope"] < 0.05 * total["rope"]
     assert total["yarn"] < 0.05 * total["rope"]
