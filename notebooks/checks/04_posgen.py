@@ -53,6 +53,12 @@ def yarn_is_ahead_as_in_the_paper(table: Any, PAPER: Any) -> None:
         assert PAPER[subtask]["yarn"] > PAPER[subtask]["rope"]
 
 
+def one_interval_excludes_zero(pairs: Any, intervals: Any) -> None:
+    assert len(intervals) == len(pairs) == 6
+    assert [name for name, (low, high) in intervals.items() if not low < 0 < high] == ["cot, rope"]
+    assert intervals["cot, rope"][0] > 0
+
+
 def the_far_window_is_not_found(by_kind: Any) -> None:
     assert all(near > 50 and away < 7 for near, away in by_kind.values())
 
