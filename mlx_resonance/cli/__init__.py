@@ -28,9 +28,7 @@ app.add_typer(eval.app, name="eval")
 app.command("finetune", cls=Command)(finetune.command)
 app.command("demo", cls=Command)(demo.command)
 app.command("server", cls=Command)(serve.command)
-app.command("lm", cls=Command, context_settings=lm.CONTEXT, options_metavar="COMMAND [ARGS]…", add_help_option=False)(
-    lm.command
-)
+app.command("lm", cls=Command, context_settings=lm.CONTEXT, options_metavar="COMMAND [ARGS]…")(lm.command)
 
 WRONG_PATHS = (FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError, PermissionError)
 
