@@ -268,6 +268,7 @@ def main() -> None:
         log.reload()
         if key in log:
             continue
+        training_text(args.setting, work)  # with --steps 0, too: not while two processes begin to fine-tune
         folder = base_folder(args.setting, base, seed, work)
         if steps:
             folder = extended(folder, rope, steps, length, seed, args.setting, work)

@@ -257,9 +257,9 @@ differences(added, intervals, claimed)
 
 # %% [markdown]
 # One interval of six excludes zero, that of plain RoPE on *cot* sequences. With the
-# ramp over 257 tokens, and on the official split, YaRN gains 3 to 5 points on
-# semi-recursive sequences. [The documentation](../docs/posgen.md) has the whole table,
-# with p-values adjusted for all of it: then none is below 0.05.
+# ramp over 257 tokens, and on the official split, rounding adds 4 to 5 points to YaRN
+# on semi-recursive sequences. [The documentation](../docs/posgen.md) has the whole
+# table, with p-values adjusted for all of it: then none is below 0.05.
 
 # %% [markdown]
 # What is carried further is the shortcut alone. `Task.kinds` tells the digits that
