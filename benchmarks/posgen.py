@@ -1,7 +1,7 @@
 """PosGen's results as the docs show them: the table of all run logs, the figure, feature gaps, the first digits past.
 
     mlx-resonance posgen sweep --preset learned --seeds 10 --output benchmarks/results/posgen-learned.jsonl
-    python benchmarks/posgen.py [--weights last] [--figure posgen.svg] [benchmarks/results/posgen-*.jsonl]
+    python benchmarks/posgen.py [--weights last] [--figure posgen.svg] [--gaps gaps.svg] [RESULTS…]
 
 Reads run logs and trains nothing. The tables are Markdown; the last line is one JSON object.
 """
@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import feature_gap
-from mlx_resonance.plots import plot_posgen
+from mlx_resonance.plots import legend_below, look, new_figure, plot_posgen
 from mlx_resonance.posgen.report import WEIGHTS, adjust, below_bar, figure_of, summarize
 from mlx_resonance.posgen.settings import ENCODINGS, Reading, Settings, settings_from
 from mlx_resonance.posgen.sweep import read_results
 
 from reporting import exit_with
+from scipy.stats import spearmanr
 
 RESULTS = Path(__file__).parent / "results"
 DIGITS = 8  # past the training length, looked at apart
@@ -69,6 +70,42 @@ def gaps(settings: Settings) -> dict[str, dict[str, float]]:
     return result
 
 
+def against_gap(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """By subtask: the feature gap of all pairs and the accuracy in % past the training length of every reading.
+
+    `rank` is Spearman's correlation of the two, None for fewer than three readings.
+    """
+    sums = {name: gap["pre_critical"] + gap["others"] for name, gap in summary["feature_gap"].items()}
+    result = {}
+    for subtask, found in summary["table"].items():
+        points = {reading: (sums[reading], row["ood"]) for reading, row in found.items()}
+        rank = float(spearmanr(list(points.values())).statistic) if len(points) > 2 else None
+        result[subtask] = {"points": points, "rank": rank}
+    return result
+
+
+def draw_gaps(report: dict[str, dict[str, Any]], path: str) -> None:
+    """Accuracy past the training length over the feature gap: a panel for each subtask of a run log."""
+    panels = [
+        (f"{name}\n{subtask}", found)
+        for name, summary in report.items()
+        for subtask, found in summary["against_gap"].items()
+        if found["rank"] is not None
+    ]
+    with new_figure(path, 1 + 1.8 * len(panels), 3.2) as figure:
+        axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axis, (title, found) in zip(axes, panels, strict=True):
+            first: dict[str, str] = {}  # by encoding, the first of its ramps
+            for reading, (gap, accuracy) in found["points"].items():
+                encoding, _, ramp = reading.partition("/")
+                ramps = first.setdefault(encoding.removeprefix("resonance_"), ramp)
+                axis.plot(gap, accuracy, label=reading, linestyle="", **look(encoding if ramp == ramps else reading))
+            axis.set(xscale="log", ylim=(0, 103), xlabel="feature gap of all pairs")
+            axis.set_title(f"{title}, rank corr. {found['rank']:.2f}", fontsize=8)
+        axes[0].set_ylabel("accuracy past the\ntraining length, %")
+        legend_below(figure, 8)
+
+
 def just_past(header: dict[str, Any], lines: list[dict[str, Any]], weights: str) -> dict[str, dict[str, Any]]:
     """Mean accuracy in % of the first digits past the training length, by subtask, reading and kind of token."""
     curves, kinds, _, start, train_length = figure_of(header, lines, weights)
@@ -107,6 +144,7 @@ def main() -> None:
     parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("posgen-*.jsonl")))
     parser.add_argument("--weights", choices=WEIGHTS, default="best", help="best on validation, or of the last step")
     parser.add_argument("--figure", help="draw accuracy over the position, from the first file")
+    parser.add_argument("--gaps", help="draw accuracy past the training length over the feature gap, from all files")
     arguments = parser.parse_args()
     report: dict[str, Any] = {}
     for path in arguments.files:
@@ -117,10 +155,13 @@ def main() -> None:
             "just_past": just_past(header, lines, arguments.weights),
             "minutes": minutes(settings, lines),
         }
+        report[path.stem]["against_gap"] = against_gap(report[path.stem])
         if arguments.figure and path == arguments.files[0]:
             plot_posgen(*figure_of(header, lines, arguments.weights), arguments.figure)
     # Holm's adjustment is for all that is shown, not for each file.
     adjust([pair for found in report.values() for pairs in found["pairs"].values() for pair in pairs.values()])
+    if arguments.gaps:
+        draw_gaps(report, arguments.gaps)
     columns = (
         "",
         "seeds",
@@ -141,6 +182,8 @@ def main() -> None:
     print("\n† a seed below 99 % within the training length, or not known")
     for name, summary in report.items():
         print(name, "feature gap", summary["feature_gap"])
+        ranks = {subtask: found["rank"] for subtask, found in summary["against_gap"].items()}
+        print(name, "rank correlation of the gap of all pairs and the accuracy past the length", ranks)
         print(name, f"first {DIGITS} digits past the training length, %", summary["just_past"])
     print(json.dumps(report))
 

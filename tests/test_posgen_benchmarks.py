@@ -99,3 +99,21 @@ def test_readings_share_the_time_of_their_training(why: ModuleType) -> None:
         for encoding in (f"{prefix}rope", f"{prefix}ntk", f"{prefix}yarn")
     ]
     assert posgen.minutes(PRESETS["learned"], lines) == 6
+
+
+def test_the_gap_is_ranked_against_the_accuracy(why: ModuleType, tmp_path: Path) -> None:
+    """Of all pairs together; two readings have no rank."""
+    import posgen
+
+    gap = {"rope": (1, 18), "ntk": (2, 9), "yarn/65": (0.5, 0.5), "yarn/257": (1, 5)}
+    gaps = {reading: {"pairs": 9, "pre_critical": pre, "others": others} for reading, (pre, others) in gap.items()}
+    of = {"rope": 20.0, "ntk": 70.0, "yarn/65": 90.0, "yarn/257": 60.0}
+    accuracy = {reading: {"ood": value} for reading, value in of.items()}
+    pair = {reading: accuracy[reading] for reading in ("rope", "ntk")}
+    summary = {"feature_gap": gaps, "table": {"cot": accuracy, "recursive": pair}}
+    found = posgen.against_gap(summary)
+    assert found["cot"]["points"] == {"rope": (19, 20), "ntk": (11, 70), "yarn/65": (1, 90), "yarn/257": (6, 60)}
+    assert found["cot"]["rank"] == pytest.approx(-0.8) and found["recursive"]["rank"] is None
+    posgen.draw_gaps({"run": {"against_gap": found}}, str(tmp_path / "gaps.svg"))
+    drawn = (tmp_path / "gaps.svg").read_text()
+    assert "rank corr. -0.80" in drawn.replace("−", "-") and "recursive" not in drawn
