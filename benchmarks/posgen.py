@@ -1,4 +1,4 @@
-"""PosGen's results as the docs show them: the table of all run logs, the figure, feature gaps, the first digits past.
+"""PosGen's results as the docs show them: tables of all run logs, figures, feature gaps, the first digits past.
 
     mlx-resonance posgen sweep --preset learned --seeds 10 --output benchmarks/results/posgen-learned.jsonl
     python benchmarks/posgen.py [--weights last] [--figure posgen.svg] [--gaps gaps.svg] [RESULTS…]
@@ -15,15 +15,19 @@ from typing import Any
 
 from mlx_resonance import feature_gap
 from mlx_resonance.plots import legend_below, look, new_figure, plot_posgen
-from mlx_resonance.posgen.report import WEIGHTS, adjust, below_bar, figure_of, summarize
+from mlx_resonance.posgen.report import WEIGHTS, adjust, below_bar, figure_of, paired, summarize, weights_of
 from mlx_resonance.posgen.settings import ENCODINGS, Reading, Settings, settings_from
 from mlx_resonance.posgen.sweep import read_results
+from mlx_resonance.posgen.tasks import Task
 
-from reporting import exit_with
+import numpy as np
+from reporting import exit_with, markdown
+from scipy.ndimage import median_filter
 from scipy.stats import spearmanr
 
 RESULTS = Path(__file__).parent / "results"
 DIGITS = 8  # past the training length, looked at apart
+AROUND, DIP = 9, 0.2  # a dip: an accuracy that far below the median of so many around it
 
 
 def table(name: str, summary: dict[str, Any]) -> list[str]:
@@ -45,7 +49,7 @@ def table(name: str, summary: dict[str, Any]) -> list[str]:
             cells += [_number(row["first"]), _number(row["trained_near"]), _number(row["id"])]
             cells += [_number(row["ood"]) + (f" ± {row['ood_std']:.1f}" if row["ood_std"] is not None else "")]
             cells += [_number(row["near"]), _number(row["far"]), _number(row["paper"])]
-            cells += [f"{shown['difference']:+.1f}{_interval(shown)}" if shown else ""]
+            cells += [_change(shown) if shown else ""]
             cells += [f"{shown['p_holm']:.3f}" if shown.get("p_holm") is not None else ""]
             rows.append(f"| {' | '.join(cells)} |")
     return rows
@@ -122,6 +126,44 @@ def just_past(header: dict[str, Any], lines: list[dict[str, Any]], weights: str)
     }
 
 
+def dips(accuracies: np.ndarray) -> float:
+    """The share in % of accuracies, in [0, 1] and in the order of their positions, that are dips."""
+    return 100 * float(np.mean(median_filter(accuracies, AROUND, mode="nearest") - accuracies > DIP))
+
+
+def pairs_of_dips(header: dict[str, Any], lines: list[dict[str, Any]], weights: str) -> dict[str, dict[str, Any]]:
+    """By subtask and plain reading: dips among near tokens past the training length, plain, rounded, and the change."""
+    settings = settings_from(header["settings"])
+    found: dict[tuple[str, str], dict[int, float]] = {}
+    for line in lines:
+        task = Task(line["subtask"], **header["task"])
+        past = np.arange(settings.test_length - task.seed_length) >= settings.train_length - task.seed_length
+        near = past & (task.kinds(settings.test_length) == "near")
+        right = np.array(weights_of(line, weights)["correct"]) / line["rows"]
+        name = str(Reading(line["encoding"], line["ramp"]))
+        found.setdefault((line["subtask"], name), {})[line["seed"]] = dips(right[near])
+    result: dict[str, dict[str, Any]] = {}
+    for (subtask, name), plain in found.items():
+        rounded = found.get((subtask, f"resonance_{name}"), {})
+        seeds = sorted(set(plain) & set(rounded))
+        if seeds:
+            before, after = (np.array([of[seed] for seed in seeds]) for of in (plain, rounded))
+            means = {"plain": float(before.mean()), "rounded": float(after.mean())}
+            result.setdefault(subtask, {})[name] = means | paired(after - before)
+    return result
+
+
+def table_of_dips(report: dict[str, dict[str, Any]]) -> str:
+    """In Markdown, one row for each subtask and pair of readings of a run log."""
+    rows = [
+        (name, subtask, f"`{reading}`", pair["seeds"], _number(pair["plain"]), _number(pair["rounded"]), _change(pair))
+        for name, summary in report.items()
+        for subtask, pairs in summary["dips"].items()
+        for reading, pair in pairs.items()
+    ]
+    return markdown(("", "", "", "seeds", "plain", "rounded", "change"), rows)
+
+
 def minutes(settings: Settings, lines: list[dict[str, Any]]) -> float:
     """Time of all trainings: readings that share one all have its seconds."""
     trainings = {
@@ -135,8 +177,9 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _interval(pair: dict[str, Any]) -> str:
-    return "" if pair["low"] is None else f" [{pair['low']:+.1f}, {pair['high']:+.1f}]"
+def _change(pair: dict[str, Any]) -> str:
+    interval = "" if pair["low"] is None else f" [{pair['low']:+.1f}, {pair['high']:+.1f}]"
+    return f"{pair['difference']:+.1f}{interval}"
 
 
 def main() -> None:
@@ -153,6 +196,7 @@ def main() -> None:
         report[path.stem] = summarize(header, lines, arguments.weights) | {
             "feature_gap": gaps(settings),
             "just_past": just_past(header, lines, arguments.weights),
+            "dips": pairs_of_dips(header, lines, arguments.weights),
             "minutes": minutes(settings, lines),
         }
         report[path.stem]["against_gap"] = against_gap(report[path.stem])
@@ -180,6 +224,8 @@ def main() -> None:
     for name, summary in report.items():
         print("\n".join(table(name, summary)))
     print("\n† a seed below 99 % within the training length, or not known")
+    print(f"\nDips, % of near tokens past the training length: {100 * DIP:.0f} points below the median of {AROUND}")
+    print(table_of_dips(report) + "\n")
     for name, summary in report.items():
         print(name, "feature gap", summary["feature_gap"])
         ranks = {subtask: found["rank"] for subtask, found in summary["against_gap"].items()}

@@ -34,6 +34,7 @@ from mlx_resonance.rope import ResonanceRoPE
 from mlx_resonance.run_log import RunLog, read_run_log
 
 import numpy as np
+from posgen import dips
 from reporting import exit_with, markdown
 
 ROUNDINGS = ("none", "pre-critical", "others", "all", "quarters")
@@ -151,7 +152,7 @@ def name_of(trained: str, read: str, different: int) -> str:
 
 
 def summarize(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """By variant and reading: near and far accuracy in %, seen, unseen and past the length.
+    """By variant and reading: near and far accuracy in %, seen, unseen and past the length, and its dips there.
 
     `change` is that of the near tokens past it, from no rounding on as many sequences, `memory` that from the same
     rounding on all sequences; paired by seed, with p-values adjusted for all of them.
@@ -175,6 +176,10 @@ def summarize(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         for name in ("seen", "unseen", "correct"):
             for kind in ("near", "far"):
                 cell[f"{name}_{kind}"] = float(np.mean([accuracy(line, name, kind) for line in seeds.values()]))
+        curves = [
+            np.array(line["correct"][inside:])[kinds[inside:] == "near"] / line["rows"] for line in seeds.values()
+        ]
+        cell["dips"] = float(np.mean([dips(curve) for curve in curves]))
         line = next(iter(seeds.values()))
         others = {"change": name_of("none", "none", line["different"])}
         if line["different"]:
@@ -196,8 +201,9 @@ def table(result: dict[str, dict[str, Any]]) -> str:
     for variant, of in result.items():
         for reading, cell in of.items():
             numbers = [f"{cell[f'{name}_{kind}']:.1f}" for name, kind in product(("seen", "unseen", "correct"), KINDS)]
+            numbers.append(f"{cell['dips']:.1f}")
             rows.append((variant, f"`{reading}`", cell["seeds"], *numbers, *(_shown(cell.get(name)) for name in PAIRS)))
-    names = ("rounded", "read", "seeds", "near: seen", "far", "near: unseen", "far", "near: past", "far")
+    names = ("rounded", "read", "seeds", "near: seen", "far", "near: unseen", "far", "near: past", "far", "dips")
     return markdown((*names, "near, past: from none", "from all sequences"), rows)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -86,7 +87,7 @@ def test_changes_are_paired_by_seed(why: ModuleType) -> None:
     assert found["none, 10 sequences"]["rope"]["memory"]["difference"] == pytest.approx(20)
     few = found["all, 10 sequences"]["rope"]
     assert (few["change"]["difference"], few["memory"]["difference"]) == pytest.approx((10, -10))
-    assert "| all | `rope` | 2 | 70.0 | 0.0 | 10.0 | 10.0 | 70.0 | 0.0 | +45.0 [" in why.table(found)
+    assert "| all | `rope` | 2 | 70.0 | 0.0 | 10.0 | 10.0 | 70.0 | 0.0 | 0.0 | +45.0 [" in why.table(found)
 
 
 def test_readings_share_the_time_of_their_training(why: ModuleType) -> None:
@@ -117,3 +118,33 @@ def test_the_gap_is_ranked_against_the_accuracy(why: ModuleType, tmp_path: Path)
     posgen.draw_gaps({"run": {"against_gap": found}}, str(tmp_path / "gaps.svg"))
     drawn = (tmp_path / "gaps.svg").read_text()
     assert "rank corr. -0.80" in drawn.replace("−", "-") and "recursive" not in drawn
+
+
+def test_dips_are_single_positions_among_better_ones(why: ModuleType) -> None:
+    """A fall of the whole curve is none; only near tokens past the training length count, paired by seed."""
+    import posgen
+
+    settings = PRESETS["learned"]
+    falling = np.linspace(1, 0.2, 96)
+    assert posgen.dips(falling) == 0
+    dented = falling.copy()
+    dented[[10, 50]] -= 0.25
+    dented[30] -= 0.15
+    assert posgen.dips(dented) == pytest.approx(100 * 2 / 96)
+    kinds = Task("semi-recursive").kinds(settings.test_length)
+    past = np.flatnonzero((kinds == "near") & (np.arange(252) >= 60))
+
+    def line(encoding: str, seed: int, accuracies: np.ndarray) -> dict[str, Any]:
+        correct = np.where(np.arange(252) % 7 == 0, 0, 1000)
+        correct[past] = np.rint(1000 * accuracies)
+        common = {"subtask": "semi-recursive", "encoding": encoding, "ramp": 0, "seed": seed, "rows": 1000}
+        return common | {"last": {"correct": correct.tolist()}}
+
+    header = {"settings": asdict(settings), "task": {"arithmetic": "mod_addition", "modulus": 17, "near": 3, "far": 1}}
+    lines = [line("rope", 1, dented), line("rope", 2, dented), line("rope", 3, dented)]
+    lines += [line("resonance_rope", 1, falling), line("resonance_rope", 2, dented)]
+    pair = posgen.pairs_of_dips(header, lines, "last")["semi-recursive"]["rope"]
+    assert (pair["seeds"], pair["plain"]) == (2, pytest.approx(100 * 2 / 96))
+    assert (pair["rounded"], pair["difference"]) == pytest.approx((100 / 96, -100 / 96))
+    shown = posgen.table_of_dips({"run": {"dips": {"semi-recursive": {"rope": pair}}}})
+    assert "| run | semi-recursive | `rope` | 2 | 2.1 | 1.0 | -1.0 [" in shown

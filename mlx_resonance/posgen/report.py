@@ -56,7 +56,7 @@ def summarize(header: Record, lines: Sequence[Record], weights: str = "best") ->
         found: dict[Reading, dict[int, Record]] = {}
         for line in lines:
             if line["subtask"] == subtask:
-                measured = _weights_of(line, weights)
+                measured = weights_of(line, weights)
                 reading = Reading(line["encoding"], line["ramp"])
                 found.setdefault(reading, {})[line["seed"]] = measured | _by_kind(measured, inside, outside)
         order = sorted(found, key=_order)
@@ -127,7 +127,7 @@ def figure_of(header: Record, lines: Sequence[Record], weights: str = "best") ->
     """What `plots.plot_posgen` draws of a run log: its arguments but the path."""
     settings, table = settings_from(header["settings"]), summarize(header, lines, weights)["table"]
     tasks = {subtask: Task(subtask, **header["task"]) for subtask in table}
-    curves = accuracy_curves([_weights_of(line, weights) for line in lines])
+    curves = accuracy_curves([weights_of(line, weights) for line in lines])
     kinds = {subtask: task.kinds(settings.test_length) for subtask, task in tasks.items()}
     faint = {subtask: {name for name, row in rows.items() if below_bar(row)} for subtask, rows in table.items()}
     start = header["task"]["near"] + header["task"]["far"]
@@ -144,7 +144,8 @@ def _order(reading: Reading) -> tuple[int, int, bool]:
     return BASES.index(base), reading.ramp, reading.encoding != base
 
 
-def _weights_of(line: Record, weights: str) -> Record:
+def weights_of(line: Record, weights: str) -> Record:
+    """A line of a run log with the results of those weights in place. Raises UsageError as `summarize`."""
     if weights != "last":
         return line
     if "last" not in line:
