@@ -126,15 +126,20 @@ def just_past(header: dict[str, Any], lines: list[dict[str, Any]], weights: str)
     }
 
 
-def dips(accuracies: np.ndarray) -> float:
-    """The share in % of accuracies, in [0, 1] and in the order of their positions, that are dips."""
-    return 100 * float(np.mean(median_filter(accuracies, AROUND, mode="nearest") - accuracies > DIP))
+def dips(accuracies: np.ndarray) -> np.ndarray:
+    """Which accuracies, in [0, 1] and in the order of their positions, are dips."""
+    return median_filter(accuracies, AROUND, mode="nearest") - accuracies > DIP
 
 
 def pairs_of_dips(header: dict[str, Any], lines: list[dict[str, Any]], weights: str) -> dict[str, dict[str, Any]]:
-    """By subtask and plain reading: dips among near tokens past the training length, plain, rounded, and the change."""
+    """By subtask and plain reading: dips among near tokens past the training length.
+
+    Their share in %, `plain` and `rounded`, and the change; `positions`, from 1, are those of plain ones in half of the
+    seeds or more.
+    """
     settings = settings_from(header["settings"])
-    found: dict[tuple[str, str], dict[int, float]] = {}
+    found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
+    positions: dict[str, np.ndarray] = {}
     for line in lines:
         task = Task(line["subtask"], **header["task"])
         past = np.arange(settings.test_length - task.seed_length) >= settings.train_length - task.seed_length
@@ -142,26 +147,29 @@ def pairs_of_dips(header: dict[str, Any], lines: list[dict[str, Any]], weights: 
         right = np.array(weights_of(line, weights)["correct"]) / line["rows"]
         name = str(Reading(line["encoding"], line["ramp"]))
         found.setdefault((line["subtask"], name), {})[line["seed"]] = dips(right[near])
+        positions[line["subtask"]] = 1 + task.seed_length + np.flatnonzero(near)
     result: dict[str, dict[str, Any]] = {}
     for (subtask, name), plain in found.items():
         rounded = found.get((subtask, f"resonance_{name}"), {})
         seeds = sorted(set(plain) & set(rounded))
         if seeds:
             before, after = (np.array([of[seed] for seed in seeds]) for of in (plain, rounded))
-            means = {"plain": float(before.mean()), "rounded": float(after.mean())}
-            result.setdefault(subtask, {})[name] = means | paired(after - before)
+            row: dict[str, Any] = {"plain": 100 * float(before.mean()), "rounded": 100 * float(after.mean())}
+            row["positions"] = positions[subtask][before.mean(0) >= 0.5].tolist()
+            result.setdefault(subtask, {})[name] = row | paired(100 * (after.mean(1) - before.mean(1)))
     return result
 
 
 def table_of_dips(report: dict[str, dict[str, Any]]) -> str:
     """In Markdown, one row for each subtask and pair of readings of a run log."""
-    rows = [
-        (name, subtask, f"`{reading}`", pair["seeds"], _number(pair["plain"]), _number(pair["rounded"]), _change(pair))
-        for name, summary in report.items()
-        for subtask, pairs in summary["dips"].items()
-        for reading, pair in pairs.items()
-    ]
-    return markdown(("", "", "", "seeds", "plain", "rounded", "change"), rows)
+    rows = []
+    for name, summary in report.items():
+        for subtask, pairs in summary["dips"].items():
+            for reading, pair in pairs.items():
+                shares = _number(pair["plain"]), _number(pair["rounded"]), _change(pair)
+                positions = ", ".join(map(str, pair["positions"]))
+                rows.append((name, subtask, f"`{reading}`", pair["seeds"], *shares, positions))
+    return markdown(("", "", "", "seeds", "plain", "rounded", "change", "plain in half of the seeds at"), rows)
 
 
 def minutes(settings: Settings, lines: list[dict[str, Any]]) -> float:

@@ -16,7 +16,6 @@ import json
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +39,7 @@ from reporting import exit_with, markdown
 ROUNDINGS = ("none", "pre-critical", "others", "all", "quarters")
 DIFFERENT = 2380  # sequences, as many as the official split's training rows have
 ENCODINGS = ("rope", "ntk", "yarn")
-KINDS = ("near", "far")
-PAIRS = ("change", "memory")  # of `summarize`
+PAIRS = {"change": "", "memory": "from all "}  # of `summarize`, and what a table puts before them
 KEY = ("trained", "read", "different", "encoding", "ramp", "seed")
 AFTER = "all, after training"
 COLORS = dict(zip((*ROUNDINGS, AFTER), ("#888888", "#e69f00", "#56b4e9", "#0072b2", "#009e73", "#cc79a7"), strict=True))
@@ -179,7 +177,7 @@ def summarize(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         curves = [
             np.array(line["correct"][inside:])[kinds[inside:] == "near"] / line["rows"] for line in seeds.values()
         ]
-        cell["dips"] = float(np.mean([dips(curve) for curve in curves]))
+        cell["dips"] = 100 * float(np.mean([dips(curve) for curve in curves]))
         line = next(iter(seeds.values()))
         others = {"change": name_of("none", "none", line["different"])}
         if line["different"]:
@@ -196,22 +194,26 @@ def summarize(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def table(result: dict[str, dict[str, Any]]) -> str:
-    """In Markdown, one row per variant and reading."""
+    """In Markdown, one row per variant: its near tokens within the training length and, per reading, past it.
+
+    After the accuracy, the change from no rounding, and with fewer sequences that from all of them.
+    """
+    names = list(dict.fromkeys(reading for of in result.values() for reading in of))
     rows = []
     for variant, of in result.items():
-        for reading, cell in of.items():
-            numbers = [f"{cell[f'{name}_{kind}']:.1f}" for name, kind in product(("seen", "unseen", "correct"), KINDS)]
-            numbers.append(f"{cell['dips']:.1f}")
-            rows.append((variant, f"`{reading}`", cell["seeds"], *numbers, *(_shown(cell.get(name)) for name in PAIRS)))
-    names = ("rounded", "read", "seeds", "near: seen", "far", "near: unseen", "far", "near: past", "far", "dips")
-    return markdown((*names, "near, past: from none", "from all sequences"), rows)
+        cell = next(iter(of.values()))
+        row = [variant, str(cell["seeds"]), f"{cell['seen_near']:.1f}, {cell['unseen_near']:.1f}"]
+        for name in names:
+            found = of.get(name, {})
+            changes = [start + _shown(found[pair]) for pair, start in PAIRS.items() if pair in found]
+            row.append("; ".join([f"{found['correct_near']:.1f}", *changes]) if found else "")
+        rows.append((*row, f"{np.mean([cell['dips'] for cell in of.values()]):.1f}"))
+    return markdown(("rounded", "seeds", "within: seen, unseen", *(f"past: `{name}`" for name in names), "dips"), rows)
 
 
-def _shown(pair: dict[str, Any] | None) -> str:
-    """A difference, with its interval and adjusted p-value if there are any."""
-    if pair is None:
-        return ""
-    span = "" if pair["low"] is None else f" [{pair['low']:+.1f}, {pair['high']:+.1f}], p {pair['p_holm']:.3f}"
+def _shown(pair: dict[str, Any]) -> str:
+    """A difference, with its interval if there is one."""
+    span = "" if pair["low"] is None else f" [{pair['low']:+.1f}, {pair['high']:+.1f}]"
     return f"{pair['difference']:+.1f}{span}"
 
 

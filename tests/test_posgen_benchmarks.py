@@ -87,7 +87,12 @@ def test_changes_are_paired_by_seed(why: ModuleType) -> None:
     assert found["none, 10 sequences"]["rope"]["memory"]["difference"] == pytest.approx(20)
     few = found["all, 10 sequences"]["rope"]
     assert (few["change"]["difference"], few["memory"]["difference"]) == pytest.approx((10, -10))
-    assert "| all | `rope` | 2 | 70.0 | 0.0 | 10.0 | 10.0 | 70.0 | 0.0 | 0.0 | +45.0 [" in why.table(found)
+    shown = why.table(found)
+    assert "| rounded | seeds | within: seen, unseen | past: `rope` | dips |" in shown
+    assert (
+        "| all | 2 | 70.0, 10.0 | 70.0; +45.0 [" in shown
+        and "| all, 10 sequences | 1 | 50.0, 10.0 | 50.0; +10.0; from all -10.0 |" in shown
+    )
 
 
 def test_readings_share_the_time_of_their_training(why: ModuleType) -> None:
@@ -126,11 +131,11 @@ def test_dips_are_single_positions_among_better_ones(why: ModuleType) -> None:
 
     settings = PRESETS["learned"]
     falling = np.linspace(1, 0.2, 96)
-    assert posgen.dips(falling) == 0
+    assert not posgen.dips(falling).any()
     dented = falling.copy()
     dented[[10, 50]] -= 0.25
     dented[30] -= 0.15
-    assert posgen.dips(dented) == pytest.approx(100 * 2 / 96)
+    assert np.flatnonzero(posgen.dips(dented)).tolist() == [10, 50]
     kinds = Task("semi-recursive").kinds(settings.test_length)
     past = np.flatnonzero((kinds == "near") & (np.arange(252) >= 60))
 
@@ -146,5 +151,6 @@ def test_dips_are_single_positions_among_better_ones(why: ModuleType) -> None:
     pair = posgen.pairs_of_dips(header, lines, "last")["semi-recursive"]["rope"]
     assert (pair["seeds"], pair["plain"]) == (2, pytest.approx(100 * 2 / 96))
     assert (pair["rounded"], pair["difference"]) == pytest.approx((100 / 96, -100 / 96))
+    assert pair["positions"] == (5 + past[[10, 50]]).tolist() == [86, 166]
     shown = posgen.table_of_dips({"run": {"dips": {"semi-recursive": {"rope": pair}}}})
-    assert "| run | semi-recursive | `rope` | 2 | 2.1 | 1.0 | -1.0 [" in shown
+    assert "| run | semi-recursive | `rope` | 2 | 2.1 | 1.0 | -1.0 [" in shown and "] | 86, 166 |" in shown
