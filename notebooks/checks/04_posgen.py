@@ -63,6 +63,11 @@ def the_far_window_is_not_found(by_kind: Any) -> None:
     assert all(near > 50 and away < 7 for near, away in by_kind.values())
 
 
+def rounding_removes_dips(dips: Any) -> None:
+    assert len(dips["rope"]) > 3 and len(dips["yarn"]) > 0
+    assert len(dips["resonance_rope"]) == len(dips["resonance_yarn"]) == 0
+
+
 def a_learned_window_does_not_reach_further(learned: Any, window: Any) -> None:
     assert learned and all(line["subtask"] == "semi-recursive" for line in learned)
     for curve in window.values():
