@@ -114,6 +114,36 @@ def test_weights_are_read_with_another_ramp(run, tmp_path) -> None:
     assert code == 2 and "ramp must be given for YaRN alone, got 13" in err
 
 
+def test_ramps_are_chosen_when_training(run, tmp_path) -> None:
+    """A sweep takes several; they are in its settings, so that another one is refused."""
+    sweep = (
+        "posgen",
+        "sweep",
+        "--preset",
+        "smoke",
+        "--seeds",
+        "1",
+        "--subtask",
+        "cot",
+        "--output",
+        tmp_path / "s.jsonl",
+    )
+    found = json.loads(run(*sweep, "--encoding", "yarn", "--ramp", "97", "--ramp", "13", "--ramp", "97", "--json")[1])
+    assert list(found["table"]["cot"]) == ["yarn/13", "yarn/97"] and found["results"] == 2
+    header = json.loads((tmp_path / "s.jsonl").read_text().splitlines()[0])
+    assert header["settings"]["ramps"] == [97, 13]
+    code, _, err = run(*sweep, "--encoding", "yarn")
+    assert code == 2 and "ramps" in err
+    code, _, err = run(*sweep, "--encoding", "ntk", "--ramp", "97")
+    assert code == 2 and "ramp must be given for YaRN alone, got 97" in err
+    assert run(*TRAIN, tmp_path / "r", "--ramp", "97")[0] == 0
+    assert json.loads(run("posgen", "eval", tmp_path / "r", "--json")[1])["ramp"] == 97
+    code, _, err = run(
+        "posgen", "train", "--subtask", "cot", "--encoding", "rope", "--ramp", "9", "--output", tmp_path / "n"
+    )
+    assert code == 2 and "ramp must be given for YaRN alone, got 9" in err and not (tmp_path / "n").exists()
+
+
 def test_what_was_measured_with_the_trained_angles_stays(run, tmp_path) -> None:
     """Read with other ones, or at another length, the weights were still trained with the first ones."""
     assert run(*TRAIN, tmp_path / "r", "--train-scaled")[0] == 0

@@ -51,6 +51,8 @@ TrainScaled = Annotated[
 Epochs = Annotated[
     int | None, Option(min=1, max=MOST_STEPS, help="Passes over the training rows. Default: the preset's.")
 ]
+_ramp: dict[str, Any] = {"min": 1, "max": 2**31 - 1}
+RAMP = "Tokens in which YaRN's ramp counts turns."
 
 
 @app.command(cls=Command)
@@ -92,12 +94,14 @@ def train(
         Path | None, Option(**path, metavar="DIR", help="Folder. Default: posgen-SUBTASK-ENCODING-PRESET-SEED.")
     ] = None,
     arithmetic: Arithmetic = "mod_addition", modulus: Modulus = 17, near: Near = 3, far: Far = 1,
-    split: Split = None, train_scaled: TrainScaled = None, epochs: Epochs = None, json: Json = False,
+    split: Split = None, train_scaled: TrainScaled = None, epochs: Epochs = None,
+    ramp: Annotated[int | None, Option(**_ramp, help=f"{RAMP} Default: the preset's first.")] = None,
+    json: Json = False,
 ) -> None:  # fmt: skip
     """Train one model and test it, or resume a run that was stopped."""
     from ..posgen.runs import train_into
 
-    settings = _settings(preset, split, train_scaled, epochs)
+    settings = _settings(preset, split, train_scaled, epochs, [ramp] if ramp else [], [encoding])
     task = Task(subtask, arithmetic, modulus, near, far)
     folder = output or Path(f"posgen-{task.subtask}-{encoding}-{preset}-{seed}")
     check_output_folder(folder, "output")
@@ -119,10 +123,7 @@ def evaluate(
     length: Annotated[
         int | None, Option(min=1, max=LONGEST, help="Number of digits in a test row; the scaling follows it.")
     ] = None,
-    ramp: Annotated[
-        int | None,
-        Option(min=1, max=2**31 - 1, help="Tokens in which YaRN's ramp counts turns. Default: as trained."),
-    ] = None,
+    ramp: Annotated[int | None, Option(**_ramp, help=f"{RAMP} Default: as trained.")] = None,
     json: Json = False,
 ) -> None:
     """Test a trained model at another length, with another encoding."""
@@ -147,13 +148,18 @@ def sweep(
     subtask: Annotated[list[str] | None, Option(**_choice(SUBTASKS), help="Only this one; may be repeated.")] = None,
     encoding: Annotated[list[str] | None, Option(**_encoding, help="Only this one; may be repeated.")] = None,
     arithmetic: Arithmetic = "mod_addition", modulus: Modulus = 17, near: Near = 3, far: Far = 1,
-    split: Split = None, train_scaled: TrainScaled = None, epochs: Epochs = None, json: Json = False,
+    split: Split = None, train_scaled: TrainScaled = None, epochs: Epochs = None,
+    ramp: Annotated[
+        list[int] | None, Option(**_ramp, help=f"{RAMP} May be repeated. Default: the preset's.")
+    ] = None,
+    json: Json = False,
 ) -> None:  # fmt: skip
     """Train and test what the run log does not have yet."""
     from ..posgen.sweep import header, run_sweep
 
     check_outputs(output)
-    settings = _settings(preset, split, train_scaled, epochs)
+    encodings = encoding or ENCODINGS
+    settings = _settings(preset, split, train_scaled, epochs, ramp or [], encodings)
     subtasks = subtask or SUBTASKS
     task = Task(subtasks[0], arithmetic, modulus, near, far)
     output = output or Path(f"posgen-{preset}{'-train-scaled' if train_scaled else ''}.jsonl")
@@ -165,7 +171,7 @@ def sweep(
             return _progress(bar, str(run.readings[-1]), settings)
 
         lines = run_sweep(
-            output, preset, settings, task, subtasks=subtasks, encodings=encoding or ENCODINGS,
+            output, preset, settings, task, subtasks=subtasks, encodings=encodings,
             seeds=sweep_seeds(seeds), on_run=on_run,
         )  # fmt: skip
     if json:
@@ -203,8 +209,14 @@ def report(
         _print_report(header, summary, weights)
 
 
-def _settings(preset: str, split: str | None, train_scaled: bool | None, epochs: int | None) -> Settings:
+def _settings(
+    preset: str, split: str | None, train_scaled: bool | None, epochs: int | None, ramps: Collection[int],
+    encodings: Collection[str],
+) -> Settings:  # fmt: skip
+    given = ", ".join(map(str, ramps))
+    check_option("ramp", not ramps or any(name.endswith("yarn") for name in encodings), "given for YaRN alone", given)
     changes: dict[str, Any] = {"split": split, "train_scaled": train_scaled, "epochs": epochs}
+    changes["ramps"] = tuple(dict.fromkeys(ramps)) or None
     return replace(PRESETS[preset], **{name: value for name, value in changes.items() if value is not None})
 
 
