@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import feature_gap
+from mlx_resonance.errors import UsageError
 from mlx_resonance.plots import legend_below, look, new_figure, plot_posgen
 from mlx_resonance.posgen.report import WEIGHTS, adjust, below_bar, figure_of, paired, summarize, weights_of
 from mlx_resonance.posgen.settings import ENCODINGS, Reading, Settings, settings_from
@@ -77,13 +78,14 @@ def gaps(settings: Settings) -> dict[str, dict[str, float]]:
 def against_gap(summary: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """By subtask: the feature gap of all pairs and the accuracy in % past the training length of every reading.
 
-    `rank` is Spearman's correlation of the two, None for fewer than three readings.
+    `rank` is Spearman's correlation of the two, None for fewer than three accuracies.
     """
     sums = {name: gap["pre_critical"] + gap["others"] for name, gap in summary["feature_gap"].items()}
     result = {}
     for subtask, found in summary["table"].items():
         points = {reading: (sums[reading], row["ood"]) for reading, row in found.items()}
-        rank = float(spearmanr(list(points.values())).statistic) if len(points) > 2 else None
+        ranked = len({accuracy for _, accuracy in points.values()}) > 2
+        rank = float(spearmanr(list(points.values())).statistic) if ranked else None
         result[subtask] = {"points": points, "rank": rank}
     return result
 
@@ -96,6 +98,8 @@ def draw_gaps(report: dict[str, dict[str, Any]], path: str) -> None:
         for subtask, found in summary["against_gap"].items()
         if found["rank"] is not None
     ]
+    if not panels:
+        raise UsageError("no subtask has three readings to draw", option="gaps")
     with new_figure(path, 1 + 1.8 * len(panels), 3.2) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (title, found) in zip(axes, panels, strict=True):
@@ -127,15 +131,17 @@ def just_past(header: dict[str, Any], lines: list[dict[str, Any]], weights: str)
 
 
 def dips(accuracies: np.ndarray) -> np.ndarray:
-    """Which accuracies, in [0, 1] and in the order of their positions, are dips."""
-    return median_filter(accuracies, AROUND, mode="nearest") - accuracies > DIP
+    """How deep each dip is among accuracies in [0, 1], in the order of their positions; 0 for what is none."""
+    depths = median_filter(accuracies, AROUND, mode="nearest") - accuracies
+    return np.where(depths > DIP, depths, 0)
 
 
 def pairs_of_dips(header: dict[str, Any], lines: list[dict[str, Any]], weights: str) -> dict[str, dict[str, Any]]:
     """By subtask and plain reading: dips among near tokens past the training length.
 
-    Their share in %, `plain` and `rounded`, and the change; `positions`, from 1, are those of plain ones in half of the
-    seeds or more.
+    Their share in %, `plain` and `rounded`, and the change; `with_any`, the number of plain and of rounded models that
+    have one; `worth`, points of the near tokens that plain models would gain without them; `positions`, from 1, of
+    plain ones in half of the seeds or more.
     """
     settings = settings_from(header["settings"])
     found: dict[tuple[str, str], dict[int, np.ndarray]] = {}
@@ -154,9 +160,12 @@ def pairs_of_dips(header: dict[str, Any], lines: list[dict[str, Any]], weights: 
         seeds = sorted(set(plain) & set(rounded))
         if seeds:
             before, after = (np.array([of[seed] for seed in seeds]) for of in (plain, rounded))
-            row: dict[str, Any] = {"plain": 100 * float(before.mean()), "rounded": 100 * float(after.mean())}
-            row["positions"] = positions[subtask][before.mean(0) >= 0.5].tolist()
-            result.setdefault(subtask, {})[name] = row | paired(100 * (after.mean(1) - before.mean(1)))
+            shares = [100 * (depths > 0).mean(1) for depths in (before, after)]
+            row: dict[str, Any] = {"plain": float(shares[0].mean()), "rounded": float(shares[1].mean())}
+            row["with_any"] = [int((share > 0).sum()) for share in shares]
+            row["worth"] = 100 * float(before.mean())
+            row["positions"] = positions[subtask][(before > 0).mean(0) >= 0.5].tolist()
+            result.setdefault(subtask, {})[name] = row | paired(shares[1] - shares[0])
     return result
 
 
@@ -167,9 +176,13 @@ def table_of_dips(report: dict[str, dict[str, Any]]) -> str:
         for subtask, pairs in summary["dips"].items():
             for reading, pair in pairs.items():
                 shares = _number(pair["plain"]), _number(pair["rounded"]), _change(pair)
+                models = "{} and {}".format(*pair["with_any"])
                 positions = ", ".join(map(str, pair["positions"]))
-                rows.append((name, subtask, f"`{reading}`", pair["seeds"], *shares, positions))
-    return markdown(("", "", "", "seeds", "plain", "rounded", "change", "plain in half of the seeds at"), rows)
+                rows.append(
+                    (name, subtask, f"`{reading}`", pair["seeds"], *shares, models, _number(pair["worth"]), positions)
+                )
+    names = ("seeds", "plain", "rounded", "change", "models with any", "worth", "plain in half of the seeds at")
+    return markdown(("", "", "", *names), rows)
 
 
 def minutes(settings: Settings, lines: list[dict[str, Any]]) -> float:

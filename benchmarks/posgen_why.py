@@ -177,7 +177,7 @@ def summarize(lines: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
         curves = [
             np.array(line["correct"][inside:])[kinds[inside:] == "near"] / line["rows"] for line in seeds.values()
         ]
-        cell["dips"] = 100 * float(np.mean([dips(curve) for curve in curves]))
+        cell["dips"] = 100 * float(np.mean([dips(curve) > 0 for curve in curves]))
         line = next(iter(seeds.values()))
         others = {"change": name_of("none", "none", line["different"])}
         if line["different"]:

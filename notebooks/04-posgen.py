@@ -282,8 +282,8 @@ for name in ENCODINGS:
 
 # %% [markdown]
 # What rounding does remove are *dips*: single positions past the training length at
-# which models without it fail, often the same ones with every seed. A near digit counts
-# here if its accuracy, mean of the seeds, is ten points below the median around it.
+# which about half of the models without it fail, mostly the same ones. A near digit
+# counts here if its accuracy, mean of the seeds, is ten points below the median around.
 
 # %%
 near = np.flatnonzero(kinds == "near")
@@ -349,9 +349,9 @@ for name, value in total.items():
 # %% [markdown]
 # Of RoPE's gap rounding closes that of the pairs which turn fully in 65 tokens, less
 # than 5 % of all. YaRN closes more than 95 %, and rounding about half of what YaRN
-# leaves. Over all encodings the accuracies follow the sums, with rank correlations of
+# leaves. Over all encodings the accuracies go with the sums, with rank correlations of
 # -0.67 to -0.98 ([why](../docs/posgen.md#why) has the figure), and what rounding closes
-# is small beside the gaps between encodings.
+# is small beside the differences between encodings.
 
 # %% [markdown]
 # The paper's own model sizes have not been run here: that takes a GPU, and

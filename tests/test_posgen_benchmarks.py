@@ -7,6 +7,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mlx_resonance.errors import UsageError
 from mlx_resonance.posgen.settings import PRESETS, Reading
 from mlx_resonance.posgen.tasks import Task
 from mlx_resonance.run_log import RunLog
@@ -121,6 +122,10 @@ def test_the_gap_is_ranked_against_the_accuracy(why: ModuleType, tmp_path: Path)
     assert found["cot"]["points"] == {"rope": (19, 20), "ntk": (11, 70), "yarn/65": (1, 90), "yarn/257": (6, 60)}
     assert found["cot"]["rank"] == pytest.approx(-0.8) and found["recursive"]["rank"] is None
     posgen.draw_gaps({"run": {"against_gap": found}}, str(tmp_path / "gaps.svg"))
+    with pytest.raises(UsageError, match="no subtask has three readings"):
+        posgen.draw_gaps({"run": {"against_gap": {"recursive": found["recursive"]}}}, str(tmp_path / "none.svg"))
+    same = {"feature_gap": gaps, "table": {"cot": {reading: {"ood": 5.0} for reading in of}}}
+    assert posgen.against_gap(same)["cot"]["rank"] is None
     drawn = (tmp_path / "gaps.svg").read_text()
     assert "rank corr. -0.80" in drawn.replace("−", "-") and "recursive" not in drawn
 
@@ -136,6 +141,7 @@ def test_dips_are_single_positions_among_better_ones(why: ModuleType) -> None:
     dented[[10, 50]] -= 0.25
     dented[30] -= 0.15
     assert np.flatnonzero(posgen.dips(dented)).tolist() == [10, 50]
+    assert posgen.dips(dented)[10] == pytest.approx(0.25)
     kinds = Task("semi-recursive").kinds(settings.test_length)
     past = np.flatnonzero((kinds == "near") & (np.arange(252) >= 60))
 
@@ -151,6 +157,9 @@ def test_dips_are_single_positions_among_better_ones(why: ModuleType) -> None:
     pair = posgen.pairs_of_dips(header, lines, "last")["semi-recursive"]["rope"]
     assert (pair["seeds"], pair["plain"]) == (2, pytest.approx(100 * 2 / 96))
     assert (pair["rounded"], pair["difference"]) == pytest.approx((100 / 96, -100 / 96))
+    assert pair["with_any"] == [2, 1] and pair["worth"] == pytest.approx(100 * 2 * 0.25 / 96)
     assert pair["positions"] == (5 + past[[10, 50]]).tolist() == [86, 166]
     shown = posgen.table_of_dips({"run": {"dips": {"semi-recursive": {"rope": pair}}}})
-    assert "| run | semi-recursive | `rope` | 2 | 2.1 | 1.0 | -1.0 [" in shown and "] | 86, 166 |" in shown
+    assert (
+        "| run | semi-recursive | `rope` | 2 | 2.1 | 1.0 | -1.0 [" in shown and "] | 2 and 1 | 0.5 | 86, 166 |" in shown
+    )

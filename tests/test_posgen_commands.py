@@ -136,6 +136,8 @@ def test_ramps_are_chosen_when_training(run, tmp_path) -> None:
     assert code == 2 and "ramps" in err
     code, _, err = run(*sweep, "--encoding", "ntk", "--ramp", "97")
     assert code == 2 and "ramp must be given for YaRN alone, got 97" in err
+    code, _, err = run("posgen", "sweep", "--preset", "smoke", "--ramp", "1", "--output", tmp_path / "one.jsonl")
+    assert code == 2 and "--ramp" in err and not (tmp_path / "one.jsonl").exists()
     assert run(*TRAIN, tmp_path / "r", "--ramp", "97")[0] == 0
     assert json.loads(run("posgen", "eval", tmp_path / "r", "--json")[1])["ramp"] == 97
     code, _, err = run(

@@ -51,7 +51,7 @@ TrainScaled = Annotated[
 Epochs = Annotated[
     int | None, Option(min=1, max=MOST_STEPS, help="Passes over the training rows. Default: the preset's.")
 ]
-_ramp: dict[str, Any] = {"min": 1, "max": 2**31 - 1}
+_ramp: dict[str, Any] = {"min": 2, "max": 2**31 - 1}
 RAMP = "Tokens in which YaRN's ramp counts turns."
 
 
