@@ -15,7 +15,7 @@ from typing import Any
 
 from mlx_resonance import feature_gap
 from mlx_resonance.errors import UsageError
-from mlx_resonance.plots import legend_below, look, new_figure, plot_posgen
+from mlx_resonance.plots import legend_below, new_figure, plot_posgen, reading_looks
 from mlx_resonance.posgen.report import WEIGHTS, adjust, below_bar, figure_of, paired, summarize, weights_of
 from mlx_resonance.posgen.settings import ENCODINGS, Reading, Settings, settings_from
 from mlx_resonance.posgen.sweep import read_results
@@ -28,7 +28,7 @@ from scipy.stats import spearmanr
 
 RESULTS = Path(__file__).parent / "results"
 DIGITS = 8  # past the training length, looked at apart
-AROUND, DIP = 9, 0.2  # a dip: an accuracy that far below the median of so many around it
+AROUND, DIP = 9, 0.2  # a dip is an accuracy more than DIP below the median of the AROUND accuracies centred on it
 
 
 def table(name: str, summary: dict[str, Any]) -> list[str]:
@@ -50,7 +50,7 @@ def table(name: str, summary: dict[str, Any]) -> list[str]:
             cells += [_number(row["first"]), _number(row["trained_near"]), _number(row["id"])]
             cells += [_number(row["ood"]) + (f" ± {row['ood_std']:.1f}" if row["ood_std"] is not None else "")]
             cells += [_number(row["near"]), _number(row["far"]), _number(row["paper"])]
-            cells += [_change(shown) if shown else ""]
+            cells += [change(shown) if shown else ""]
             cells += [f"{shown['p_holm']:.3f}" if shown.get("p_holm") is not None else ""]
             rows.append(f"| {' | '.join(cells)} |")
     return rows
@@ -103,11 +103,8 @@ def draw_gaps(report: dict[str, dict[str, Any]], path: str) -> None:
     with new_figure(path, 1 + 1.8 * len(panels), 3.2) as figure:
         axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axis, (title, found) in zip(axes, panels, strict=True):
-            first: dict[str, str] = {}  # by encoding, the first of its ramps
-            for reading, (gap, accuracy) in found["points"].items():
-                encoding, _, ramp = reading.partition("/")
-                ramps = first.setdefault(encoding.removeprefix("resonance_"), ramp)
-                axis.plot(gap, accuracy, label=reading, linestyle="", **look(encoding if ramp == ramps else reading))
+            for reading, style in reading_looks(found["points"]).items():
+                axis.plot(*found["points"][reading], label=reading, linestyle="", **style)
             axis.set(xscale="log", ylim=(0, 103), xlabel="feature gap of all pairs")
             axis.set_title(f"{title}, rank corr. {found['rank']:.2f}", fontsize=8)
         axes[0].set_ylabel("accuracy past the\ntraining length, %")
@@ -175,7 +172,7 @@ def table_of_dips(report: dict[str, dict[str, Any]]) -> str:
     for name, summary in report.items():
         for subtask, pairs in summary["dips"].items():
             for reading, pair in pairs.items():
-                shares = _number(pair["plain"]), _number(pair["rounded"]), _change(pair)
+                shares = _number(pair["plain"]), _number(pair["rounded"]), change(pair)
                 models = "{} and {}".format(*pair["with_any"])
                 positions = ", ".join(map(str, pair["positions"]))
                 rows.append(
@@ -198,7 +195,8 @@ def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.1f}"
 
 
-def _change(pair: dict[str, Any]) -> str:
+def change(pair: dict[str, Any]) -> str:
+    """A difference, with its interval if there is one."""
     interval = "" if pair["low"] is None else f" [{pair['low']:+.1f}, {pair['high']:+.1f}]"
     return f"{pair['difference']:+.1f}{interval}"
 

@@ -33,7 +33,7 @@ from mlx_resonance.rope import ResonanceRoPE
 from mlx_resonance.run_log import RunLog, read_run_log
 
 import numpy as np
-from posgen import dips
+from posgen import change, dips
 from reporting import exit_with, markdown
 
 ROUNDINGS = ("none", "pre-critical", "others", "all", "quarters")
@@ -205,16 +205,10 @@ def table(result: dict[str, dict[str, Any]]) -> str:
         row = [variant, str(cell["seeds"]), f"{cell['seen_near']:.1f}, {cell['unseen_near']:.1f}"]
         for name in names:
             found = of.get(name, {})
-            changes = [start + _shown(found[pair]) for pair, start in PAIRS.items() if pair in found]
+            changes = [start + change(found[pair]) for pair, start in PAIRS.items() if pair in found]
             row.append("; ".join([f"{found['correct_near']:.1f}", *changes]) if found else "")
         rows.append((*row, f"{np.mean([cell['dips'] for cell in of.values()]):.1f}"))
     return markdown(("rounded", "seeds", "within: seen, unseen", *(f"past: `{name}`" for name in names), "dips"), rows)
-
-
-def _shown(pair: dict[str, Any]) -> str:
-    """A difference, with its interval if there is one."""
-    span = "" if pair["low"] is None else f" [{pair['low']:+.1f}, {pair['high']:+.1f}]"
-    return f"{pair['difference']:+.1f}{span}"
 
 
 def draw(lines: list[dict[str, Any]], path: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -132,12 +132,19 @@ def posgen_curves(
         positions: of the accuracies.
         faint: names of the lines to draw faintly.
     """
+    for name, style in reading_looks(accuracies).items():
+        style |= {"marker": "", "alpha": 0.3 if name in faint else 1}
+        axis.plot(positions, 100 * accuracies[name], label=name, **style)
+
+
+def reading_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """The `look` of every reading of PosGen, by name: that of its encoding, or of its ramp if that is not the first."""
     first: dict[str, str] = {}  # by encoding, the first of its ramps
-    for name, accuracy in accuracies.items():
+    result = {}
+    for name in names:
         encoding, _, ramp = name.partition("/")
-        method = first.setdefault(encoding.removeprefix(PREFIX), ramp)
-        style = look(encoding if ramp == method else name) | {"marker": "", "alpha": 0.3 if name in faint else 1}
-        axis.plot(positions, 100 * accuracy, label=name, **style)
+        result[name] = look(encoding if ramp == first.setdefault(encoding.removeprefix(PREFIX), ramp) else name)
+    return result
 
 
 def look(name: str) -> dict[str, Any]:

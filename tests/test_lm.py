@@ -171,3 +171,14 @@ def test_a_result_that_cannot_be_written_is_one_line(run: Any, monkeypatch: pyte
     monkeypatch.setattr("mlx_lm.cli.main", full)
     code, out, err = run("lm", "convert", "--hf-path", "x")
     assert (code, out, err.count("\n")) == (1, "", 1) and "is the disk full? [write] Unable to write" in err
+
+
+def test_what_mlx_lm_does_not_implement_is_one_line_and_exit_2(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As quantized keys of layers with a sliding window."""
+
+    def refused() -> None:
+        raise NotImplementedError("RotatingKVCache Quantization NYI")
+
+    monkeypatch.setattr("mlx_lm.cli.main", refused)
+    code, _, err = run("lm", "generate", "--kv-bits", "8")
+    assert (code, err) == (2, "error: RotatingKVCache Quantization NYI\n")

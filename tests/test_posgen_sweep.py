@@ -7,13 +7,12 @@ import subprocess
 import sys
 import time
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from mlx_resonance.errors import UsageError
 from mlx_resonance.plots import plot_posgen
 from mlx_resonance.posgen import sweep
 from mlx_resonance.posgen.report import PAPER, accuracy_curves, adjust, figure_of, paired, summarize
-from mlx_resonance.posgen.settings import BASES, ENCODINGS, PRESETS
+from mlx_resonance.posgen.settings import ENCODINGS, PRESETS
 from mlx_resonance.posgen.sweep import header, read_results, run_sweep
 from mlx_resonance.posgen.tasks import SUBTASKS, Task
 
@@ -23,7 +22,6 @@ from matplotlib.axes import Axes
 
 SMOKE = PRESETS["smoke"]
 TASK = Task("recursive")
-RESULTS = sorted((Path(__file__).parents[1] / "benchmarks" / "results").glob("posgen-*.jsonl"))
 VARIES = {"seconds"}
 
 
@@ -200,26 +198,6 @@ def test_a_broken_header_is_refused(swept, tmp_path, name) -> None:
     path = broken(tmp_path / "broken.jsonl", swept[0], HEADERS[name], 0)
     with pytest.raises(UsageError, match=r"broken\.jsonl does not say the settings of a run"):
         read_results(path)
-
-
-@pytest.mark.parametrize("path", RESULTS, ids=lambda path: path.stem)
-def test_the_committed_results_are_those_of_a_preset(path) -> None:
-    """So that the same command goes on with them, and every plain model has its rounded twin."""
-    found, lines = read_results(path)
-    scaled = {"train_scaled": True, "ramps": (65,)}
-    changes: dict[str, dict] = {"": {}, "-official": {"split": "official"}, "-train-scaled": scaled}
-    changed = changes[path.stem.removeprefix(f"posgen-{found['preset']}")]
-    assert sweep.from_header(path, found) == (replace(PRESETS[found["preset"]], **changed), Task("recursive"))
-    keys = {tuple(line[name] for name in sweep.KEY) for line in lines}
-    assert len(keys) == len(lines) > 0
-    plain = {key for key in keys if key[1] in BASES}
-    assert {(subtask, f"resonance_{encoding}", *rest) for subtask, encoding, *rest in plain} == keys - plain
-    for line in lines:  # the summary follows from the counts
-        for measured in (line, line["last"]):
-            correct, trained = measured["correct"], measured["trained"]
-            assert measured["id"] == pytest.approx(sum(correct[:60]) / 60 / line["rows"], abs=1e-6)
-            assert measured["ood"] == pytest.approx(sum(correct[60:]) / 192 / line["rows"], abs=1e-6)
-            assert measured["trained_id"] == pytest.approx(sum(trained[1:]) / 59 / line["rows"], abs=1e-6)
 
 
 # --- report

@@ -55,8 +55,7 @@ def main() -> None:
         code = app(arguments, prog_name="mlx-resonance", standalone_mode=False)
     except (KeyboardInterrupt, typer.Abort):
         code = 130
-    # NotImplementedError: `lm generate --kv-bits` cannot quantize the keys of layers with a sliding window.
-    except (ValueError, NotImplementedError, *WRONG_PATHS) as error:
+    except (ValueError, *WRONG_PATHS) as error:
         fail(error, 2)
     except (OSError, FloatingPointError) as error:  # the latter from training: the loss is not a number
         fail(error, 1)

@@ -33,6 +33,8 @@ def command(context: typer.Context) -> None:
     sys.argv = [" ".join(["mlx-resonance lm", *context.args[:1]]), *context.args]
     try:
         cli.main()
+    except NotImplementedError as error:  # --kv-bits cannot quantize the keys of layers with a sliding window
+        raise UsageError(str(error)) from None
     except RuntimeError as error:  # from MLX, where a file cannot be written
         if "[write]" in str(error) or "[save" in str(error):
             raise OSError(f"the result cannot be written, is the disk full? {error}") from None
