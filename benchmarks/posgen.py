@@ -16,7 +16,7 @@ from typing import Any
 from mlx_resonance import feature_gap
 from mlx_resonance.errors import UsageError
 from mlx_resonance.plots import legend_below, new_figure, plot_posgen, reading_looks
-from mlx_resonance.posgen.report import WEIGHTS, adjust, below_bar, figure_of, paired, summarize, weights_of
+from mlx_resonance.posgen.report import BAR, WEIGHTS, adjust, below_bar, figure_of, paired, summarize, weights_of
 from mlx_resonance.posgen.settings import ENCODINGS, Reading, Settings, settings_from
 from mlx_resonance.posgen.sweep import read_results
 from mlx_resonance.posgen.tasks import Task
@@ -182,6 +182,14 @@ def table_of_dips(report: dict[str, dict[str, Any]]) -> str:
     return markdown(("", "", "", *names), rows)
 
 
+def of_learned(lines: list[dict[str, Any]], weights: str) -> list[dict[str, Any]]:
+    """The lines of those seeds whose models have all learned the subtask: the bar of `below_bar` is met by each."""
+    missed = {
+        (line["subtask"], line["seed"]) for line in lines if 100 * weights_of(line, weights).get("trained_id", 0) < BAR
+    }
+    return [line for line in lines if (line["subtask"], line["seed"]) not in missed]
+
+
 def minutes(settings: Settings, lines: list[dict[str, Any]]) -> float:
     """Time of all trainings: readings that share one all have its seconds."""
     trainings = {
@@ -205,12 +213,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="*", type=Path, default=sorted(RESULTS.glob("posgen-*.jsonl")))
     parser.add_argument("--weights", choices=WEIGHTS, default="best", help="best on validation, or of the last step")
+    parser.add_argument("--learned", action="store_true", help="only seeds whose models have all learned the subtask")
     parser.add_argument("--figure", help="draw accuracy over the position, from the first file")
     parser.add_argument("--gaps", help="draw accuracy past the training length over the feature gap, from all files")
     arguments = parser.parse_args()
     report: dict[str, Any] = {}
     for path in arguments.files:
         header, lines = read_results(path)
+        if arguments.learned and not (lines := of_learned(lines, arguments.weights)):
+            raise UsageError(f"{path}: with no seed have all models learned their subtask", option="learned")
         settings = settings_from(header["settings"])
         report[path.stem] = summarize(header, lines, arguments.weights) | {
             "feature_gap": gaps(settings),

@@ -164,3 +164,18 @@ def test_dips_are_single_positions_among_better_ones(why: ModuleType) -> None:
     assert (
         "| run | semi-recursive | `rope` | 2 | 2.1 | 1.0 | -1.0 [" in shown and "] | 2 and 1 | 0.5 | 86, 166 |" in shown
     )
+
+
+def test_only_seeds_that_learned(why: ModuleType) -> None:
+    """A seed goes with both of its models, of its subtask alone, by the weights that are asked for."""
+    import posgen
+
+    def line(subtask: str, encoding: str, seed: int, best: float, last: float) -> dict[str, Any]:
+        common = {"subtask": subtask, "encoding": encoding, "seed": seed, "trained_id": best}
+        return common | {"last": {"trained_id": last}}
+
+    lines = [line("cot", "rope", 1, 0.99, 0.5), line("cot", "resonance_rope", 1, 0.99, 0.99)]
+    lines += [line("cot", "rope", 2, 1.0, 0.99), line("cot", "resonance_rope", 2, 0.98, 0.99)]
+    lines += [line("recursive", "rope", 2, 1.0, 1.0), {"subtask": "recursive", "encoding": "rope", "seed": 3}]
+    assert posgen.of_learned(lines, "best") == [*lines[:2], lines[4]]
+    assert posgen.of_learned(lines[:5], "last") == lines[2:5]
