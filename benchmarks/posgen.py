@@ -1,7 +1,7 @@
 """PosGen's results as the docs show them: tables of all run logs, figures, feature gaps, the first digits past.
 
     mlx-resonance posgen sweep --preset learned --seeds 10 --output benchmarks/results/posgen-learned.jsonl
-    python benchmarks/posgen.py [--weights last] [--figure posgen.svg] [--gaps gaps.svg] [RESULTS…]
+    python benchmarks/posgen.py [--weights last] [--learned] [--figure posgen.svg] [--gaps gaps.svg] [RESULTS…]
 
 Reads run logs and trains nothing. The tables are Markdown; the last line is one JSON object.
 """
@@ -16,7 +16,16 @@ from typing import Any
 from mlx_resonance import feature_gap
 from mlx_resonance.errors import UsageError
 from mlx_resonance.plots import legend_below, new_figure, plot_posgen, reading_looks
-from mlx_resonance.posgen.report import BAR, WEIGHTS, adjust, below_bar, figure_of, paired, summarize, weights_of
+from mlx_resonance.posgen.report import (
+    WEIGHTS,
+    adjust,
+    below_bar,
+    figure_of,
+    has_learned,
+    paired,
+    summarize,
+    weights_of,
+)
 from mlx_resonance.posgen.settings import ENCODINGS, Reading, Settings, settings_from
 from mlx_resonance.posgen.sweep import read_results
 from mlx_resonance.posgen.tasks import Task
@@ -183,10 +192,8 @@ def table_of_dips(report: dict[str, dict[str, Any]]) -> str:
 
 
 def of_learned(lines: list[dict[str, Any]], weights: str) -> list[dict[str, Any]]:
-    """The lines of those seeds whose models have all learned the subtask: the bar of `below_bar` is met by each."""
-    missed = {
-        (line["subtask"], line["seed"]) for line in lines if 100 * weights_of(line, weights).get("trained_id", 0) < BAR
-    }
+    """The lines of those seeds whose models have all learned the subtask."""
+    missed = {(line["subtask"], line["seed"]) for line in lines if not has_learned(weights_of(line, weights))}
     return [line for line in lines if (line["subtask"], line["seed"]) not in missed]
 
 

@@ -159,7 +159,7 @@ print({key: line[key] for key in ("subtask", "encoding", "seed", "id", "ood")})
 # the paper says; here it is 65. Four of the encodings:
 
 # %%
-from mlx_resonance.posgen.report import PAPER, accuracy_curves, summarize
+from mlx_resonance.posgen.report import PAPER, accuracy_curves, has_learned, summarize
 from mlx_resonance.posgen.sweep import read_results
 
 header, lines = read_results(RESULTS)
@@ -306,7 +306,7 @@ for name in ENCODINGS:
 # %%
 _, models = read_results(RESULTS.with_name("posgen-learned.jsonl"))
 models = [line | line["last"] for line in models]
-learned = [line for line in models if line["trained_id"] >= 0.99]
+learned = [line for line in models if has_learned(line)]
 window = accuracy_curves(learned)["semi-recursive"]
 accuracy_over_position({"semi-recursive": window}, seed_length=4, train_length=64)
 

@@ -134,6 +134,11 @@ def figure_of(header: Record, lines: Sequence[Record], weights: str = "best") ->
     return curves, kinds, faint, start, settings.train_length
 
 
+def has_learned(line: Record) -> bool:
+    """Whether a model, a line of a run log, is known to meet the bar of 99 % within the training length."""
+    return 100 * float(line.get("trained_id", 0)) >= BAR
+
+
 def below_bar(row: dict[str, Any]) -> bool:
     """Whether a row of the table has a seed that did not learn its task, or none that was measured."""
     return row["below"] is None or row["below"] > 0
@@ -184,7 +189,7 @@ def _statistics(lines: Sequence[Record]) -> dict[str, Any]:
     learned = [100 * line["trained_id"] for line in lines if "trained_id" in line]
     return {
         "seeds": len(lines),
-        "below": sum(value < BAR for value in learned) if len(learned) == len(lines) else None,
+        "below": sum(not has_learned(line) for line in lines) if len(learned) == len(lines) else None,
         "trained_least": min(learned, default=None),
         "trained_most": max(learned, default=None),
         **{name: mean(name) for name in ("trained_id", "trained_near", "trained_far", "first", "id", "near", "far")},
