@@ -4,6 +4,9 @@ PYTHON ?= python3
 # One process per core, up to eight. The tests of a file stay in one process, which makes what they share once.
 PYTEST_ARGS ?= -n logical --maxprocesses 8 --dist loadfile
 
+# Processes that checks start find modules compiled. Without, each compiles some 2000 of them anew: seconds.
+unexport PYTHONDONTWRITEBYTECODE
+
 VENV := .venv
 BIN := $(VENV)/bin
 # One thread per process: the processes share the cores.
