@@ -1,6 +1,6 @@
 """Does Resonance-YaRN help a small LLaMA far past its context? Train, extend, measure, one line per model.
 
-    python benchmarks/extension.py mini --work-dir /tmp/extension --output benchmarks/results/extension-mini.jsonl
+        python benchmarks/extension.py mini --steps 0 --work-dir … --output benchmarks/results/extension-mini.jsonl
     python benchmarks/extension.py stdlib-llama --steps 0 --work-dir … --output …
     python benchmarks/extension.py smollm2 --steps 0,25 --ropes yarn,resonance_yarn --work-dir … --output …
 

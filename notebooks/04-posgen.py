@@ -141,7 +141,8 @@ print({key: line[key] for key in ("subtask", "encoding", "seed", "id", "ood")})
 
 # %% [markdown]
 # The preset `shortcut` learns that rule: 1825 steps, two minutes on a CPU core. The
-# command for one model, and for all the models whose results follow:
+# commands for one model, and for a sweep of five seeds ([the documentation's
+# command](../docs/posgen.md#results) trains all models whose results follow):
 #
 # ```
 # mlx-resonance posgen train --preset shortcut --subtask recursive \

@@ -242,7 +242,10 @@ from IPython.display import display
 
 larger = past_the_window("smollm2")
 if larger is None:
-    print("no results: python benchmarks/past_the_window.py --model build/smollm2")
+    print(
+        "no results: python benchmarks/past_the_window.py --model build/smollm2",
+        "--lengths 8192,16384 --documents 3 --keys 0",
+    )
 else:
     display(methods_past_the_window(*larger))
 
