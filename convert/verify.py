@@ -97,7 +97,7 @@ def verify(
 
     Raises:
         MissingFileError: no such folder, or `convert` has not made it; or the source is missing.
-        UsageError: a file of the source cannot be right.
+        UsageError: a file of the source cannot be right, or one of its options is given without it.
     """
     folder = user_path(path)
     record = read_finished_record(folder)
@@ -106,6 +106,9 @@ def verify(
     if not isinstance(on_record, str):
         on_record = None
     opened = None
+    for option, value in (("revision", revision), ("file", file)):
+        if source is None and value is not None:
+            raise UsageError(f"{option} = {value} is of a source, which is not given", remedies=[{"source": None}])
     if source is not None:
         file = file or (on_record if str(source) == name else None)
         at = commit if revision is None and not user_path(source).exists() else revision

@@ -41,6 +41,9 @@ _CACHE = ("keys", "values", "offset")
 NAMES: Mapping[str, Name] = {
     "BatchGenerator": Name("generate.BatchGenerator", "texts written at once", _BATCH, ("prefill_step_size",)),
     "generate_step": Name("generate.generate_step", "token after token; refusing ids without a row"),
+    "speculative_generate_step": Name(
+        "generate.speculative_generate_step", "refusing ids without a row, with a draft model, too"
+    ),
     "generation_stream": Name("generate.generation_stream", "computing on the stream of mlx-lm's own passes"),
     "BatchKVCache": Name("models.cache.BatchKVCache", "quantized caches of a batch", _BATCH_CACHE, _CACHE),
     "KVCache": Name("models.cache.KVCache", "caches allocated once", ("step", "to_quantized", "trim"), _CACHE),

@@ -49,8 +49,8 @@ def install() -> None:
     Token ids that a model has no row for are refused before its first pass.
 
     This replaces functions of mlx-lm, wherever they have been imported: `load_model`, `load_tokenizer`,
-    `initialize_rope`, `generate_step`, and two methods of `BatchGenerator`: the one that makes it, and the one that
-    takes prompts. Calling it again changes nothing.
+    `initialize_rope`, `generate_step`, `speculative_generate_step`, and two methods of `BatchGenerator`: the one that
+    makes it, and the one that takes prompts. Calling it again changes nothing.
     """
     if hasattr(_mlx_lm.load_model, "of_mlx_lm"):
         return
@@ -59,6 +59,7 @@ def install() -> None:
         _mlx_lm.load_tokenizer: _load_tokenizer,
         _mlx_lm.initialize_rope: _initialize_rope,
         _mlx_lm.generate_step: _generate_step,
+        _mlx_lm.speculative_generate_step: _speculative_generate_step,
     }
     for original, make in changes.items():
         changes[original] = make(original)
@@ -98,6 +99,16 @@ def _generate_step(original: Callable[..., Any]) -> Callable[..., Any]:
         return original(prompt, model, *args, **options)
 
     return generate_step
+
+
+def _speculative_generate_step(original: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(original)
+    def speculative_generate_step(prompt: Any, model: Any, draft_model: Any, *args: Any, **options: Any) -> Any:
+        for reader in (model, draft_model):
+            _check_ids(reader, prompt.tolist())
+        return original(prompt, _for_inference(model), _for_inference(draft_model), *args, **options)
+
+    return speculative_generate_step
 
 
 def _for_inference(model: Any) -> Any:

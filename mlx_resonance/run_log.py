@@ -22,7 +22,8 @@ class RunLog:
     """Results as JSON lines, one whole line at a time: a killed run resumes from them, a later one adds to them.
 
     The first line is the header: `{kind: 1, …}` with information for the reader and the settings that all results
-    share. Each further line is a result. An unfinished last line, left by a killed run, is dropped.
+    share. Each further line is a result. An unfinished last line, left by a killed run, is dropped. A header without a
+    result, left by a run that failed before its first one, binds nobody: another run writes its own.
 
     Args:
         path: the file; it is created, with its folder, if it does not exist.
@@ -63,7 +64,11 @@ class RunLog:
             whole = content[: content.rfind(b"\n") + 1]
             self._refuse_foreign_end(content[len(whole) :], has_header=bool(whole))
             if whole:
-                self._take(whole)
+                found, lines = _parse(path, kind, whole, option)
+                if not lines and any(found.get(name) != value for name, value in self.settings.items()):
+                    whole = b""
+                else:
+                    self._take(whole)
             if len(whole) < len(content):
                 file.truncate(len(whole))
             if not whole:
@@ -123,9 +128,13 @@ class RunLog:
 
         Raises:
             OSError: the disk is full or fails; the file is as before.
+            UsageError: there is no result yet, and another run has written its own header.
         """
         data = b"".join(map(_line, records))
-        with open(self.path, "ab", buffering=0) as file, _locked(file):
+        with open(self.path, "ab+", buffering=0) as file, _locked(file):
+            if not self._records:
+                file.seek(0)
+                self._take(file.read())
             ours_alone = os.fstat(file.fileno()).st_size == self._size
             _write(file, data)
         if ours_alone:  # else what the others wrote is still to be read

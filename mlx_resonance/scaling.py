@@ -69,12 +69,26 @@ def new_rope(
         )
     parameters: dict[str, Any] = {"factor": factor}
     if rope != "dynamic":
-        parameters |= {"original_max_position_embeddings": original}
+        parameters |= {ORIGINAL: original}
     if rope == "yarn":  # the betas of the paper's language models, written out: other runtimes have other defaults
-        parameters |= {"beta_fast": 32, "beta_slow": 1}
+        own = _kept(source, factor) if source.base_type == rope else {}
+        parameters = {"beta_fast": 32, "beta_slow": 1} | own | parameters
     # The dynamic formula counts from max_position_embeddings, which therefore stays the length before scaling.
     length = original if rope == "dynamic" else int(original * factor)
     return with_scaling(source, prefix + rope, parameters, length)
+
+
+def _kept(source: RopeConfig, factor: float) -> dict[str, Any]:
+    """The keys of a YaRN checkpoint that it has with another factor, too: it was trained with them.
+
+    An attention factor that is only what the old factor gives, written out, is not kept: the new one gives another.
+    """
+    kept = dict(source.parameters)
+    if factor != kept["factor"] and (written := kept.pop("attention_factor", None)) is not None:
+        given = replace(source, parameters=kept).frequencies().attention_scale
+        if not math.isclose(written, given, rel_tol=1e-6):
+            kept["attention_factor"] = written
+    return kept
 
 
 def named_rope(source: RopeConfig, name: str, factor: float | None, original: int | None = None) -> RopeConfig:
@@ -131,7 +145,8 @@ def rescale(source: RopeConfig, factor: float) -> RopeConfig:
             option="factor",
         )
     plain = with_scaling(source, "default", {}, source.trained_length)
-    return new_rope(plain, source.base_type, factor, None, source.is_resonant)
+    kept = source if source.base_type == "yarn" else plain
+    return new_rope(kept, source.base_type, factor, None, source.is_resonant)
 
 
 def factor_for(source: RopeConfig, tokens: int) -> int | None:

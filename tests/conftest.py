@@ -120,8 +120,9 @@ def installed() -> Iterator[None]:
 
     install()
     yield
-    step = sys.modules["mlx_lm.generate"].generate_step
-    ours = (mlx_lm.utils.load_model, mlx_lm.utils.load_tokenizer, rope_utils.initialize_rope, step)
+    steps = sys.modules["mlx_lm.generate"]
+    ours = (mlx_lm.utils.load_model, mlx_lm.utils.load_tokenizer, rope_utils.initialize_rope, steps.generate_step)
+    ours = (*ours, steps.speculative_generate_step)
     mlx_lm_models._replace({function: function.of_mlx_lm for function in ours})
 
 

@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from mlx_resonance.generation.stream import Response
@@ -130,7 +129,7 @@ class Scripted:
 
     def __init__(self, tokenizer: Any, texts: Sequence[Any], steps: threading.Semaphore | None = None) -> None:
         self.tokenizer, self.texts, self.steps = tokenizer, iter(texts), steps
-        self.model = SimpleNamespace(args=SimpleNamespace(vocab_size=2048))
+        self.vocabulary = 2048
         self.context, self.prompts, self.written, self.closed = 512, list[list[int]](), 0, threading.Event()
         self.lengths: list[int | None] = []
 

@@ -160,8 +160,8 @@ def test_lines_are_wrapped_at_words(checkpoint: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(engine, "stderr", console)
     monkeypatch.setattr(errors, "stderr", console)
     options: dict[str, Any] = {"kv_bits": None, "prefill_step_size": 512, "memory": None, "force": False}
-    kept: dict[str, Any] = {"prompt_cache": None, "prompt_cache_size": 10, "no_prompt_cache": True}
-    engine.open_engine(Checkpoint.open(checkpoint), context=256, **options, **kept)
+    kept: dict[str, Any] = {"prompt_cache": None, "prompt_cache_size": None, "no_prompt_cache": True}
+    engine.plan_engine(Checkpoint.open(checkpoint), context=256, **options, **kept)
     changing: Any = SimpleNamespace(rope=SimpleNamespace(depends_on_length=True, rope_type="dynamic"))
     assert engine.open_cache(changing, None, None, 10) is None
     warnings = errors._Warnings(SimpleNamespace(params=[]))

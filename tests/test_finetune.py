@@ -175,6 +175,7 @@ def test_a_stopped_run_resumes(
         (("--data", "empty.jsonl"), "empty.jsonl is empty"),
         (("--data", "wrong.jsonl"), "wrong.jsonl, line 2 has no 'text' that is a "),
         (("--data", "broken.jsonl"), "broken.jsonl, line 1 is not JSON"),
+        (("--data", "chats.json"), "chats.json: the suffix must be one of .txt, .md, .tex, .py, .jsonl"),
         (("--data", "short.txt"), "short.txt has 4 tokens, a sequence needs 64: give another --data or --length"),
         (("--data", "nothing"), "nothing: no such folder or file (--data)"),
         (("--length", 4096), "length 4096 exceeds the context of 2048 tokens"),
@@ -207,9 +208,31 @@ def test_a_mistake_gets_one_line(
     Path("wrong.jsonl").write_text('{"text": "a"}\n{"txt": "b"}\n')
     Path("broken.jsonl").write_text("{\n")
     Path("short.txt").write_text("import os")
+    Path("chats.json").write_text('[{"messages": [{"role": "user", "content": "A"}]}]')
     code, _, stderr = run(*arguments(texts, Path("out"), *SHORT, *change))
     assert code == 2 and stderr.count("\n") == 1 and message in stderr, stderr
     assert not Path("out").exists() and not Path("out.partial").exists()
+
+
+def test_a_weight_beyond_float16_is_refused_before_training(
+    run: Any, checkpoint: Path, texts: Path, tmp_path: Path
+) -> None:
+    """As by convert; with another type the same folder is used."""
+    model = shutil.copytree(checkpoint, tmp_path / "model")
+    weights = mx.load(str(model / "model.safetensors"))
+    name = "model.layers.1.mlp.down_proj.weight"
+    weights[name][0, 0] = 70000.0
+    mx.save_safetensors(str(model / "model.safetensors"), weights, {"format": "mlx"})
+    for kind in ((), ("--fine-tune-type", "lora")):
+        out = tmp_path / f"out{len(kind)}"
+        code, _, stderr = run(*arguments(texts, out, *SHORT, *kind, "--dtype", "float16", model=model))
+        last = stderr.splitlines()[-1]
+        assert (
+            code == 2 and f"{name} has a value of 70000, beyond the range of float16" in last and "step" not in stderr
+        )
+        assert last.endswith("give --dtype float32 or --dtype bfloat16") and not out.exists()
+    code, _, stderr = run(*arguments(texts, out, *SHORT, *kind, "--dtype", "bfloat16", model=model))
+    assert code == 0, stderr
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "granite", "smollm3"])

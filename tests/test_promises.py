@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import Checkpoint, generation, stream_generate
-from mlx_resonance.cli.engine import open_engine
+from mlx_resonance.cli.engine import plan_engine
 from mlx_resonance.errors import UsageError
 from mlx_resonance.generation import PromptCache, cache_key, prompt_tokens, require_memory
 from mlx_resonance.generation.kv_format import KVFormat
@@ -114,12 +114,12 @@ class Server(Way):
             _, _, err = self.run("server", "-m", self.folder, "--port", 0, *self.flags(**options))
             return Said(error=err.splitlines()[-1])
         defaults: dict[str, Any] = {"context": None, "kv_bits": None, "prefill_step_size": 2048, "memory": None}
-        defaults |= {"force": False, "prompt_cache": None, "prompt_cache_size": 10**10}
+        defaults |= {"force": False, "prompt_cache": None, "prompt_cache_size": None}
         opened = defaults | options | {"no_prompt_cache": "prompt_cache" not in options}
         opened["kv_bits"] = KVFormat.of(opened["kv_bits"], opened.pop("kv_rotate", False))
         factor, extend = opened.pop("factor", self.factor), opened.pop("extend", None)
         checkpoint = Checkpoint.open(self.folder, factor=factor, extend=extend)
-        with serving(lambda: open_engine(checkpoint, **opened)) as served:
+        with serving(lambda: plan_engine(checkpoint, **opened).load()) as served:
             asked = {"messages": [{"role": "user", "content": text}], "max_tokens": NEW, "temperature": 0}
             status, answer = served.ask(CHAT, asked)
         if status != 200:

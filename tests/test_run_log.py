@@ -54,6 +54,28 @@ def test_an_unfinished_header_is_written_again(tmp_path: Path) -> None:
         assert path.read_bytes() == whole
 
 
+def test_a_header_without_results_is_replaced_by_other_settings(tmp_path: Path) -> None:
+    path, other = tmp_path / "results.jsonl", {"settings": {"length": 65}}
+    first = open_log(path, about={"model": "one"})
+    before = path.read_bytes()
+    open_log(path, about={"model": "two"})
+    assert path.read_bytes() == before  # these are its settings
+    second = open_log(path, other)
+    assert read_run_log(path, "passkey") == ({"passkey": 1, **other}, [])
+    with pytest.raises(UsageError, match="length is 65 there and 64 here"):
+        first.append({"n": 1})
+    second.append({"n": 2})
+    assert open_log(path, other).records == [{"n": 2}]
+    with pytest.raises(UsageError, match="length is 65 there and 64 here"):
+        open_log(path)
+    with pytest.raises(UsageError, match="is not a run log of leval results"):
+        RunLog(path, "leval", {}, key=("n",))
+    path.write_bytes(before)
+    with pytest.raises(UsageError, match="is not a run log of leval results"):
+        RunLog(path, "leval", {}, key=("n",))
+    assert path.read_bytes() == before
+
+
 def test_other_settings_are_refused_with_both_values(tmp_path: Path) -> None:
     path = tmp_path / "results.jsonl"
     open_log(path).append({"n": 1})

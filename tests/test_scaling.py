@@ -10,6 +10,8 @@ from typing import Any
 from mlx_resonance import Checkpoint, RopeConfig, load, scaling
 from mlx_resonance.convert import convert
 from mlx_resonance.errors import UsageError
+from mlx_resonance.finetuning.recipes import rope_for
+from mlx_resonance.frequencies import yarn_attention_scale
 from mlx_resonance.inspection import inspect_rope
 from mlx_resonance.scaling import SCALINGS, check_context, factor_for, named_rope, new_rope, rescale
 from mlx_resonance.validation import attention_window
@@ -41,6 +43,34 @@ def test_scaling_again_equals_scaling_once(name: str, resonance: bool) -> None:
     assert named_rope(read, "default", None) == PLAIN
     inspected = inspect_rope(read)
     assert (inspected.train_length, inspected.test_length) == (512, 4096)
+
+
+YARN = {
+    "rope_type": "yarn", "factor": 4, "original_max_position_embeddings": 1024, "beta_fast": 16, "truncate": False,
+    "extrapolation_factor": 0.5,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["yarn", "resonance_yarn"])
+@pytest.mark.parametrize("scale", [None, 1.0, 0.9, yarn_attention_scale(4), float(np.float32(yarn_attention_scale(4)))])
+def test_another_factor_keeps_what_a_yarn_checkpoint_was_trained_with(name: str, scale: float | None) -> None:
+    """By --factor of every command, and by the scaling of convert, finetune and eval perplexity."""
+    given = YARN | {"rope_type": name} | ({} if scale is None else {"attention_factor": scale})
+    rope = {"head_dim": 64, "max_position_embeddings": 4096, "rope_theta": 10000.0, "rope_scaling": given}
+    source = RopeConfig.from_hf(rope)
+    for factor in (4, 8):
+        asked = RopeConfig.from_hf(
+            rope | {"max_position_embeddings": 1024 * factor, "rope_scaling": given | {"factor": factor}}
+        )
+        wanted = asked.frequencies().wavelengths
+        for found in (
+            rescale(source, factor), new_rope(source, "yarn", factor, None, source.is_resonant),
+            named_rope(source, name, factor), rope_for(source, name, factor, None),
+        ):  # fmt: skip
+            assert np.array_equal(found.frequencies().wavelengths, wanted)
+            assert found.context_length == 1024 * factor
+            own = scale if scale in (1.0, 0.9) else yarn_attention_scale(factor)
+            assert found.frequencies().attention_scale == pytest.approx(own, abs=1e-7)
 
 
 def test_the_original_context_changes_no_angle() -> None:

@@ -253,6 +253,10 @@ def test_mlx_lm_refuses_such_ids_after_install(stdlib_llama: Path, ids: list[int
         mlx_lm.generate(model, tokenizer, ids, max_tokens=2)
     with pytest.raises(UsageError, match=f"there is no token id {bad}"):
         mlx_lm.batch_generate(model, tokenizer, [[5, 6], ids], max_tokens=2)
+    with pytest.raises(UsageError, match=f"there is no token id {bad}"):
+        mlx_lm.generate(model, tokenizer, ids, max_tokens=2, draft_model=model)
+    with_draft = mlx_lm.generate(model, tokenizer, [5, 6], max_tokens=2, draft_model=model)
+    assert with_draft == mlx_lm.generate(model, tokenizer, [5, 6], max_tokens=2)
     assert mlx_lm.generate(model, tokenizer, [5, 6], max_tokens=2)
 
 

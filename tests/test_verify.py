@@ -221,6 +221,13 @@ def test_the_command(run: Any, random_llama: Path, converted: Path, tmp_path: Pa
     assert stderr.count("problem: ") == 2 and "verified" not in stderr
 
 
+@pytest.mark.parametrize("option", ["revision", "file"])
+def test_an_option_of_a_source_needs_the_source(run: Any, converted: Path, option: str) -> None:
+    code, out, err = run("verify", converted, f"--{option}", "main")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert f"{option} = main is of a source, which is not given" in err and "give --source" in err
+
+
 def test_a_failed_verification_is_1_and_leaves_no_result(
     run: Any, random_llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

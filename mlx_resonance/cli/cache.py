@@ -16,6 +16,7 @@ from ..sizes import format_size
 from ..storage import check_output_folder
 from .errors import Command
 from .options import (
+    LARGEST_CACHE,
     CacheFolder,
     CacheSize,
     Extend,
@@ -58,7 +59,7 @@ def add(
     memory: Memory = None,
     force: Force = False,
     prompt_cache: CacheFolder = None,
-    prompt_cache_size: CacheSize = "10GB",  # type: ignore[assignment]
+    prompt_cache_size: CacheSize = None,
     json: Json = False,
 ) -> None:
     """Read documents beforehand: questions about them then start at once. A run that was killed resumes."""
@@ -71,6 +72,7 @@ def add(
     from ..scaling import check_context
 
     folder, kv_bits = prompt_cache or default_folder(), kv_format(kv_bits, kv_rotate)
+    most = prompt_cache_size or LARGEST_CACHE
     check_output_folder(folder, "prompt_cache")
     texts = [read_text(path) for path in files]
     checkpoint = Checkpoint.open(model, factor=factor, extend=extend)
@@ -81,17 +83,16 @@ def add(
     checkpoint = checkpoint.extended(extend, longest)
     check_context(checkpoint.rope, longest, f"{max(lengths):,} tokens and room for a question of {room:,}")
     identities = [cache_identity(checkpoint, kv_bits, length) for length in lengths]
-    if (size := sum(lengths) * kv_per_token(checkpoint.dimensions, kv_bits)) > prompt_cache_size:
+    if (size := sum(lengths) * kv_per_token(checkpoint.dimensions, kv_bits)) > most:
         raise UsageError(
-            f"{sum(lengths):,} tokens take {format_size(size)}, the limit is {format_size(prompt_cache_size)}",
+            f"{sum(lengths):,} tokens take {format_size(size)}, the limit is {format_size(most)}",
             remedies=[{"prompt_cache_size": None}],
         )
-    if not force:
-        options: dict[str, Any] = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size}
-        require_memory(checkpoint, longest, **options)
+    options: dict[str, Any] = {"kv_bits": kv_bits, "memory": memory, "prefill_step_size": prefill_step_size}
+    require_memory(checkpoint, longest, force, **options)
     results, loaded = [], None
     for path, tokens, identity in zip(files, documents, identities, strict=True):
-        kept, new = PromptCache(folder, max_bytes=prompt_cache_size, **identity), 0
+        kept, new = PromptCache(folder, max_bytes=most, **identity), 0
         if kept.known([*tokens, 0]) < len(tokens):
             loaded = checkpoint.load() if loaded is None else loaded
             with progress_bar() as bar:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from contextlib import redirect_stdout
 from signal import SIGHUP, SIGTERM
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, cast
 
 from typer import Context as Invocation
 from typer import Option
@@ -33,6 +33,9 @@ from .options import (
 from .processes import processes, together
 from .prompts import STDIN, read_text
 from .signals import ended_by
+
+if TYPE_CHECKING:
+    from ..generation import Engine
 
 
 @together
@@ -65,7 +68,7 @@ def command(
     memory: Memory = None,
     force: Force = False,
     prompt_cache: shared.CacheFolder = None,
-    prompt_cache_size: shared.CacheSize = "10GB",  # type: ignore[assignment]
+    prompt_cache_size: shared.CacheSize = None,
     no_prompt_cache: shared.NoCache = False,
     prompt_lookup: shared.PromptLookup = "auto",
     draft_model: shared.DraftModel = None,
@@ -86,7 +89,7 @@ def command(
     from ..generation.conversation import Conversation
     from ..generation.sampling import sampling_for
     from .dialogue import Dialogue
-    from .engine import open_engine
+    from .engine import plan_engine
 
     checkpoint = Checkpoint.open(model, factor=factor).extended(extend, context)
     given = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p, "seed": seed}
@@ -95,9 +98,11 @@ def command(
     kept["kv_bits"] = shared.kv_format(kv_bits, kv_rotate)
     kept |= {"no_prompt_cache": no_prompt_cache, "memory": memory, "force": force}
     kept |= {"prompt_lookup": prompt_lookup, "draft_model": draft_model}
-    engine = open_engine(checkpoint, context=context, prefill_step_size=prefill_step_size, **kept)
+    planned = plan_engine(checkpoint, context=context, prefill_step_size=prefill_step_size, **kept)
     how: dict[str, Any] = {"overflow": overflow, "max_tokens": max_tokens, "sampling": sampling, "stop": stop or ()}
-    conversation = Conversation(engine, system_prompt=system_prompt, **how)
+    conversation = Conversation(cast("Engine", planned), system_prompt=system_prompt, **how)
+    conversation.check(*texts)  # like the other options: before the weights are read
+    conversation.engine = planned.load()
     out = sys.stdout
     with redirect_stdout(sys.stderr), ended_by(SIGTERM, SIGHUP):  # mlx-lm prints warnings
         chat = Dialogue(conversation, out, invocation.command, defaults)

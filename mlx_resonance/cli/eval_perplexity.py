@@ -100,9 +100,9 @@ def command(
     options = Options(batch_size, prefill_step_size, kv_format(kv_bits, kv_rotate))
     check_files(data)
     chosen = {"field": field, "documents": documents, "min_tokens": min_tokens}
-    limits = (None if force else options, beyond, memory)
+    limits = (options, beyond, memory, force)
     subjects = [_subject(name, data, chosen, protocol, rope, factor, extend, *limits) for name in dict.fromkeys(model)]
-    picks = None if evaluator is None else _subject(evaluator, data, chosen, protocol, None, None, None, *limits)
+    picks = None if evaluator is None else _subject(evaluator, data, chosen, protocol, None, None, None, *limits, True)
     with progress_bar() as bar:
         task = bar.add_task("perplexity", total=None)
         rows = run_perplexity(
@@ -129,12 +129,14 @@ def command(
 
 def _subject(
     name: str, paths: list[Path], chosen: dict[str, Any], protocol: Protocol, ropes: Sequence[str] | None,
-    factor: float | None, extend: str | None, options: Options | None, beyond: bool, memory: int | None,
+    factor: float | None, extend: str | None, options: Options, beyond: bool, memory: int | None, force: bool,
+    evaluator: bool = False,
 ) -> Subject:  # fmt: skip
     """A checkpoint, its rope settings and its documents: all is checked, and no weight is read.
 
     Args:
-        options: how much is read at once; None to accept what does not fit into memory.
+        options: how much is read at once.
+        evaluator: whether it picks the tokens of LongPPL, as it is: options for the others do not change it.
     """
     from ..checkpoint import Checkpoint
     from ..evaluation.perplexity import Subject, check_contexts, select_documents
@@ -144,11 +146,11 @@ def _subject(
     checkpoint = Checkpoint.open(name, factor=None if ropes is not None else factor)
     own = checkpoint.rope
     settings = [own] if ropes is None else [named_rope(own, rope, factor) for rope in ropes]
-    settings = [checkpoint.with_rope(rope).extended(extend, max(protocol.contexts)).rope for rope in settings]
-    for rope in () if beyond else settings:
-        check_contexts(name, rope, protocol.contexts)
-    if options is not None:
-        options.require_memory(checkpoint, max(protocol.contexts), memory)
+    longest = max(protocol.contexts)
+    variants = [checkpoint.with_rope(rope).extended(extend, longest) for rope in settings]
+    for variant in () if beyond else variants:
+        check_contexts(name, variant.rope, protocol.contexts, evaluator)
+    options.require_memory(variants[0], longest, memory, force)  # the others take as much
     tokenizer = checkpoint.tokenizer
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     minimum = max(chosen["min_tokens"], protocol.shortest(len(start)))
@@ -157,10 +159,10 @@ def _subject(
     if skipped:
         counts = f"{len(documents)} documents of at least {minimum} tokens, {skipped} shorter ones left out"
         stderr.print(f"{name}: {counts}", soft_wrap=True)
-    longest = max(len(document.tokens) for document in documents) + len(start)
-    if longest < max(protocol.contexts):
-        stderr.print(f"{name}: no document fills a window of more than {longest} tokens", soft_wrap=True)
-    return Subject(checkpoint, settings, start, documents)
+    most = max(len(document.tokens) for document in documents) + len(start)
+    if most < longest:
+        stderr.print(f"{name}: no document fills a window of more than {most} tokens", soft_wrap=True)
+    return Subject(checkpoint, [variant.rope for variant in variants], start, documents)
 
 
 def _curves(rows: list[dict[str, Any]], models: int) -> dict[str, list[float]]:

@@ -11,7 +11,9 @@ from ..errors import UsageError
 from ..storage import check_output_folder
 from .options import (
     LARGEST,
+    LARGEST_CACHE,
     CacheFolder,
+    CacheSize,
     DraftModel,
     Extend,
     Factor,
@@ -35,7 +37,6 @@ from .options import (
     file,
     kv_format,
     path,
-    size,
 )  # fmt: skip
 from .output import check_outputs, count_bar, print_json, progress_bar, stderr
 from .processes import Processes, processes, together
@@ -45,8 +46,6 @@ if TYPE_CHECKING:
     from ..checkpoint import Checkpoint
     from ..generation import Engine, PromptCache, Sampling
     from ..generation.batch import Request
-
-LARGEST_CACHE = 10**10  # bytes, unless another size is given
 
 
 @together
@@ -73,7 +72,7 @@ def command(
     draft_model: DraftModel = None,
     prefill_step_size: PrefillStep = 2048,
     prompt_cache: CacheFolder = None,
-    prompt_cache_size: Annotated[int | None, Option(**size, help="Maximum size of DIR. Default: 10GB.")] = None,
+    prompt_cache_size: CacheSize = None,
     memory: Memory = None,
     force: Force = False,
     prompts_file: Annotated[
@@ -130,10 +129,9 @@ def command(
     longest = max((len(request.tokens) for request in requests), default=len(tokens))
     checkpoint = checkpoint.extended(extend, longest + max_tokens)
     check_length(checkpoint.rope, longest, max_tokens)
-    if not force:
-        parts: dict[str, Any] = {"processes": group.size, "sequences": sequences([r.tokens for r in requests], batch)}
-        parts |= {"memory": memory, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits, "draft": draft}
-        require_memory(checkpoint, longest + max_tokens, **parts)
+    parts: dict[str, Any] = {"processes": group.size, "sequences": sequences([r.tokens for r in requests], batch)}
+    parts |= {"memory": memory, "prefill_step_size": prefill_step_size, "kv_bits": kv_bits, "draft": draft}
+    require_memory(checkpoint, longest + max_tokens, force, **parts)
     kept = None
     if prompt_cache is not None:
         size_of_it = prompt_cache_size or LARGEST_CACHE

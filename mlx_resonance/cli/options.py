@@ -180,8 +180,9 @@ Files = Annotated[
     Option("-f", "--prompt-file", **text_file, help="Text before the prompt; - for standard input; may be repeated."),
 ]
 SystemPrompt = Annotated[str | None, Option(metavar="TEXT", help="System message for the chat template.")]
+LARGEST_CACHE = 10**10  # bytes on disk, unless another size is given
 CacheFolder = Annotated[Path | None, Option(**path, metavar="DIR", help="Folder of the on-disk KV cache of prompts.")]
-CacheSize = Annotated[int, Option(**size, help="Maximum size of the on-disk KV cache.")]
+CacheSize = Annotated[int | None, Option(**size, help="Maximum size of the on-disk KV cache. Default: 10GB.")]
 NoCache = Annotated[bool, Option("--no-prompt-cache", help="Keep no KV cache on disk.")]
 MaxTokens = Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of tokens to generate.")]
 PrefillStep = Annotated[int, Option(min=1, max=LARGEST, help="Maximum number of prompt tokens in one pass.")]

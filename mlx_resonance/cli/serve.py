@@ -20,7 +20,7 @@ from typer import Option
 from ..errors import UsageError
 from ..release import install_hint
 from ..storage import check_output_folder
-from .engine import open_engine
+from .engine import plan_engine
 from .options import (
     LARGEST,
     CacheFolder,
@@ -81,7 +81,7 @@ def command(
     memory: Memory = None,
     force: Force = False,
     prompt_cache: CacheFolder = None,
-    prompt_cache_size: CacheSize = "10GB",  # type: ignore[assignment]
+    prompt_cache_size: CacheSize = None,
     no_prompt_cache: NoCache = False,
     prompt_lookup: PromptLookup = "auto",
     draft_model: DraftModel = None,
@@ -106,7 +106,7 @@ def command(
         checkpoint = Checkpoint.open(model, factor=factor).extended(extend, context)
         given = {"temp": temp, "top_p": top_p, "top_k": top_k, "min_p": min_p}
         sampling, defaults = sampling_for(checkpoint, **given, repetition_penalty=repetition_penalty)
-        engine = open_engine(
+        engine = plan_engine(
             checkpoint,
             context=context,
             kv_bits=kv_bits,
@@ -118,7 +118,7 @@ def command(
             no_prompt_cache=no_prompt_cache,
             prompt_lookup=prompt_lookup,
             draft_model=draft_model,
-        )
+        ).load()
         if defaults:
             values = ", ".join(f"{name} {value}" for name, value in defaults.items())
             stderr.print(f"sampling by default, from generation_config.json: {values}", soft_wrap=True)

@@ -43,8 +43,7 @@ def choose_context(
     most = max(DEFAULT, longest + FRAME if longest else 0)
     tokens = context if context is not None else min(most, own or most)
     check_context(checkpoint.rope, tokens)
-    if not force:
-        require_memory(checkpoint, tokens, kv_bits=kv_bits, memory=memory)
+    require_memory(checkpoint, tokens, force, kv_bits=kv_bits, memory=memory)
     return tokens
 
 

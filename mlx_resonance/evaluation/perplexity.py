@@ -31,7 +31,7 @@ from numpy.typing import NDArray
 
 from ..attention import set_rope
 from ..checkpoint import Checkpoint
-from ..errors import ANOTHER, UsageError, check_option
+from ..errors import ANOTHER, Remedy, UsageError, check_option
 from ..generation.kv_format import KVFormat
 from ..rope_config import RopeConfig
 from ..run_log import Record, RunLog
@@ -62,14 +62,19 @@ class Subject:
     documents: Sequence[Document]
 
 
-def check_contexts(name: str, rope: RopeConfig, contexts: Sequence[int]) -> None:
-    """Raise UsageError where a context exceeds that of the rope settings, with what would cover it."""
+def check_contexts(name: str, rope: RopeConfig, contexts: Sequence[int], evaluator: bool = False) -> None:
+    """Raise UsageError where a context exceeds that of the rope settings, with what would cover it.
+
+    An `evaluator` is measured as it is, so that another one has to be chosen.
+    """
     longest = max(contexts)
     try:
         check_context(rope, longest, f"{name}, {rope.rope_type}: {longest} tokens")
     except UsageError as error:
-        ways = error.remedies
-        if rope.base_type == "default":  # which has no factor of its own
+        ways: Sequence[Remedy] = error.remedies
+        if evaluator:
+            ways = ({"evaluator": ANOTHER},)
+        elif rope.base_type == "default":  # which has no factor of its own
             ways = ({"rope": "resonance_yarn", "factor": factor_for(rope, longest)}, {"extend": "dynamic"})
         raise UsageError(error.message, remedies=[*ways, {"beyond": True}]) from None
 

@@ -91,12 +91,12 @@ class Options:
         """Number of windows of a context that are read together."""
         return self.batch_size or max(1, self.step // context)
 
-    def require_memory(self, checkpoint: Checkpoint, context: int, memory: int | None) -> None:
+    def require_memory(self, checkpoint: Checkpoint, context: int, memory: int | None, force: bool) -> None:
         """Raise UsageError where windows of a context do not fit into `memory` bytes; None for the device's limit."""
         windows = self.batch(context)
         parts = min(windows, PREFILL_BATCH)  # the plan counts the work of that many rows, which share a chunk here
         require_memory(
-            checkpoint, context, kv_bits=self.kv_bits, memory=memory, sequences=windows,
+            checkpoint, context, force, kv_bits=self.kv_bits, memory=memory, sequences=windows,
             prefill_step_size=max(1, self.step // parts),
         )  # fmt: skip
 

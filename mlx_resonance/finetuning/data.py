@@ -16,7 +16,7 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from numpy.typing import NDArray
 
 from ..errors import ANOTHER, MissingFileError, UsageError
-from ..evaluation.texts import LINES, read_documents
+from ..evaluation.texts import LINES, check_files, read_documents
 from ..files import user_path
 from ..run_log import check_field, json_lines
 from ..storage import check_input
@@ -45,10 +45,11 @@ def data_files(path: str | Path) -> tuple[list[Path], list[Path]]:
 
     Raises:
         MissingFileError: there is no such path, or no such file in the folder.
-        UsageError: it is empty, or a pipe, a device or a socket.
+        UsageError: it is a pipe, a device or a socket, or a file is not one for `check_files`.
     """
     path = user_path(path)
     if path.is_file():
+        check_files([path])
         return [path], []
     if not path.is_dir():
         check_input(path, "data")
@@ -56,7 +57,9 @@ def data_files(path: str | Path) -> tuple[list[Path], list[Path]]:
     files = [path / TRAIN] if (path / TRAIN).is_file() else sorted(path.glob("*.txt"))
     if not files:
         raise MissingFileError(f"{path} has neither {TRAIN} nor *.txt", option="data")
-    return files, [path / VALID] if (path / VALID).is_file() else []
+    held_out = [path / VALID] if (path / VALID).is_file() else []
+    check_files([*files, *held_out])
+    return files, held_out
 
 
 def rows_of(path: Path) -> list[str] | list[Chat]:

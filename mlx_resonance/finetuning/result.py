@@ -14,6 +14,7 @@ from mlx.utils import tree_flatten
 
 from .._mlx_lm import make_shards
 from ..checkpoint import Checkpoint
+from ..errors import UsageError
 from ..files import INDEX
 from ..storage import disk_errors
 from ..tokenizer import copy_tokenizer
@@ -21,6 +22,22 @@ from .recipes import LORA, Recipe
 
 ADAPTERS = "adapters"
 TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}  # safetensors' names
+
+
+def check_range(model: nn.Module, dtype: str | None) -> None:
+    """Refuse a result in float16 where the source has weights beyond it, before anything is trained.
+
+    Raises:
+        UsageError: the first such tensor, with the types that hold it.
+    """
+    weights = _fused(model, mx.float32) if dtype == "float16" else {}
+    for name in list(weights):
+        largest = mx.max(mx.abs(weights.pop(name))).item()
+        if largest > mx.finfo(mx.float16).max:
+            raise UsageError(
+                f"{name} has a value of {largest:.6g}, beyond the range of float16",
+                remedies=[{"dtype": "float32"}, {"dtype": "bfloat16"}],
+            )
 
 
 def write_result(

@@ -27,7 +27,7 @@ from .chunks import activation_checkpointing, next_token_loss
 from .data import Batches, data_files, packed, token_ids, token_weights
 from .memory import require_training_memory
 from .recipes import Recipe, choose
-from .result import write_result
+from .result import check_range, write_result
 
 KIND, RECORD = "finetune", "finetune.jsonl"  # of the run log: a line for each step
 CHECKPOINT, RESULT = "checkpoint.safetensors", "result"
@@ -107,6 +107,7 @@ def finetune(
     with atomic_folder(target, RESULT) as partial:
         log = open_log(partial, settings, source.name)
         trained = source.load(lazy=True)
+        check_range(trained, dtype)
         dtype = dtype or str(trained.model.norm.weight.dtype).removeprefix("mlx.core.")
         prepare(trained, recipe)
         expect(trained, context or 0)  # angles that change with the length are those of the whole context

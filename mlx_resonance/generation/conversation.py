@@ -88,7 +88,7 @@ class Conversation:
         check_option("max_tokens", max_tokens is None or max_tokens >= 1, "at least 1", max_tokens)
         self.engine, self.overflow, self.max_tokens = engine, overflow, max_tokens
         self.sampling, self.stop = sampling or Sampling(), StopStrings(stop).stop
-        self.sampling.check(engine.model.args.vocab_size)
+        self.sampling.check(engine.vocabulary)
         self.system_prompt: str | None = None
         self.turns: list[Turn] = []
         self.files: list[str] = []  # for the next question
@@ -112,6 +112,10 @@ class Conversation:
         self.system_prompt = text
         self._drop(dropped)
         return dropped
+
+    def check(self, *texts: str) -> None:
+        """Raise as `put` does where the texts of files do not fit. Nothing is read."""
+        self._fit(self.system_prompt, [*self.files, *texts], None)
 
     def put(self, *texts: str, progress: Progress | None = None) -> int:
         """Put the texts of files before the next question, and read them. After any exception there is no trace of it.
@@ -208,10 +212,9 @@ class Conversation:
         return max(1, min(ANSWER, limit // 8, self.max_tokens or ANSWER))
 
     def _full(self, tokens: int, room: int, limit: int, remedies: list[Remedy]) -> ContextFullError:
-        rope = self.engine.model.args.rope
-        if limit == rope.context_length:
+        if limit == self.engine.rope.context_length:
             try:
-                check_context(rope, tokens + room)
+                check_context(self.engine.rope, tokens + room)
             except UsageError as error:
                 remedies = [*remedies, *error.remedies]
         message = f"{tokens:,} tokens of conversation and {room:,} for an answer exceed the context of {limit:,}"

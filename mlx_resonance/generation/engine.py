@@ -14,6 +14,7 @@ from .._mlx_lm import generation_stream
 from ..checkpoint import Checkpoint
 from ..errors import UsageError, check_option
 from ..rope import expect
+from ..rope_config import RopeConfig
 from ..rope_types import LONGEST
 from ..scaling import check_context
 from ..tokenizer import check_ids
@@ -78,10 +79,22 @@ class Engine:
         self.draft = draft_for(model, tokenizer, draft_model)
         self.prompt_lookup: PromptLookup = "off" if agree is not None and prompt_lookup == "auto" else prompt_lookup
         self.pace = Pace(len(model.layers), prefill_step_size, agree=agree)
-        self.context = context if context is not None else model.args.rope.context_length
+        self.context = context if context is not None else self.rope.context_length
         self.tokens: list[int] = []  # whose keys and values the caches hold
         self.cache: list[Any] = make_cache(model, GROWTH, self.kv_format)
         self._prompt = 0  # length of the last prompt: it decides angles that change with the length
+
+    @property
+    def rope(self) -> RopeConfig:
+        """The model's rope settings."""
+        found: RopeConfig = self.model.args.rope
+        return found
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids that the model has."""
+        found: int = self.model.args.vocab_size
+        return found
 
     def stream(
         self,
@@ -107,7 +120,7 @@ class Engine:
             UsageError: an argument is out of range, or prompt and answer exceed the context.
         """
         prompt, sampling = list(tokens), sampling or Sampling()
-        sampling.check(self.model.args.vocab_size)
+        sampling.check(self.vocabulary)
         stops = StopStrings(stop)
         new = self.check(prompt, max_tokens)
         processors = [*sampling.processors(), *logits_processors]
@@ -125,7 +138,7 @@ class Engine:
         if not tokens:
             raise UsageError("the prompt is empty", option="prompt")
         check_option("max_tokens", max_tokens is None or max_tokens >= 1, "at least 1", max_tokens)
-        check_ids(self.tokenizer, list(tokens), self.model.args.vocab_size)
+        check_ids(self.tokenizer, list(tokens), self.vocabulary)
         rope, new = self.model.args.rope, max_tokens or 1
         if (limit := self.context) is not None and len(tokens) + new > limit:
             if limit == rope.context_length:
@@ -208,11 +221,11 @@ def plan_context(
     Args:
         checkpoint: an opened one.
         context: tokens asked for; None for the checkpoint's own.
-        force: do not plan.
+        force: the plan may exceed the memory.
         options: `kv_bits`, `kv_rotate`, `memory`, `prefill_step_size`, `draft`, as in `plan_memory`.
 
     Returns:
-        The tokens, None for no limit, and the plan for them; both may be None with `force`.
+        The tokens, None for no limit, and the plan for them; the first may be None with `force`, the second is.
 
     Raises:
         UsageError: the context asked for exceeds the checkpoint's or the memory, or memory holds none at all.
@@ -220,10 +233,10 @@ def plan_context(
     if context is not None:
         check_context(checkpoint.rope, context)
     wanted = context if context is not None else checkpoint.rope.context_length
+    plan = plan_memory(checkpoint, wanted if wanted is not None else LONGEST, **options)
     if force:
         return wanted, None
-    wanted = wanted if wanted is not None else LONGEST
-    plan = plan_memory(checkpoint, wanted, **options)
+    wanted = plan.context
     if context is None and not _safe(plan):
         low, high = 0, wanted
         while low < high:  # the largest context that is safe

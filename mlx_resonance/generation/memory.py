@@ -243,16 +243,19 @@ def usable(memory: int | None = None) -> int:
     return max(0, there - int(max(RESERVE, RESERVE_PART * there)))
 
 
-def require_memory(checkpoint: Checkpoint, context: int, **options: Any) -> None:
+def require_memory(checkpoint: Checkpoint, context: int, force: bool = False, **options: Any) -> None:
     """Refuse a context that does not fit into memory; warn of one that may not.
 
     Args:
         checkpoint, context, options: as in `plan_memory`.
+        force: refuse only what has no plan, such as a KV format that the heads cannot have.
 
     Raises:
         UsageError: it does not fit, as in `complaint`.
     """
     plan = plan_memory(checkpoint, context, **options)
+    if force:
+        return
     error = complaint(checkpoint, plan, **options)
     if error is not None and not plan.fits:
         raise error

@@ -82,7 +82,7 @@ class Service:
         self.check_name(asked.model)
         asked.check()
         engine = self.worker.engine
-        vocabulary = engine.model.args.vocab_size
+        vocabulary = engine.vocabulary
         sampling = self._sampling(asked)
         sampling.check(vocabulary)
         if (alternatives := asked.alternatives()) is not None and alternatives >= vocabulary:
