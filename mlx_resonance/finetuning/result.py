@@ -32,7 +32,7 @@ def check_range(model: nn.Module, dtype: str | None) -> None:
     """
     weights = _fused(model, mx.float32) if dtype == "float16" else {}
     for name in list(weights):
-        largest = mx.max(mx.abs(weights.pop(name))).item()
+        largest: float = mx.max(mx.abs(weights.pop(name))).item()  # type: ignore[assignment]
         if largest > mx.finfo(mx.float16).max:
             raise UsageError(
                 f"{name} has a value of {largest:.6g}, beyond the range of float16",
