@@ -186,7 +186,7 @@ def convert(
 
     settings = {
         "rope": plan.rope.to_hf("4"), "dtype": dtype, "quantization": plan.config.get("quantization"),
-        "query_key_factor": plan.factor, "max_shard_size": shard_bytes, "versions": _versions(),
+        "query_key_factor": plan.factor, "max_shard_size": shard_bytes, "files": plan.digest, "versions": _versions(),
     }  # fmt: skip
     kept = DOWNLOADS if consume_source else None
     with workspace(target, source.identity(), settings, restart, keep=kept) as journal:

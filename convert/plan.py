@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -81,6 +83,12 @@ class Plan:
     sizes: dict[str, int]
     memory: int
 
+    @property
+    def digest(self) -> str:
+        """A hash of which tensor goes into which file: finished files are only those of a run with the same one."""
+        placed = {name: [recipe.name for recipe in recipes] for name, recipes in self.files.items()}
+        return hashlib.sha256(json.dumps(placed).encode()).hexdigest()[:16]
+
 
 def make_plan(
     source: Source,
@@ -116,11 +124,13 @@ def make_plan(
         arguments, config = decide(model, config, *quantize)
     written, factor, scaled = rope, 1.0, set[str]()
     if portable:
+        if config.get("quantization"):
+            raise UsageError("transformers does not read mlx-lm's quantization", option="portable")
         if config.get("rope_traditional"):
             raise UsageError("mlx-lm's longrope does not read rope_traditional of config.json", option="portable")
         written, factor = portable_rope(rope)
         config |= written.to_hf("4")
-        scaled = scaled_by(tensors)
+        scaled = scaled_by(tensors, model.args)
     target = None if dtype is None else getattr(mx, dtype)
     recipes = [Recipe(name, target, factor if name in scaled else 1.0, arguments.get(name)) for name in tensors]
     sizes = {recipe.name: recipe.nbytes(tensors[recipe.name]) for recipe in recipes}

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection
+from dataclasses import replace
+from typing import Any
 
 from mlx_resonance.errors import UsageError
 from mlx_resonance.frequencies import default_frequencies
@@ -12,6 +14,7 @@ from mlx_resonance.rope_config import RopeConfig
 # The last weights before the rotation: the projections, or the norms after them (Qwen 3).
 PROJECTIONS = re.compile(r"\.self_attn\.[qk]_proj\.(weight|bias)$")
 NORMS = re.compile(r"\.self_attn\.[qk]_norm\.weight$")
+LAYER = re.compile(r"\.layers\.(\d+)\.")
 
 
 def portable_rope(rope: RopeConfig) -> tuple[RopeConfig, float]:
@@ -36,7 +39,7 @@ def portable_rope(rope: RopeConfig) -> tuple[RopeConfig, float]:
         raise UsageError(f"the angles of {rope.rope_type} change with the length of a text", option="portable")
     if rope.partial_rotary_factor != 1:
         raise UsageError("mlx-lm does not read partial_rotary_factor of config.json", option="portable")
-    context = rope.context_length
+    context = replace(rope, window=None).context_length  # a window is a key of its own, which the runtimes know
     if context is None:
         raise UsageError("config.json has no context length (max_position_embeddings)", option="portable")
     original = rope.trained_length or context
@@ -56,7 +59,14 @@ def portable_rope(rope: RopeConfig) -> tuple[RopeConfig, float]:
     return portable, frequencies.attention_scale / portable.frequencies().attention_scale
 
 
-def scaled_by(names: Collection[str]) -> set[str]:
-    """The tensors of a model that queries and keys are proportional to."""
+def scaled_by(names: Collection[str], args: Any) -> set[str]:
+    """The tensors that queries and keys of the layers that rotate are proportional to.
+
+    Args:
+        names: of all tensors.
+        args: of the model. SmolLM 3's name layers without rotation, where LongRoPE has no attention scale either.
+    """
     last = NORMS if any(NORMS.search(name) for name in names) else PROJECTIONS
-    return {name for name in names if last.search(name)}
+    rotates = getattr(args, "no_rope_layers", None)  # 0 for those that do not, in spite of its name
+    found = {name: int(layer[1]) for name in names if last.search(name) and (layer := LAYER.search(name))}
+    return {name for name, layer in found.items() if rotates is None or rotates[layer]}

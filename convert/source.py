@@ -266,9 +266,10 @@ def open_source(
     return Source(name, commit, folder, files, rescaled)
 
 
-def mlx_folder(folder: Path, name: str | None = None, commit: str | None = None) -> Source:
-    """A folder of safetensors, such as `convert` writes. Raises as `Source`."""
-    return Source(name or folder.name, commit, folder, [SafetensorsFile(path) for path in weight_files(folder)])
+def mlx_folder(folder: Path, name: str | None = None, commit: str | None = None, rescaled: bool = False) -> Source:
+    """A folder of safetensors, such as `convert` writes. Arguments and errors as of `Source`."""
+    files = [SafetensorsFile(path) for path in weight_files(folder)]
+    return Source(name or folder.name, commit, folder, files, rescaled)
 
 
 def cached_source(name: str, commit: str, file: str | None = None) -> Source | None:
@@ -280,7 +281,7 @@ def cached_source(name: str, commit: str, file: str | None = None) -> Source | N
             return cached_gguf(name, commit, file)
         wanted = [*SMALL_FILES, WEIGHTS]
         folder = snapshot_download(name, revision=commit, local_files_only=True, allow_patterns=wanted)
-        return mlx_folder(Path(folder), name, commit)
+        return mlx_folder(Path(folder), name, commit, rescaled=True)
     except (LocalEntryNotFoundError, FileNotFoundError):
         return None
 

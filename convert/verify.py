@@ -131,14 +131,15 @@ def verify_result(
     _check_files(folder, record, found)
     try:
         result = result or mlx_folder(folder)
-        check_tensors(result.checkpoint)
+        model = check_tensors(result.checkpoint)
         _check_rope(result.checkpoint.rope, record["rope"], found)
         if has_tokenizer(folder):
             result.checkpoint.tokenizer  # noqa: B018
     except (ValueError, FileNotFoundError) as error:  # there is no model to look into
         found.problems.append(" ".join(str(error).split()))
         return found
-    _check_tensors(result, source, record, found, progress)
+    scaled = scaled_by(result.stored, model.args)
+    _check_tensors(result, source, record, found, scaled, progress)
     if source is not None and (problem := source.rope_problem()) is not None:
         found.problems.append(problem)
     try:
@@ -198,15 +199,18 @@ def _check_rope(rope: RopeConfig, table: dict[str, Any], found: Verification) ->
 
 
 def _check_tensors(
-    result: Source, source: Source | None, record: dict[str, Any], found: Verification, progress: Progress | None
-) -> None:
-    """Read every tensor, and compare it with the source's. The names of both are those in the files' headers."""
+    result: Source, source: Source | None, record: dict[str, Any], found: Verification, scaled: Collection[str],
+    progress: Progress | None,
+) -> None:  # fmt: skip
+    """Read every tensor, and compare it with the source's. The names of both are those in the files' headers.
+
+    `scaled`: those that the record's factor of queries and keys is for.
+    """
     settings, names = record["settings"], list(result.stored)
     was_quantized = source is not None and source.checkpoint.config.get("quantization")
     quantized = arguments_of(names, result.checkpoint.config.get("quantization"))
     groups = {name: [name] for name in names} if was_quantized else group_parts(names, quantized)
     made = _fates(source, groups, found) if source is not None else {}
-    scaled = scaled_by(groups)
     dtype = None if settings.get("dtype") is None else getattr(mx, str(settings["dtype"]))
     total, done = sum(info.nbytes for info in result.stored.values()), 0
     for name, parts in groups.items():

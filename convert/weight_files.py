@@ -83,7 +83,8 @@ class HubFile(WeightFile):
         try:
             with hub_errors(repo):
                 header = HfApi().parse_safetensors_file_metadata(repo, name, revision=commit).tensors
-            self.tensors = {key: TensorInfo(info.dtype, tuple(info.shape)) for key, info in header.items()}
+            stored = sorted(header.items(), key=lambda item: item[1].data_offsets)  # as in a file that is there
+            self.tensors = {key: TensorInfo(info.dtype, tuple(info.shape)) for key, info in stored}
             check_types(self.tensors, f"{repo}/{name}")
         except (SafetensorsParsingError, TypeError) as error:
             raise UsageError(f"{repo}/{name} has a damaged header: {error}") from None

@@ -70,11 +70,15 @@ def training_of(folder: Path, rope: RopeConfig) -> Training:
             settings, length = read(path)
             # The record has no sizes; training rotated the same number of features.
             trained = RopeConfig.from_hf({**settings, "head_dim": rope.dims, "partial_rotary_factor": None})
+            length = trained.context_length if length == WHOLE else length
             if length is None or (type(length) is int and 1 <= length <= LONGEST):
                 return Training(trained, length)
         except (OSError, ValueError, LookupError, TypeError, RecursionError):
             continue
     return _plain(rope)
+
+
+WHOLE = "context"  # in place of a trained length: positions skipped through the whole context
 
 
 def _of_conversion(path: Path) -> tuple[Any, Any]:
@@ -85,7 +89,8 @@ def _of_conversion(path: Path) -> tuple[Any, Any]:
 def _of_finetuning(path: Path) -> tuple[Any, Any]:
     with path.open("rb") as file:  # the header of a run log; a line for each step follows
         header = json.loads(file.readline(MAX_RECORD))
-    return header["rope"], header["recipe"]["length"]
+    recipe = header["recipe"]
+    return header["rope"], WHOLE if recipe.get("skip_positions") else recipe["length"]
 
 
 RECORDS: Mapping[str, Callable[[Path], tuple[Any, Any]]] = MappingProxyType(

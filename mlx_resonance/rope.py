@@ -115,6 +115,11 @@ class ResonanceRoPE(nn.Module):
         scale = f"{self.frequencies.attention_scale:.6g}"
         return f"{self.dims}, traditional={self.traditional}, resonant={self.frequencies.is_resonant}, scale={scale}"
 
+    @property
+    def expected_length(self) -> int:
+        """What `expect` was called with last; 0 before."""
+        return self._expected_length
+
     def expect(self, length: int) -> None:
         """From now on, choose frequencies that change with the length for at least `length` tokens.
 

@@ -245,3 +245,32 @@ def test_a_folder_of_the_user_is_not_consumed(run: Any, random_llama: Path, tmp_
     code, _, stderr = run("convert", random_llama, "--mlx-path", tmp_path / "out", "--consume-source")
     assert code == 2 and "is a folder: only what was downloaded is deleted (--consume-source)" in stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_mlx_wrote_are_divided_alike_whether_they_are_consumed(random_llama: Path, tmp_path: Path) -> None:
+    """Their headers name tensors in another order than that of the data: a run may begin in one way, and resume so."""
+    model = convert(random_llama, tmp_path / "model", resonance=False, max_shard_size="0.6MB").path
+    with serve(REPO, model) as hub:
+        for name, flags in (("plain", ()), ("consumed", ("--consume-source",))):
+            done = hub.command(
+                tmp_path / f"{name}-cache", "convert", REPO, "--mlx-path", tmp_path / name / "out", *SMALL, *flags
+            )
+            assert done.returncode == 0, done.stderr
+    assert contents(tmp_path / "plain" / "out") == contents(tmp_path / "consumed" / "out")
+    records = [json.loads((tmp_path / name / "out" / "conversion.json").read_text()) for name in ("plain", "consumed")]
+    assert records[0]["settings"] == records[1]["settings"] and len(records[0]["weights"]) > 2
+
+
+def test_a_dynamic_yarn_on_the_hub_is_verified_without_naming_it(random_llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(random_llama, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config.pop("rope_parameters", None)
+    config |= {"rope_theta": 10000.0, "max_position_embeddings": 512}
+    config["rope_scaling"] = {"type": "dynamic-yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+    (model / "config.json").write_text(json.dumps(config))
+    cache, out = tmp_path / "cache", tmp_path / "out"
+    with serve(REPO, model) as hub:
+        done = hub.command(cache, "convert", REPO, "--mlx-path", out, "--rope", "yarn", "--factor", 8)
+        assert done.returncode == 0, done.stderr
+        done = hub.command(cache, "verify", out, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["source"] == REPO, done.stderr

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -229,3 +230,60 @@ def test_the_sampling_is_checked_against_the_vocabulary(loaded: Any) -> None:
         running.stream([5], 4, sampling=Sampling(temp=1, top_k=2048))
     one, other = (told(running, [5, 6], 8, sampling=Sampling(temp=1, top_k=50, seed=3))[0] for _ in range(2))
     assert one == other
+
+
+@pytest.mark.parametrize("kind", SCALINGS)
+def test_texts_that_share_a_model_keep_their_own_angles(random_llama: Path, copy_of: Any, kind: str) -> None:
+    """Two iterators at once, each begun and continued between the other's tokens; and then the model by itself."""
+    length, scaling = SCALINGS[kind]
+    folder = copy_of(random_llama, rope_scaling=scaling, rope_parameters=None, max_position_embeddings=length)
+    tokens = [5 + i % 1000 for i in range(200)]
+    short, long = tokens[:40], tokens[:100]
+    expected = [alone(load(folder), text, 12) for text in (short, long)]
+    logits = load(folder)[0](mx.array([short]))
+    loaded = load(folder)
+    first = stream_generate(*loaded, short, 12)
+    second = stream_generate(*loaded, long, 12)
+    assert [[response.token for response in answer] for answer in (first, second)] == expected
+    first, found = stream_generate(*loaded, short, 12), [[], []]  # type: ignore[var-annotated]
+    found[0].append(next(first).token)
+    second = stream_generate(*loaded, long, 12)
+    for _ in range(12):
+        for answer, seen in zip((first, second), found, strict=True):
+            seen += [response.token for response in [next(answer, None)] if response is not None]
+    assert found == expected and not [*first, *second]
+    assert mx.array_equal(loaded[0](mx.array([short])), logits)
+    Engine(*loaded).read(long)
+    assert mx.array_equal(loaded[0](mx.array([short])), logits)
+
+
+def test_a_seed_is_that_of_its_own_text(loaded: Any) -> None:
+    tokens = prompt(loaded[1], 30)
+    expected = alone(loaded, tokens, 8, temp=1.0, seed=1)
+    first = stream_generate(*loaded, tokens, 8, temp=1.0, seed=1)
+    stream_generate(*loaded, tokens, 8, temp=1.0, seed=2)
+    assert [response.token for response in first] == expected
+
+
+def test_a_length_that_config_json_leaves_open_is_served_by_every_way(
+    checkpoint: Path, copy_of: Any, run: Any, tmp_path: Path
+) -> None:
+    """With a warning, past max_position_embeddings: the file may state the length before scaling."""
+    folder = copy_of(checkpoint, rope_scaling={"type": "linear", "factor": 4.0}, rope_parameters=None)
+    text = "import os\n" * 200
+    loaded = load(folder)
+    tokens = loaded[1].encode(text)
+    assert 512 < len(tokens) < 2048
+    wanted = loaded[1].decode(alone(loaded, tokens, 6))
+    running = Engine(*loaded)
+    assert loaded[1].decode(told(running, tokens, 6)[0]) == wanted and running.check(tokens) == 2048 - len(tokens)
+    (tmp_path / "prompt.txt").write_text(text)
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"id": "1", "prompt": text}) + "\n")
+    common = ("generate", "-m", folder, "--max-tokens", 6, "--ignore-chat-template")
+    code, out, err = run(*common, "-f", tmp_path / "prompt.txt", "--json")
+    assert code == 0 and json.loads(out)["text"] == wanted, err
+    answers = tmp_path / "answers.jsonl"
+    code, _, err = run(*common, "--prompts-file", tmp_path / "prompts.jsonl", "--output", answers)
+    assert code == 0 and json.loads(answers.read_text().splitlines()[1])["text"] == wanted, err
+    with pytest.raises(UsageError, match="exceed"):
+        running.check([5] * 2048)

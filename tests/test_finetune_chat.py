@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -335,3 +336,34 @@ def test_an_error_names_the_first_bad_line(tokenizer_with: Any, tmp_path: Path) 
     for seed in range(3):
         with pytest.raises(UsageError, match="line 1 has no turn of the assistant"):
             packed([path], tokenizer_with(BY_ROLE), 64, seed)
+
+
+def test_a_run_resumes_on_another_day(chat_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a chat template that writes the date: the sequences are those of the day on which the run began."""
+    dated = "{{ 'Today: ' + strftime_now('%d %b %Y') }}"
+    (chat_model / "chat_template.jinja").write_text(dated + (chat_model / "chat_template.jinja").read_text())
+    data = chats(tmp_path / "chats.jsonl", [3, 5, 8, 2, 4, 6])
+    values: dict[str, Any] = {"length": 64, "steps": 3, "accumulate": 1, "learning_rate": 1e-3, "checkpoint_every": 1}
+
+    def stop(_: Any, step: int, *__: float) -> None:
+        if step == 2:
+            raise KeyboardInterrupt
+
+    class Tomorrow(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(days=1)
+
+    whole = finetune(chat_model, data, tmp_path / "whole", **values)
+    with pytest.raises(KeyboardInterrupt):
+        finetune(chat_model, data, tmp_path / "out", **values, on_step=stop)
+    monkeypatch.setattr("transformers.utils.chat_template_utils.datetime", Tomorrow)
+    assert finetune(chat_model, data, tmp_path / "out", **values)["losses"] == whole["losses"]
+    files = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "out")]
+    assert files[0] == files[1] and not (tmp_path / "out.partial").exists()
+    assert finetune(chat_model, data, tmp_path / "another", **values)["losses"] != whole["losses"]
+    with pytest.raises(KeyboardInterrupt):
+        finetune(chat_model, data, tmp_path / "changed", **values, on_step=stop)
+    chats(data, [3, 5, 8, 2, 4, 7])
+    with pytest.raises(UsageError, match="results with other settings"):
+        finetune(chat_model, data, tmp_path / "changed", **values)

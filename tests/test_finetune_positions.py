@@ -15,6 +15,7 @@ from mlx_resonance.finetuning import run as finetuning
 from mlx_resonance.finetuning.data import Batches, packed
 from mlx_resonance.finetuning.positions import caches_at, skipped_positions
 from mlx_resonance.finetuning.recipes import Recipe
+from mlx_resonance.inspection import training_of
 from mlx_resonance.kernels import gpu, kernel, trial
 from mlx_resonance.rope import expect
 
@@ -213,7 +214,11 @@ def test_a_stopped_run_resumes_with_the_same_positions(text: Path, tmp_path: Pat
     assert files[0] == files[1]
     header = json.loads((tmp_path / "whole" / "finetune.jsonl").read_text().splitlines()[0])
     assert '"skip_positions": true' in json.dumps(header)
+    # `inspect` measures from the positions that it was trained with: those of the whole context, or of a sequence.
+    opened = Checkpoint.open(tmp_path / "whole")
+    assert training_of(tmp_path / "whole", opened.rope).length == 2048
     plain = finetune(STDLIB_LLAMA, text, tmp_path / "plain", **values | {"skip_positions": False})
+    assert training_of(tmp_path / "plain", opened.rope).length == 32
     assert abs(plain["losses"][0] - whole["losses"][0]) > 1e-3
 
 

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from mlx_resonance import Checkpoint, load, stream_generate
+from mlx_resonance.errors import UsageError
 from mlx_resonance.generation import PromptCache, cache_key, prompt_folder, prompt_segments
+from mlx_resonance.generation.kv_format import KVFormat
 
 import numpy as np
 import pytest
@@ -339,3 +341,29 @@ def test_a_file_in_the_place_of_the_folder_is_refused(random_llama: Path, tmp_pa
 def test_a_layer_with_a_window_is_refused_before_anything_is_read(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="sliding window"):
         PromptCache(tmp_path, "0" * 16).fetch([1, 2, 3], [RotatingKVCache(8)])
+
+
+def test_rotated_keys_never_come_from_the_key_of_others(loaded: Any, checkpoint: Path, tmp_path: Path) -> None:
+    """Their arrays have the types and shapes of those that are not rotated."""
+    opened = Checkpoint.open(checkpoint).rescaled(8)
+    tokens = prompt(loaded[1], 300)
+    plain, rotated = (PromptCache(tmp_path, cache_key(opened, 4, kv_rotate=rotate)) for rotate in (False, True))
+    assert rotated.key == cache_key(opened, KVFormat.of(4, True)) != plain.key
+    for kept, rotate in ((rotated, True), (plain, False)):
+        expected = ask(loaded, tokens, kv_bits=4, kv_rotate=rotate)[0]
+        assert ask(loaded, tokens, kept, kv_bits=4, kv_rotate=rotate) == (expected, 0)
+        assert ask(loaded, tokens, kept, kv_bits=4, kv_rotate=rotate) == (expected, 299)
+        before = entries(tmp_path)
+        with pytest.raises(UsageError, match="the key of this prompt cache is for another KV format"):
+            ask(loaded, tokens, kept, kv_bits=4, kv_rotate=not rotate)
+        assert entries(tmp_path) == before
+
+
+def test_keys_of_adapters_are_their_own(checkpoint: Path, tmp_path: Path) -> None:
+    opened = Checkpoint.open(checkpoint)
+    keys = [cache_key(opened, None)]
+    for content in (b"one", b"two"):
+        (tmp_path / "adapters.safetensors").write_bytes(content)
+        (tmp_path / "adapter_config.json").write_text("{}")
+        keys += [cache_key(opened, None, adapter_path=tmp_path), cache_key(opened, 4, adapter_path=tmp_path)]
+    assert len(set(keys)) == 5

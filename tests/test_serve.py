@@ -208,6 +208,8 @@ def test_defaults_of_the_server(checkpoint: Path) -> None:
         texts = {served.ask(TEXT, greedy | {"seed": seed})[1]["choices"][0]["text"] for seed in range(4)}
         assert len(texts) == 1
         assert served.ask(TEXT, {"prompt": [5] * 511})[1]["usage"]["completion_tokens"] == 1  # what there is room for
+        several = served.ask(TEXT, {"prompt": [[5] * 511, [5] * 20]})[1]
+        assert several["usage"]["completion_tokens"] == 1 + 3  # to each prompt its own
 
 
 def test_the_context_is_checked_with_the_longest_prompt_that_fits(small: Served) -> None:

@@ -10,8 +10,11 @@ from typing import Any
 
 from mlx_resonance.checkpoint import Checkpoint
 from mlx_resonance.errors import DeviceError
+from mlx_resonance.server.logprobs import logprob_of
 from mlx_resonance.server.sections import Sections
 
+import mlx.core as mx
+import numpy as np
 import pytest
 
 from .serving import CHAT, TEXT, Scripted, asked, serving, with_template
@@ -61,7 +64,8 @@ def test_a_call_of_a_tool_whole_and_streamed(chatty: Path) -> None:
     [
         "<tool_call>weather</tool_call>", "<tool_call>[1]</tool_call> x", '<tool_call>{"name": 5}</tool_call>',
         '<tool_call>{"name": "weather", "argu', '<tool_call>{"name": "f", "arguments": {"a": NaN}}</tool_call>',
-        "<tool_ca",
+        "<tool_ca", '<tool_call>{"name": "weather", "arguments": {"city": "\\ud83d"}}</tool_call>',
+        '<tool_call>{"name": "weather\\ud83d", "arguments": {}}</tool_call>',
     ],
 )  # fmt: skip
 def test_what_is_not_a_call_is_content(chatty: Path, text: str) -> None:
@@ -128,6 +132,9 @@ def test_reasoning_is_apart(tokenizer: Any) -> None:
         ("reasoning", "why"),
         ("content", "so[CALL]"),
     ]
+    for question in ("what is <think>?\nassistant\n", "<think>a</think> <think> b"):
+        mentioned = Sections(thinking, tokenizer.encode(question), False)
+        assert [(s.kind, s.text) for s in [*mentioned.add("It is"), *mentioned.finish()]] == [("content", "It is")]
 
 
 def test_an_error_of_the_engine_ends_only_its_request(chatty: Path) -> None:
@@ -140,3 +147,14 @@ def test_an_error_of_the_engine_ends_only_its_request(chatty: Path) -> None:
             *_, last = served.events(TEXT, {"prompt": "x"})
             assert message in last["error"]["message"] and "secret" not in json.dumps(last)
         assert served.ask(*asked())[1]["choices"][0]["text"] == "fine"
+
+
+def test_log_probabilities_of_16_bit_models_are_those_of_their_logits(tokenizer: Any) -> None:
+    """Their sum over the vocabulary is rounded to eighths where it is between 16 and 32."""
+    logits = mx.array([20.0, *[11.0] * 500, *[-4.0] * 1547], mx.bfloat16)
+    exact = np.array(logits.astype(mx.float32), np.float64)
+    exact -= np.log(np.exp(exact).sum())
+    response: Any = SimpleNamespace(logprobs=logits - mx.logsumexp(logits), token=0)
+    found = logprob_of(tokenizer, response, 3)
+    assert found.logprob == pytest.approx(exact[0], abs=0.01) and found.logprob < -0.04
+    assert [each.logprob for each in found.top_logprobs] == pytest.approx([exact[0], *[exact[1]] * 2], abs=0.01)

@@ -61,6 +61,7 @@ def token_losses(
         mx.clear_cache()
         if on_tokens is not None:
             on_tokens(batch * hidden.shape[1])
+    expect(model, 0)
     return np.concatenate(parts, axis=1)
 
 

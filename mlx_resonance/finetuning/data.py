@@ -5,8 +5,9 @@ Sequences are arrays of token ids, in which a token that the loss does not count
 
 from __future__ import annotations
 
+import json
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,10 @@ from mlx_lm.tokenizer_utils import TokenizerWrapper
 from numpy.typing import NDArray
 
 from ..errors import ANOTHER, MissingFileError, UsageError
-from ..evaluation.texts import LINES, check_files, read_documents
+from ..evaluation.texts import LINES, check_files, data_digest, read_documents
 from ..files import user_path
 from ..run_log import check_field, json_lines
-from ..storage import check_input
+from ..storage import atomic_file, check_input
 from .chat import Chat, Ids, chat_of, encode, pair_of
 from .positions import skipped_positions
 
@@ -124,6 +125,38 @@ def packed(
     if mask_prompt:
         raise UsageError(f"{files[0]} has documents, not chats: there is no prompt to mask", option="mask_prompt")
     return _end_to_end([rows[i] for i in order], tokenizer, length, files[0])
+
+
+class Dated:
+    """Sequences of a chat template that writes today's date: a run that is resumed another day needs those it had.
+
+    Args:
+        folder: where the run is made.
+        tokenizer: of the checkpoint.
+        files, packing: what the sequences are made of, and how.
+    """
+
+    def __init__(self, folder: Path, tokenizer: TokenizerWrapper, files: list[Path], packing: Sequence[Any]) -> None:
+        self.path, self.kept = folder / "sequences.npz", False
+        self.dated = "strftime_now" in str(getattr(tokenizer, "chat_template", None))
+        self.made_of = json.dumps([data_digest(files, TEXT), *packing]) if self.dated else ""
+
+    def as_begun(self, sequences: Ids, held_out: Ids | None) -> tuple[Ids, Ids | None]:
+        """Those that an earlier run has kept, if they are made of the same files; otherwise these."""
+        if not self.dated or not self.path.is_file():
+            return sequences, held_out
+        with np.load(self.path, allow_pickle=False) as found:
+            self.kept = str(found["made_of"]) == self.made_of
+            if not self.kept:
+                return sequences, held_out
+            return found["sequences"], found["held_out"] if held_out is not None else None
+
+    def keep(self, sequences: Ids, held_out: Ids | None) -> None:
+        """Keep them for a resumed run."""
+        if self.dated and not self.kept:
+            arrays = {"sequences": sequences, "held_out": np.zeros(0) if held_out is None else held_out}
+            with atomic_file(self.path) as partial, partial.open("wb") as file:
+                np.savez(file, made_of=np.array(self.made_of), **arrays)  # type: ignore[arg-type]
 
 
 def _end_to_end(documents: list[str], tokenizer: TokenizerWrapper, length: int, name: Path) -> Ids:

@@ -24,7 +24,7 @@ from ..training import train, warmup_linear
 from ..wired import wired
 from .base import check_trainable, is_quantized, prepare
 from .chunks import activation_checkpointing, next_token_loss
-from .data import Batches, data_files, packed, token_ids, token_weights
+from .data import Batches, Dated, data_files, packed, token_ids, token_weights
 from .memory import require_training_memory
 from .recipes import Recipe, choose
 from .result import check_range, write_result
@@ -98,14 +98,17 @@ def finetune(
     sequences = packed(train_files, *packing)
     held_out = packed(valid_files, *packing)[:HELD_OUT] if valid_files else None
     context = source.rope.context_length if recipe.skip_positions else None
-    settings = source.settings() | {
-        "recipe": asdict(recipe),
-        "dtype": dtype,
-        "sequences": len(sequences),
-        "data_digest": hashlib.sha256(sequences.tobytes()).hexdigest()[:16],
-    }
     with atomic_folder(target, RESULT) as partial:
+        dated = Dated(partial, source.tokenizer, [*train_files, *valid_files], packing[1:])
+        sequences, held_out = dated.as_begun(sequences, held_out)
+        settings = source.settings() | {
+            "recipe": asdict(recipe),
+            "dtype": dtype,
+            "sequences": len(sequences),
+            "data_digest": hashlib.sha256(sequences.tobytes()).hexdigest()[:16],
+        }
         log = open_log(partial, settings, source.name)
+        dated.keep(sequences, held_out)
         trained = source.load(lazy=True)
         check_range(trained, dtype)
         dtype = dtype or str(trained.model.norm.weight.dtype).removeprefix("mlx.core.")

@@ -12,6 +12,7 @@ import mlx.nn as nn
 
 from .._mlx_lm import generation_stream
 from ..attention import Inference
+from ..rope import expect
 from ..rope_config import RopeConfig
 from .sampling import LogitsProcessor, Sampler
 from .speculation import Proposals
@@ -162,6 +163,9 @@ class _Passes:
 
     def start(self, last: mx.array, proposed: Sequence[int] = ()) -> _Pass:
         """Start a pass over the last token (1,), whose value need not be known, and the proposed ones."""
+        model = self.model.of
+        if self.rope.depends_on_length and model.model.rope.expected_length != self.prompt:
+            expect(model, self.prompt)  # another text was read or written since the last pass
         with mx.stream(self.stream):
             inputs = mx.concatenate([last, _ids(proposed)]) if proposed else last
             logits = self.model(inputs[None], cache=self.cache)

@@ -61,4 +61,5 @@ def read_document(
             finally:
                 done = cache[0].offset
                 kept.store(tokens[:done], cache, least=1)
+    expect(model, 0)
     return done - known

@@ -139,11 +139,13 @@ class Engine:
             raise UsageError("the prompt is empty", option="prompt")
         check_option("max_tokens", max_tokens is None or max_tokens >= 1, "at least 1", max_tokens)
         check_ids(self.tokenizer, list(tokens), self.vocabulary)
-        rope, new = self.model.args.rope, max_tokens or 1
-        if (limit := self.context) is not None and len(tokens) + new > limit:
-            if limit == rope.context_length:
-                check_context(rope, len(tokens) + new, _in_words(len(tokens), new, limit))
-            raise UsageError(f"{_in_words(len(tokens), new, limit)} exceed the context of {limit:,} tokens in use here")
+        rope, new, limit = self.rope, max_tokens or 1, self.context
+        if limit is not None and len(tokens) + new > limit:
+            if limit != rope.context_length:
+                words = _in_words(len(tokens), new, limit)
+                raise UsageError(f"{words} exceed the context of {limit:,} tokens in use here")
+            check_context(rope, len(tokens) + new, _in_words(len(tokens), new, limit))
+            limit = rope.length_if_unscaled or limit  # the file does not say which: there is a warning
         check_length(rope, len(tokens), new)
         return new if max_tokens is not None else (LONGEST if limit is None else limit) - len(tokens)
 
@@ -158,6 +160,7 @@ class Engine:
             with wired(generation_stream, model=self.model), mx.stream(generation_stream):
                 prefill(self.model, prompt, cache, pace=self.pace, prompt_progress_callback=progress)
         finally:
+            expect(self.model, 0)
             self._keep(prompt)
             if self.disk_cache is not None:
                 self.disk_cache.store(self.tokens, cache)
@@ -168,12 +171,10 @@ class Engine:
 
     def _stream(self, prompt: list[int], new: int, seed: int | None, options: dict[str, Any]) -> Iterator[Response]:
         cache = self._prepare(prompt, new)
-        if seed is not None:
-            mx.random.seed(seed)
         text, disk = list(prompt), self.disk_cache
         answer = write(
             self.model, self.tokenizer, prompt, cache, max_tokens=new, pace=self.pace, disk_cache=disk,
-            proposals=proposals_for(prompt, self.prompt_lookup, self.draft), **options,
+            proposals=proposals_for(prompt, self.prompt_lookup, self.draft), seed=seed, **options,
         )  # fmt: skip
         try:
             with closing(answer):  # type: ignore[type-var]  # a generator

@@ -17,9 +17,10 @@ from ..errors import UsageError
 from ..files import user_path
 from ..rope_config import RopeConfig
 from ..rope_types import LONGEST
+from ..storage import sha256
 from .kv_format import KVBits, KVFormat
 from .prompt_folder import ENOUGH, Known, Ledger, PromptFolder, clear, common_prefix, default_folder, entries
-from .prompt_segments import MOST_TOKENS, NewSegment, named, read_into
+from .prompt_segments import MOST_TOKENS, NewSegment, is_rotated, named, read_into
 
 __all__ = [
     "PromptCache", "cache_identity", "cache_key", "cache_name", "clear", "common_prefix", "default_folder", "entries",
@@ -92,6 +93,7 @@ class PromptCache:
         Raises:
             UsageError: a layer has a sliding window.
         """
+        self._check_format(cache)
         for layer in cache:  # fail before anything is read, not when it is stored
             named(layer)
         held, known = 0, self._longest(tokens[:-1])
@@ -123,6 +125,7 @@ class PromptCache:
             least: minimum number of new tokens to write. None for the cache's own, and more than a 16th of those that
                 the folder has, up to 1024.
         """
+        self._check_format(cache)
         length = min(len(tokens), *(layer.offset for layer in cache))
         known = self._longest(tokens[:length])
         worth = max(self.least, min(known.tokens // ENOUGH, HANDFUL) + 1) if least is None else least
@@ -144,6 +147,12 @@ class PromptCache:
             self._files.make_room(self.max_bytes)
         except (OSError, RuntimeError) as error:
             logger.warning("the prompt cache %s cannot be written: %s", self.folder, error)
+
+    def _check_format(self, cache: list[Any]) -> None:
+        """Refuse rotated keys under a key for others, and the reverse: their arrays have the same types and shapes."""
+        rotated = any(map(is_rotated, cache))
+        if rotated != self.key.endswith(ROTATED):
+            raise UsageError(f"the key of this prompt cache is for another KV format: kv_rotate is {rotated}")
 
     def _write(self, tokens: Sequence[int], cache: list[Any], known: Known, end: int, key: str) -> bool:
         """Write a segment after those that are known. Returns False, with a warning, if there is no room for it."""
@@ -172,6 +181,10 @@ class PromptCache:
         return True
 
 
+ADAPTER_FILES = ("adapter_config.json", "adapters.safetensors")  # mlx-lm's
+ROTATED = "-rotated"  # ends the key of a rotated KV format
+
+
 def refuse_changing_angles(rope: RopeConfig, why: str) -> None:
     """Raise UsageError if the angles change with the length of a text: keys of one text would not fit another."""
     if rope.depends_on_length:
@@ -182,12 +195,16 @@ def _changing_angles(rope: RopeConfig, why: str) -> UsageError:
     return UsageError(f"the angles of {rope.rope_type} change with the length of a text: {why}")
 
 
-def cache_key(checkpoint: Checkpoint, kv_bits: KVBits, length: int | None = None, expected: int | None = None) -> str:
+def cache_key(
+    checkpoint: Checkpoint, kv_bits: KVBits, length: int | None = None, expected: int | None = None, *,
+    kv_rotate: bool = False, adapter_path: str | Path | None = None,
+) -> str:  # fmt: skip
     """A hash of what keys and values depend on besides the tokens: the model's content, its angles, the KV format.
 
     Args:
         checkpoint: an opened one.
-        kv_bits: as in `KVFormat.of`.
+        kv_bits, kv_rotate: as in `KVFormat.of`.
+        adapter_path: of the adapters that the model was loaded with.
         length: tokens of prompt and answer, if the angles may change with it. Texts on the same side of the length
             at which they change have the same key.
         expected: the length that the model was told to `expect`, usually the prompt's; None for `length`.
@@ -196,9 +213,13 @@ def cache_key(checkpoint: Checkpoint, kv_bits: KVBits, length: int | None = None
         UsageError: the angles change with the length of a text, and no length is given; or they change within this
             text; or every text beyond the context before scaling has its own.
     """
-    digest, rope = checkpoint.results_digest(KVFormat.of(kv_bits).value), checkpoint.rope
+    asked, rope = KVFormat.of(kv_bits, kv_rotate), checkpoint.rope
+    digest, end = checkpoint.results_digest(asked.value), ROTATED if asked.rotate else ""
+    if adapter_path is not None:
+        files = [sha256(user_path(adapter_path) / name) for name in ADAPTER_FILES]
+        digest = hashlib.sha256(" ".join([digest, *files]).encode()).hexdigest()[:16]
     if not rope.depends_on_length:
-        return digest
+        return digest + end
     if length is None:
         raise _changing_angles(rope, "a prompt cache cannot keep its keys")
     first, last = rope.frequencies(min(expected or length, length)), rope.frequencies(length)
@@ -206,7 +227,7 @@ def cache_key(checkpoint: Checkpoint, kv_bits: KVBits, length: int | None = None
     side = next((name for name, frequencies in sides.items() if first == last == frequencies), None)
     if side is None:
         raise _changing_angles(rope, f"a prompt cache cannot keep the keys of {length:,} tokens")
-    return hashlib.sha256(f"{digest} {side}".encode()).hexdigest()[:16]
+    return hashlib.sha256(f"{digest} {side}".encode()).hexdigest()[:16] + end
 
 
 def cache_identity(

@@ -71,6 +71,11 @@ class Segment:
         return self.start + len(self.tokens)
 
 
+def is_rotated(layer: Any) -> bool:
+    """Whether a layer's cache has a rotated KV format."""
+    return bool(getattr(getattr(layer, "format", None), "rotate", False))
+
+
 def named(layer: Any) -> list[tuple[str, mx.array]]:
     """The arrays of a layer's cache by name, each of shape (1, H, L, …).
 

@@ -134,10 +134,9 @@ def stream_generate(
         "disk_cache": disk_cache,
         "progress": prompt_progress_callback,
         "proposals": proposals_for(tokens, prompt_lookup, draft, num_draft_tokens),
+        "seed": seed,
     }
     cache = open_cache(model, prompt_cache, disk_cache, len(tokens), max_tokens, kv_format)
-    if seed is not None:
-        mx.random.seed(seed)
     before, pace = cache[0].offset, Pace(len(model.layers), prefill_step_size)
     return write(model, tokenizer, tokens, cache, before=before, pace=pace, first_space=False, **options)
 
@@ -159,6 +158,7 @@ def write(
     disk_cache: PromptCache | None = None,
     progress: Progress | None = None,
     proposals: Proposals | None = None,
+    seed: int | None = None,
 ) -> Iterator[Response]:
     """Read a prompt and write its answer: what `stream_generate` and the engine have in common.
 
@@ -172,8 +172,12 @@ def write(
         disk_cache: if the caches are empty, filled from it; the text is added to it.
         progress: called with the number of prompt tokens done and their total.
         proposals: decides what is proposed; None for a token per pass.
+        seed: of MLX's random numbers; None leaves their state as it is.
     """
     start, stop = time.perf_counter(), stop or StopStrings()
+    if seed is not None:
+        mx.random.seed(seed)
+    expect(model, before + len(tokens))
     known = cache[0].offset - before
     if disk_cache is not None and not (known or before):
         known = disk_cache.fetch(tokens, cache)
@@ -224,6 +228,7 @@ def write(
             layer.trim(max(0, layer.offset - before - (len(tokens) - 1)))
         raise
     finally:
+        expect(model, 0)  # whatever the model reads next has a length of its own
         if disk_cache is not None:
             disk_cache.store(written, cache)
 
@@ -283,7 +288,6 @@ def open_cache(
     check_length(rope, prompt, new, held)
     if held:
         refuse_changing_angles(rope, "a text cannot be continued from its cached keys")
-    expect(model, held + prompt)
     if prompt_cache is None:
         return make_cache(model, prompt + new, kv_format)
     if kv_format.quantized:

@@ -18,6 +18,7 @@ LEAST = -9999.0  # what OpenAI says for the log-probability of a token that cann
 def logprob_of(tokenizer: TokenizerWrapper, response: Response, alternatives: int) -> TokenLogprob:
     """A token's log-probability, and as many of the likeliest tokens'."""
     row = response.logprobs.reshape(-1).astype(mx.float32)
+    row = row - mx.logsumexp(row)  # in 16 bits, the sum over the vocabulary was rounded to eighths
     ids: Any = [] if not alternatives else mx.argpartition(-row, kth=alternatives - 1)[:alternatives].tolist()
     values: Any = row[mx.array([response.token, *ids])].tolist()
     best = sorted(zip(ids, values[1:], strict=True), key=lambda found: -found[1])

@@ -40,8 +40,8 @@ class Sections:
             start, end = tokenizer.think_start, tokenizer.think_end
             self._edges["content"].append((start, "reasoning"))
             self._edges["reasoning"].append((end, "content"))
-            tail = tokenizer.decode(list(prompt[-TAIL:]))
-            kind = "reasoning" if tail.rfind(start) > tail.rfind(end) else "content"
+            tail = tokenizer.decode(list(prompt[-TAIL:]))  # a template opens reasoning; a question only mentions it
+            kind = "reasoning" if tail.rstrip().endswith(start) else "content"
         if tools and tokenizer.has_tool_calling:
             self._call, end = tokenizer.tool_call_start, tokenizer.tool_call_end
             self._edges["content"].append((self._call, "tool"))
@@ -94,5 +94,6 @@ def _call(parsed: Any) -> ToolCall:
     name, arguments = parsed["name"], parsed.get("arguments", {})
     if not isinstance(arguments, str):
         arguments = json.dumps(arguments, ensure_ascii=False, allow_nan=False)
+    f"{name}{arguments}".encode()  # not half of a pair of surrogates, which no answer can hold
     call = Call(name=name, arguments=arguments)
     return ToolCall(id=parsed.get("id") or f"call_{uuid4().hex[:24]}", function=call)

@@ -91,11 +91,10 @@ class Service:
         prompts = self._prompts(asked)
         for prompt in prompts:
             self._check_length(prompt, max_tokens)
-        if max_tokens is None and self.max_tokens is not None and engine.context is not None:
-            max_tokens = min([self.max_tokens, *(engine.context - len(prompt) for prompt in prompts)])
         return Work(
             prompts=prompts,
-            max_tokens=max_tokens if max_tokens is not None else self.max_tokens,
+            max_tokens=max_tokens,
+            most=self.max_tokens,
             sampling=sampling,
             tell=tell,
             stop=[word for word in ([asked.stop] if isinstance(asked.stop, str) else asked.stop or []) if word],

@@ -41,7 +41,7 @@ class Work:
 
     Args:
         prompts: token ids of each.
-        max_tokens: of each answer; None for what the context has room for.
+        max_tokens: of each answer; None for what the context has room for, and at most `most`.
         sampling, stop: of the engine.
         penalties: arguments of mlx-lm's `make_logits_processors`.
         alternatives: likeliest tokens to report beside each token; None for no log-probabilities.
@@ -56,7 +56,14 @@ class Work:
     stop: list[str] = field(default_factory=list)
     penalties: dict[str, Any] = field(default_factory=dict)
     alternatives: int | None = None
+    most: int | None = None
     cancelled: bool = False
+
+    def new(self, prompt: int, context: int | None) -> int | None:
+        """Maximum tokens of the answer to a prompt of that many; None for what the context has room for."""
+        if self.max_tokens is not None or self.most is None or context is None:
+            return self.max_tokens if self.max_tokens is not None else self.most
+        return min(self.most, context - prompt)
 
 
 class _Cancelled(Exception):
@@ -149,7 +156,7 @@ class Worker:
         check()
         answer = self.engine.stream(
             prompt,
-            work.max_tokens,
+            work.new(len(prompt), self.engine.context),
             sampling=work.sampling,
             stop=work.stop,
             logits_processors=make_logits_processors(**work.penalties),

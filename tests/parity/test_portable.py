@@ -26,6 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "Mistral": {"num_key_value_heads": 4, "sliding_window": None},
     "Qwen2": {"num_key_value_heads": 2},
     "Qwen3": {"num_key_value_heads": 2, "head_dim": 24},
+    "SmolLM3": {"num_key_value_heads": 2, "num_hidden_layers": 4, "pad_token_id": None},  # the fourth has no rope
 }
 # Without scaling the attention scale is 1 on both sides; YaRN's is not LongRoPE's, and the projections take the rest.
 ROPES: dict[str, dict[str, Any]] = {"default": {}, "yarn": {"rope": "yarn", "factor": 8}}
@@ -37,12 +38,11 @@ def source(kind: str, folder: Path, context: int) -> None:
         vocab_size=VOCABULARY,
         hidden_size=64,
         intermediate_size=64,
-        num_hidden_layers=2,
         max_position_embeddings=context,
         bos_token_id=None,
         eos_token_id=None,
         initializer_range=0.2,  # attention is sharp, so that logits depend on positions
-        **{"num_attention_heads": 4, **SHAPES[kind]},
+        **{"num_attention_heads": 4, "num_hidden_layers": 2, **SHAPES[kind]},
     )
     model = getattr(transformers, f"{kind}ForCausalLM")(config)
     with torch.no_grad():
@@ -91,7 +91,7 @@ def test_the_same_file_without_the_scale_is_another_model(tmp_path: Path) -> Non
 
     source("Llama", tmp_path / "source", context=1024)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(plan, "scaled_by", lambda names: set())
+        patch.setattr(plan, "scaled_by", lambda names, args: set())
         convert(tmp_path / "source", tmp_path / "portable", portable=True, tokenizer=False, rope="yarn", factor=32)
     convert(tmp_path / "source", tmp_path / "ours", tokenizer=False, rope="yarn", factor=32)
     tokens = mx.array(TOKENS[:500])[None]
@@ -132,3 +132,30 @@ def test_settings_that_cannot_be_portable(rope: RopeConfig, named: str) -> None:
     with pytest.raises(UsageError, match=named) as caught:
         portable_rope(rope)
     assert caught.value.option == "portable"
+
+
+def test_a_quantized_source_cannot_be_portable(run: Any, random_llama: Path, tmp_path: Path) -> None:
+    """Its codes must not be scaled."""
+    folder = convert(random_llama, tmp_path / "quantized", rope="yarn", factor=8, quantize=True).path
+    code, _, stderr = run("convert", folder, "--mlx-path", tmp_path / "out", "--portable")
+    assert code == 2 and "does not read mlx-lm's quantization (--portable)" in stderr
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.partial").exists()
+
+
+def test_a_window_is_no_context(tmp_path: Path) -> None:
+    """config.json of Mistral 7B v0.1 has both; within the window, and past it, where the runtimes have it."""
+    torch.manual_seed(0)
+    shape = {"vocab_size": VOCABULARY, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 4, "bos_token_id": None, "eos_token_id": None}
+    config = transformers.MistralConfig(**shape, **heads, max_position_embeddings=8192, sliding_window=64)
+    transformers.MistralForCausalLM(config).save_pretrained(tmp_path / "source")
+    convert(tmp_path / "source", tmp_path / "portable", portable=True, tokenizer=False)
+    written = Checkpoint.open(tmp_path / "portable")
+    assert written.config["max_position_embeddings"] == 8192 and written.config["sliding_window"] == 64
+    tokens = TOKENS[:60]
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "portable", dtype=torch.float32)
+    with torch.no_grad():
+        theirs = model(torch.from_numpy(tokens)[None], use_cache=False).logits[0].numpy()
+    convert(tmp_path / "source", tmp_path / "ours", tokenizer=False)
+    ours = np.array(Checkpoint.open(tmp_path / "ours").load()(mx.array(tokens)[None])[0])
+    assert np.abs(theirs - ours).max() <= 5e-3 * np.abs(ours).max()
