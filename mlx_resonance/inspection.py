@@ -73,7 +73,7 @@ def training_of(folder: Path, rope: RopeConfig) -> Training:
             length = trained.context_length if length == WHOLE else length
             if length is None or (type(length) is int and 1 <= length <= LONGEST):
                 return Training(trained, length)
-        except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
             continue
     return _plain(rope)
 

@@ -45,7 +45,6 @@ NOT_RUN = {
     "pip": ".ci/check_dist.py installs into an environment of its own",
     "python benchmarks": "measures for minutes or hours: test_every_benchmark_in_a_page_takes_its_flags",
     "MLX_ENABLE_TF32=0": "the command with its options left out",
-    "for": "a loop over the sweep of the page",
 }
 PYTHON = r"```python\n(.*?)```"
 
@@ -54,9 +53,7 @@ def lines(path: Path) -> list[str]:
     """The command lines in a page's blocks of code, each whole."""
     text = re.sub(PYTHON, "", path.read_text(encoding="utf-8"), flags=re.S)
     blocks = re.findall(r"```(?:bash)?\n(.*?)```", text, flags=re.S) + re.findall(r"\n\n((?:    \S.*\n)+)", text)
-    whole = re.sub(
-        r"for .*?\ndone", lambda loop: " ".join(loop[0].split()), "\n".join(blocks).replace("\\\n", " "), flags=re.S
-    )
+    whole = "\n".join(blocks).replace("\\\n", " ")
     return [line.strip() for line in whole.splitlines() if line.strip()]
 
 
@@ -132,7 +129,7 @@ def test_every_benchmark_in_a_page_takes_its_flags() -> None:
     found = 0
     for page in PAGES:
         for script, options in re.findall(
-            r"python (benchmarks/\w+\.py)([^`)\n]*(?:\n[^`)\n]+)?)[`)\n]", page.read_text()
+            r"python (benchmarks/\w+\.py)([^`)\n]*(?:\n(?!python )[^`)\n]+)?)[`)\n]", page.read_text()
         ):
             text = (ROOT / script).read_text()
             for flag in re.findall(r"(?<!\S)--[a-z][a-z-]+", options):

@@ -150,7 +150,7 @@ def test_no_function_takes_an_empty_path(tmp_path: Path, stdlib_llama: Path, nam
 
 def test_the_current_folder_can_be_meant() -> None:
     assert user_path(".") == Path()
-    Path("a.txt").touch()
+    Path("a.txt").write_text("import os\n")
     assert data_files(".")[0] == [Path("a.txt")]
     with pytest.raises(FileExistsError, match=r"^\. is a folder"):
         RunLog(Path(""), "some", {}, key=("id",))

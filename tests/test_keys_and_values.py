@@ -96,7 +96,7 @@ class Text:
 
     def hit(self, _: Any, __: Any) -> None:
         with tempfile.TemporaryDirectory() as folder:
-            kept = PromptCache(folder, "key")
+            kept = PromptCache(folder, "key-rotated" if self.format.rotate else "key")
             kept.store(self.tokens, self.cache, least=1)
             self.cache = make_cache(self.model._model, MOST, self.format)
             assert kept.fetch(self.tokens, self.cache) >= len(self.tokens) - 1

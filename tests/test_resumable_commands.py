@@ -186,11 +186,13 @@ def test_a_killed_run_resumes(
 
 
 def begun(command: Runner, out: Path, monkeypatch: pytest.MonkeyPatch) -> bytes:
-    """A run that was killed at its first result. Returns what its log holds."""
+    """A run that was killed after its first result, or the whole run if it has one only. Returns what its log holds."""
     with monkeypatch.context() as patch:
-        kill_at(patch, 1)
-        assert command(out)[0] == 130
-    return command.log(out).read_bytes()
+        kill_at(patch, 2)
+        assert command(out)[0] in (0, 130)
+    before = command.log(out).read_bytes()
+    assert before.count(b"\n") == 2
+    return before
 
 
 def check_refused(command: Runner, out: Path, before: bytes, ended: tuple[int, str, str], message: str) -> None:
@@ -209,6 +211,19 @@ def test_another_setting_is_refused_with_both_values(
     before = begun(command, out, monkeypatch)
     options, message = command.case.setting
     check_refused(command, out, before, command(out, options), message)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_without_results_binds_nobody(
+    name: str, runner: Callable[[str], Runner], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command, out = runner(name), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        kill_at(patch, 1)
+        assert command(out)[0] == 130
+    code, _, err = command(out, command.case.setting[0])
+    assert code == 0, err
+    assert command.results(finished_log(command, out))
 
 
 @pytest.mark.parametrize("name", [name for name, case in CASES.items() if case.data])
