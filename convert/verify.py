@@ -88,8 +88,8 @@ def verify(
         path: the folder that `convert` has written.
         source: what it was made from, to compare every tensor with; None for the commit on record if it is in the hub's
             cache, otherwise for no comparison.
-        revision: of a source on the hub; None for the commit on record.
-        file: the name of the source's GGUF file among several; None for the one on record, if it is on the hub.
+        revision: of a source on the hub; None for the commit on record, or another repository's latest.
+        file: the name of the source's GGUF file among several; None for the one on record, if it is that repository's.
         progress: called with the bytes of tensors done and in all.
 
     Returns:
@@ -110,9 +110,9 @@ def verify(
         if source is None and value is not None:
             raise UsageError(f"{option} = {value} is of a source, which is not given", remedies=[{"source": None}])
     if source is not None:
-        file = file or (on_record if str(source) == name else None)
-        at = commit if revision is None and not user_path(source).exists() else revision
-        opened = open_source(source, at, rescaled=True, file=file)
+        if str(source) == name and not user_path(source).exists():  # another repository has other commits and files
+            revision, file = revision or commit, file or on_record
+        opened = open_source(source, revision, rescaled=True, file=file)
     elif isinstance(name, str) and isinstance(commit, str):
         opened = cached_source(name, commit, on_record)
     return verify_result(folder, record, opened, progress=progress)

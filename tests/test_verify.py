@@ -6,6 +6,7 @@ import hashlib
 import json
 import random
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,6 +227,39 @@ def test_an_option_of_a_source_needs_the_source(run: Any, converted: Path, optio
     code, out, err = run("verify", converted, f"--{option}", "main")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert f"{option} = main is of a source, which is not given" in err and "give --source" in err
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "revision", "file"),
+    [
+        ("someone/llama", {}, "c0ffee", "q4.gguf"),
+        ("someone/llama", {"revision": "main", "file": "q8.gguf"}, "main", "q8.gguf"),
+        ("another/llama", {}, None, None),
+        ("another/llama", {"revision": "main", "file": "q8.gguf"}, "main", "q8.gguf"),
+    ],
+)
+def test_the_commit_and_the_file_on_record_are_of_that_repository(
+    converted: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    source: str,
+    options: dict[str, str],
+    revision: str | None,
+    file: str | None,
+) -> None:
+    folder = shutil.copytree(converted, tmp_path / "out")
+    record = json.loads((folder / "conversion.json").read_text())
+    record["source"] = {"name": "someone/llama", "commit": "c0ffee", "file": "q4.gguf"}
+    (folder / "conversion.json").write_text(json.dumps(record))
+
+    def opened(*arguments: Any, rescaled: bool, file: str | None) -> None:
+        raise UsageError(repr((*arguments, file)))
+
+    # `mlx_resonance.convert.verify` is the function.
+    monkeypatch.setattr(sys.modules[verify.__module__], "open_source", opened)
+    with pytest.raises(UsageError) as raised:
+        verify(folder, source, **options)
+    assert raised.value.message == repr((source, revision, file))
 
 
 def test_a_failed_verification_is_1_and_leaves_no_result(
