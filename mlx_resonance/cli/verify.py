@@ -17,7 +17,9 @@ from .output import bytes_bar, print_json, stderr
 def command(
     path: Annotated[Path, Argument(**path_parser, metavar="OUT", help="Folder that convert has written.")],
     source: Annotated[str | None, Option(**SRC, help="What it was made from, to compare with.")] = None,
-    revision: Annotated[str | None, Option(help="Of SRC on the hub. Default: the commit on record, or the latest of another repository.")] = None,
+    revision: Annotated[
+        str | None, Option(help="Of SRC on the hub. Default: the commit on record; of another one, the latest.")
+    ] = None,
     file: Annotated[str | None, Option(metavar="NAME", help="GGUF file of SRC, where it has several.")] = None,
     json: Json = False,
 ) -> None:
