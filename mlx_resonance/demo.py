@@ -12,8 +12,8 @@ import numpy as np
 
 from .attention import set_rope
 from .checkpoint import Checkpoint
-from .convert import convert
-from .errors import UsageError
+from .convert import convert, verify
+from .errors import ANOTHER, UsageError
 from .evaluation.passkey import ANSWER_TOKENS, first_integer, passkey_prompt, shuffled_filler
 from .generation.stream import figures, stream_generate
 from .rope_config import RopeConfig
@@ -118,7 +118,12 @@ def converted(source: Checkpoint, folder: Path, factor: float, dtype: str | None
     wanted = named_rope(source.rope, ROPE, factor)
     if not folder.exists():
         convert(source.folder, folder, rope="yarn", factor=factor, dtype=dtype)
+        return Checkpoint.open(folder)
     found = Checkpoint.open(folder)
-    if found.rope != wanted:
-        raise UsageError(f"{folder} is not {source.folder.name} with {ROPE}, factor {factor:g}", option="mlx_path")
+    same = found.rope == wanted and found.config.get("quantization") == source.config.get("quantization")
+    if same and verify(folder, source.folder, logits=False).problems:
+        same = False
+    if not same:
+        what = f"{source.folder.name} with {ROPE}, factor {factor:g}"
+        raise UsageError(f"{folder} is not {what}, with the same weights", remedies=[{"mlx_path": ANOTHER}])
     return found

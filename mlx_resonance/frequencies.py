@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from .errors import UsageError
 
 Float64Array = NDArray[np.float64]
+MOST_POSITIONS = 2**24  # of which a feature gap is computed
 
 
 @dataclass(frozen=True, eq=False)
@@ -320,8 +321,8 @@ def feature_gap(
     """
     if not 1 <= train_length <= test_length:
         raise UsageError(f"[feature_gap] need 1 <= train_length <= test_length, got {train_length} and {test_length}")
-    if test_length > 2**24:
-        raise UsageError(f"[feature_gap] test_length must be at most {2**24}, got {test_length}")
+    if test_length > MOST_POSITIONS:
+        raise UsageError(f"[feature_gap] test_length must be at most {MOST_POSITIONS}, got {test_length}", option="test_length")
     if train_length == test_length:
         return np.zeros(len(frequencies.wavelengths))
     seen_positions, new_positions = np.arange(train_length), np.arange(train_length, test_length)

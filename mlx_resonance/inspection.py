@@ -11,7 +11,7 @@ from typing import Any
 
 from .errors import UsageError
 from .files import file_of, read_json
-from .frequencies import Float64Array, RotaryFrequencies, feature_gap
+from .frequencies import MOST_POSITIONS, Float64Array, RotaryFrequencies, feature_gap
 from .rope_config import RopeConfig
 from .rope_types import LONGEST
 
@@ -162,7 +162,7 @@ def inspect_rope(
         rope: the settings.
         train_length: tokens seen in training; None for those of `training`, or for the context before scaling.
         test_length: tokens in the longer text; None for the checkpoint's context, or for four times the training
-            length if the context is not longer.
+            length if the context is not longer; of these at most 2²⁴.
         training: what the checkpoint was trained with, from `training_of`; None for plain RoPE with the same base.
 
     Raises:
@@ -176,6 +176,7 @@ def inspect_rope(
     if test_length is None:
         test_length = max(rope.context_length or 0, train_length)
         test_length = 4 * train_length if test_length == train_length else test_length
+        test_length = max(train_length, min(test_length, MOST_POSITIONS))
     unrounded, in_use = rope.unrounded_frequencies(test_length), rope.frequencies(test_length)
     gap = feature_gap(in_use, train_length, test_length, training.frequencies)
     return Inspection(rope, training, train_length, test_length, unrounded, in_use, gap)

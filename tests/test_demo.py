@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 from pathlib import Path
 from typing import Any
 
 from mlx_resonance import Checkpoint
+from mlx_resonance.convert import convert
 from mlx_resonance.demo import answers, converted, hide, ropes
 
+import mlx.core as mx
 import pytest
 
 PLAIN, YARN, OURS = "plain RoPE, as trained", "YaRN", "Resonance-YaRN"
@@ -55,6 +58,42 @@ def test_demo_json_is_one_object_and_the_folder_is_used_again(run: Any, tmp_path
             assert answer["prompt_tokens"] == 1024 - 12
     assert results[0]["answers"][0]["key"] != results[1]["answers"][0]["key"]
     assert run(*options, 3)[0] == 0 and (tmp_path / "out" / "config.json").stat().st_mtime_ns == written
+
+
+def test_the_folder_of_another_model_is_refused(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    """Folders of the same name and with the same angles: only the weights differ."""
+    first, second = (shutil.copytree(stdlib_llama, tmp_path / name / "model") for name in "ab")
+    weights: Any = mx.load(str(second / "model.safetensors"))
+    mx.save_safetensors(
+        str(second / "model.safetensors"), {name: value + 0.1 for name, value in weights.items()}, {"format": "pt"}
+    )
+    options = ("--lengths", 600, "--mlx-path", tmp_path / "out")
+    assert run("demo", "-m", first, *options)[0] == 0
+    code, out, err = run("demo", "-m", second, *options)
+    assert (code, out) == (2, "") and "is not model with resonance_yarn, factor 8, with the same weights" in err
+    assert "give another --mlx-path" in err
+    shutil.rmtree(tmp_path / "out")
+    convert(first, tmp_path / "out", rope="yarn", factor=8, quantize=True)
+    code, out, err = run("demo", "-m", first, *options)
+    assert (code, out) == (2, "") and "is not model with" in err
+
+
+def test_the_demo_says_what_its_answers_show(run: Any, stdlib_llama: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(stdlib_llama, tmp_path / "model")
+    weights: Any = mx.load(str(model / "model.safetensors"))
+    mx.save_safetensors(
+        str(model / "model.safetensors"), {name: 0 * value for name, value in weights.items()}, {"format": "pt"}
+    )
+    code, out, err = run("demo", "-m", model, "--lengths", 600, "--mlx-path", tmp_path / "out")
+    assert code == 0, err
+    assert "With YaRN the model finds 0 of 2;" in out and "makes the longer context work" not in out
+
+
+def test_a_context_past_all_measured_positions(run: Any, tmp_path: Path) -> None:
+    code, out, err = run("demo", "--lengths", 600, "--factor", 65536, "--mlx-path", tmp_path / "out", "--json")
+    assert code == 0 and out.count("\n") == 1, err
+    code, out, err = run("inspect", tmp_path / "out", "--json")
+    assert code == 0 and json.loads(out)["test_length"] == 2**24, err
 
 
 def test_demo_refuses_what_it_cannot_do(run: Any, extended: Path, tmp_path: Path) -> None:

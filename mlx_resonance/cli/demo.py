@@ -91,8 +91,7 @@ def _demo(
     stdout.print()
     stdout.print(_answers(found, lengths, trained))
     stdout.print(
-        "\nYaRN makes the longer context work, rounded to whole tokens or not; either way its angles are exact.\n\n"
-        f"Nothing was trained: {target.folder} has the same weights, "
+        f"\n{_verdict(found)}\n\nNothing was trained: {target.folder} has the same weights, "
         f"{format_size(sum(path.stat().st_size for path in target.folder.glob('*.safetensors')))}, "
         "and these wavelengths, in tokens:\n",
     )
@@ -129,6 +128,14 @@ def _answers(found: Sequence[dict[str, Any]], lengths: Sequence[int], trained: i
         own = [answer for answer in found if answer["angles"] == name]
         table.add_row(name, *map(_cell, own))
     return table
+
+
+def _verdict(found: Sequence[dict[str, Any]]) -> str:
+    """What the answers show."""
+    stretched = [answer["found"] for answer in found if "YaRN" in answer["angles"]]
+    if all(stretched):
+        return "YaRN makes the longer context work, rounded to whole tokens or not; either way its angles are exact."
+    return f"With YaRN the model finds {sum(stretched)} of {len(stretched)}; its angles are exact, rounded or not."
 
 
 def _cell(answer: dict[str, Any]) -> Text:
