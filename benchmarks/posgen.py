@@ -227,16 +227,19 @@ def main() -> None:
     report: dict[str, Any] = {}
     for path in arguments.files:
         header, lines = read_results(path)
+        if not lines:
+            raise UsageError(f"{path} has no results yet", option="files")
         if arguments.learned and not (lines := of_learned(lines, arguments.weights)):
             raise UsageError(f"{path}: with no seed have all models learned their subtask", option="learned")
         settings = settings_from(header["settings"])
-        report[path.stem] = summarize(header, lines, arguments.weights) | {
+        name = path.stem if [other.stem for other in arguments.files].count(path.stem) == 1 else str(path)
+        report[name] = summarize(header, lines, arguments.weights) | {
             "feature_gap": gaps(settings),
             "just_past": just_past(header, lines, arguments.weights),
             "dips": pairs_of_dips(header, lines, arguments.weights),
             "minutes": minutes(settings, lines),
         }
-        report[path.stem]["against_gap"] = against_gap(report[path.stem])
+        report[name]["against_gap"] = against_gap(report[name])
         if arguments.figure and path == arguments.files[0]:
             plot_posgen(*figure_of(header, lines, arguments.weights), arguments.figure)
     # Holm's adjustment is for all that is shown, not for each file.

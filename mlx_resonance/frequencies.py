@@ -322,7 +322,9 @@ def feature_gap(
     if not 1 <= train_length <= test_length:
         raise UsageError(f"[feature_gap] need 1 <= train_length <= test_length, got {train_length} and {test_length}")
     if test_length > MOST_POSITIONS:
-        raise UsageError(f"[feature_gap] test_length must be at most {MOST_POSITIONS}, got {test_length}", option="test_length")
+        raise UsageError(
+            f"[feature_gap] test_length must be at most {MOST_POSITIONS}, got {test_length}", option="test_length"
+        )
     if train_length == test_length:
         return np.zeros(len(frequencies.wavelengths))
     seen_positions, new_positions = np.arange(train_length), np.arange(train_length, test_length)

@@ -20,7 +20,7 @@ from .files import user_path
 from .frequencies import Float64Array
 from .inspection import Inspection
 from .rope_types import PREFIX
-from .storage import check_output
+from .storage import atomic_file, check_output
 
 # Okabe and Ito's colors, which the color-blind can tell apart: of what is no method.
 BLUE, ORANGE, GREEN, GREY = "#0072B2", "#D55E00", "#009E73", "#7F7F7F"
@@ -37,6 +37,7 @@ METHODS = {
 }
 ALIASES = {"rope": "default", "plain": "default", "plain rope": "default"}
 RAMPS = ("#8FD3C9", "#0B6E66", "p")  # a second ramp of the same method, and whatever has no name above
+LINES, MARKERS = ("-", "-", "--", ":", "-."), "ppd*h"  # of its third ramp, and the further ones
 STYLE: dict[Any, Any] = {
     "figure.dpi": 150,
     "font.size": 9,
@@ -89,7 +90,8 @@ def new_figure(path: str | Path, width: float, height: float, style: Mapping[Any
     with matplotlib.rc_context(dict(style)):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure
-        figure.savefig(path)
+        with atomic_file(path) as partial:
+            figure.savefig(partial)
 
 
 def plot_posgen(
@@ -139,11 +141,17 @@ def posgen_curves(
 
 def reading_looks(names: Iterable[str]) -> dict[str, dict[str, Any]]:
     """The `look` of every reading of PosGen, by name: that of its encoding, or of its ramp if that is not the first."""
-    first: dict[str, str] = {}  # by encoding, the first of its ramps
+    ramps: dict[str, list[str]] = {}  # by encoding
     result = {}
     for name in names:
         encoding, _, ramp = name.partition("/")
-        result[name] = look(encoding if ramp == first.setdefault(encoding.removeprefix(PREFIX), ramp) else name)
+        known = ramps.setdefault(encoding.removeprefix(PREFIX), [])
+        if ramp not in known:
+            known.append(ramp)
+        number = known.index(ramp)
+        result[name] = look(name if number else encoding)
+        if number > 1:  # the second has the colors of no method, which the others share
+            result[name] |= {"linestyle": LINES[number % len(LINES)], "marker": MARKERS[number % len(MARKERS)]}
     return result
 
 

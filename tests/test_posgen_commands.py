@@ -39,7 +39,7 @@ def test_train_and_eval_commands(run, tmp_path) -> None:
     folder = str(tmp_path / "run")
     arguments = ("--subtask", "recursive", "--encoding", "resonance_yarn", "--preset", "smoke", "--output", folder)
     first = run("posgen", "train", *arguments)
-    assert first[0] == 0 and "The paper reports 98.3" in first[1]
+    assert first[0] == 0 and "The paper reports" not in first[1]  # nothing of 12 digits
     assert sorted(os.listdir(folder)) == ["model.safetensors", "run.jsonl"]
     again = json.loads(run("posgen", "train", *arguments, "--json")[1])
     same = json.loads(run("posgen", "eval", folder, "--json")[1])
@@ -76,7 +76,7 @@ def test_sweep_and_report_commands(run, tmp_path) -> None:
     sweep = json.loads(run("posgen", "sweep", "--preset", "smoke", "--seeds", "1", "--output", output, "--json")[1])
     assert sweep["results"] == 24
     shown = run("posgen", "report", output, "--plot", str(tmp_path / "figure.png"))
-    assert shown[0] == 0 and "48.5" in shown[1] and (tmp_path / "figure.png").stat().st_size > 10_000
+    assert shown[0] == 0 and "48.5" not in shown[1] and (tmp_path / "figure.png").stat().st_size > 10_000
     assert all(len(line) <= 80 for line in shown[1].splitlines())
     report = json.loads(run("posgen", "report", output, "--json")[1])
     assert report["settings"]["split"] == "disjoint" and report["table"] == sweep["table"]

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from mlx_resonance.errors import UsageError
 from mlx_resonance.plots import plot_posgen
 from mlx_resonance.posgen import sweep
-from mlx_resonance.posgen.report import PAPER, accuracy_curves, adjust, figure_of, paired, summarize
+from mlx_resonance.posgen.report import accuracy_curves, adjust, figure_of, paired, summarize
 from mlx_resonance.posgen.settings import ENCODINGS, PRESETS
 from mlx_resonance.posgen.sweep import header, read_results, run_sweep
 from mlx_resonance.posgen.tasks import SUBTASKS, Task
@@ -224,7 +224,7 @@ def test_summary() -> None:
     assert list(summary["table"]) == ["recursive", "cot"]
     assert list(summary["table"]["cot"]) == ["yarn/65", "resonance_yarn/65"]
     row = summary["table"]["cot"]["yarn/65"]
-    assert row["seeds"] == 3 and row["paper"] == PAPER["cot"]["yarn"] == 98.71
+    assert row["seeds"] == 3 and row["paper"] is None  # of other lengths
     assert row["ood"] == pytest.approx(30) and row["ood_variance"] == pytest.approx(700)
     assert row["ood_std"] == pytest.approx(700**0.5) and row["continued_ood"] == pytest.approx(75)
     assert (row["trained_id"], row["first"], row["near"], row["far"]) == (100, 50, 50, None)
@@ -286,9 +286,17 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
 def test_p_values_are_adjusted_for_the_table() -> None:
     """Holm's example of four: the smallest is multiplied by 4, the next by 3, and none falls below one before it."""
-    pairs = [{"p": 0.03}, {"p": None}, {"p": 0.005}, {"p": 0.04}, {"p": 0.01}]
+    pairs = [{"p": p, "seeds": 5} for p in (0.03, 0.005, 0.04, 0.01)] + [{"p": None, "seeds": 1}]
     adjust(pairs)
-    assert [pair["p_holm"] for pair in pairs] == [pytest.approx(0.06), None, *map(pytest.approx, (0.02, 0.06, 0.03))]
+    assert [pair["p_holm"] for pair in pairs] == [*map(pytest.approx, (0.06, 0.02, 0.06, 0.03)), None]
+
+
+def test_rows_without_a_difference_are_comparisons_too() -> None:
+    values = [[3.0, 5, 4, 6, 2], [0.0] * 5, [1.0] * 5, [2.0]]
+    pairs = [paired(np.array(of_seeds)) for of_seeds in values]
+    adjust(pairs)
+    assert [pair["p"] for pair in pairs[1:]] == [1, None, None]
+    assert pairs[0]["p_holm"] == pytest.approx(3 * pairs[0]["p"]) and pairs[1]["p_holm"] == 1
 
 
 def test_figure(swept, tmp_path, monkeypatch) -> None:

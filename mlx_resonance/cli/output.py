@@ -21,6 +21,7 @@ from rich.progress import (
 from rich.progress import Task as ProgressTask
 from rich.text import Text
 
+from ..errors import ANOTHER, UsageError
 from ..storage import check_output, full_disk
 
 # A path with brackets is not markup.
@@ -41,6 +42,13 @@ def check_outputs(output: Path | None = None, plot: Path | None = None, option: 
         from ..plots import image_path
 
         image_path(plot)
+    check_apart(output, plot)
+
+
+def check_apart(results: Path | None, plot: Path | None) -> None:
+    """Refuse a figure that would overwrite the results."""
+    if results is not None and plot is not None and results.resolve() == plot.resolve():
+        raise UsageError(f"{plot} is the file of the results, too", remedies=[{"plot": ANOTHER}])
 
 
 def draw(plot: Callable[..., None], *data: Any, path: Path) -> None:

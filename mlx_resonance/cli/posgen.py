@@ -14,13 +14,13 @@ from typer import Argument, BadParameter, Option
 
 from ..errors import MissingFileError, UsageError, check_option
 from ..posgen.data import LARGEST, SPLITS, make_table
-from ..posgen.report import BAR, PAPER, WEIGHTS, below_bar, figure_of, summarize
+from ..posgen.report import BAR, WEIGHTS, below_bar, figure_of, paper_of, summarize
 from ..posgen.settings import ENCODINGS, LONGEST, MOST_SEEDS, MOST_STEPS, PRESETS, Settings, settings_from, sweep_seeds
 from ..posgen.tasks import ARITHMETICS, LARGEST_SUM, SUBTASKS, Task
 from ..storage import atomic_file, check_output_folder
 from .errors import Command
 from .options import Json, completed_from, file, path
-from .output import check_outputs, count_bar, draw, print_json, stderr, stdout
+from .output import check_apart, check_outputs, count_bar, draw, print_json, stderr, stdout
 
 app = typer.Typer(help="PosGen: train on short sequences, test on long ones.", no_args_is_help=True)
 
@@ -110,7 +110,7 @@ def train(
     if json:
         print_json(result | {"split": settings.split, "output": str(folder)})
     else:
-        _print_result(result, settings)
+        _print_result(result, settings, task)
         stdout.print(f"wrote {folder}")
 
 
@@ -134,7 +134,7 @@ def evaluate(
     if json:
         print_json(result | {"split": settings.split})
     else:
-        _print_result(result, settings)
+        _print_result(result, settings, Task(result["subtask"], **result["task"]))
 
 
 @app.command(cls=Command)
@@ -194,6 +194,7 @@ def report(
     from ..posgen.sweep import read_results
 
     check_outputs(plot=plot)
+    check_apart(results, plot)
     header, lines = read_results(results)
     if not lines:
         raise UsageError(f"{results} has no results yet", option="results")
@@ -234,7 +235,7 @@ def _progress(bar: Any, encoding: str, settings: Settings) -> Callable[[int, flo
     return show
 
 
-def _print_result(result: dict[str, Any], settings: Settings) -> None:
+def _print_result(result: dict[str, Any], settings: Settings, task: Task) -> None:
     inside, outside = f"up to {settings.train_length}", f"{settings.train_length + 1} to {settings.test_length}"
     table = Table("accuracy, %", inside, outside, box=None, pad_edge=False)
     table.add_row("teacher-forced", *(f"{100 * result[name]:.2f}" for name in ("id", "ood")))
@@ -246,7 +247,7 @@ def _print_result(result: dict[str, Any], settings: Settings) -> None:
         soft_wrap=True,
     )
     stdout.print(table)
-    paper = PAPER[result["subtask"]].get(result["encoding"])
+    paper = paper_of(task, settings, result["encoding"])
     if paper is not None:
         text = f"The paper reports {paper} past the training length (teacher-forced, 5 seeds, a larger model)."
         stdout.print(text, soft_wrap=True)
@@ -264,20 +265,26 @@ def _print_report(header: dict[str, Any], summary: dict[str, Any], weights: str)
     stdout.print("angles. near, far: where the last tokens tell the next one, and where the far")
     stdout.print("window has moved.")
     for subtask, readings in summary["table"].items():
-        counts = sorted({row["seeds"] for row in readings.values()})
+        same = summary["same_seeds"][subtask]
+        seeds = f"{next(iter(readings.values()))['seeds']} seeds" if same else "(number of seeds)"
         table = Table(box=None, pad_edge=False, collapse_padding=True)
-        table.add_column(f"{subtask},\n{'-'.join(map(str, counts))} seeds", min_width=18, no_wrap=True)
-        for name in ("first", "learned", "near\nin", "in", "out", "std", "near\nout", "far\nout", "paper"):
-            table.add_column(name, justify="right", no_wrap=True)
+        table.add_column(f"{subtask},\n{seeds}", min_width=18, no_wrap=True)
+        for column in ("first", "learned", "near\nin", "in", "out", "std", "near\nout", "far\nout", "paper"):
+            table.add_column(column, justify="right", no_wrap=True)
         for reading, row in readings.items():
             names = ("first", "trained_id", "trained_near", "id", "ood", "ood_std", "near", "far", "paper")
             cells = ["" if row[name] is None else f"{row[name]:.1f}" for name in names]
-            table.add_row(reading, cells[0], cells[1] + "*" * below_bar(row), *cells[2:])
+            label = reading if same else f"{reading} ({row['seeds']})"
+            table.add_row(label, cells[0], cells[1] + "*" * below_bar(row), *cells[2:])
         limits = summary["bounds"][subtask]
         for bound in ("chance", "ceiling"):
             near_and_far = (f"{limits[kind][bound]:.1f}" if kind in limits else "" for kind in ("near", "far"))
             table.add_row(bound, "", "", "", "", f"{limits['all'][bound]:.1f}", "", *near_and_far)
         stdout.print(table)
+    if uneven := [subtask for subtask, same in summary["same_seeds"].items() if not same]:
+        subtasks = ", ".join(uneven)
+        stdout.print(f"{subtasks}: the rows are means over different seeds, not to be compared;", soft_wrap=True)
+        stdout.print("the pairs below are of the seeds that both have.")
     stdout.print("chance, ceiling: the best guess from no tokens, and from the last ones alone.")
     if any(summary["pairs"].values()):
         stdout.print("What resonance adds past the training length, paired by seed: Student's 95 %")

@@ -57,6 +57,8 @@ class PasskeyGrid:
     def __post_init__(self) -> None:
         right = bool(self.lengths) and all(1 <= length <= LONGEST for length in self.lengths)
         check_option("lengths", right, "in [1, 2**31] tokens", list(self.lengths))
+        for name, values in (("lengths", self.lengths), ("depths", self.depths)):
+            check_option(name, len(set(values)) == len(values), "each given once", list(values))
         right = bool(self.depths) and all(0 <= depth <= 100 for depth in self.depths)
         check_option("depths", right, "in [0, 100]", list(self.depths))
         check_option("repetitions", 1 <= self.repetitions <= MOST, f"in [1, {MOST}]", self.repetitions)

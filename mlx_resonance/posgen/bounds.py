@@ -17,7 +17,8 @@ TOKENS = 800_000  # of the rows: two thirds to fit on, one third to test on
 def bounds(task: Task, length: int) -> dict[str, dict[str, float]]:
     """Measured accuracies of two predictors, by kind of token.
 
-    Both are fitted by counting on random sequences and tested on others; all positions of a kind are pooled.
+    Both are fitted by counting on random sequences and tested on others, or fitted to all sequences where these are
+    few; all positions of a kind are pooled.
 
     Args:
         task: the rule.
@@ -29,6 +30,7 @@ def bounds(task: Task, length: int) -> dict[str, dict[str, float]]:
         them tell. Accuracies in [0, 1].
     """
     wanted, possible = TOKENS // length + 3, task.modulus**task.seed_length
+    everything = possible <= wanted
     if possible < 2**63:
         rows = make_table(task, "disjoint", min(wanted, possible), length)
     else:  # no two of so many will be the same
@@ -41,8 +43,8 @@ def bounds(task: Task, length: int) -> dict[str, dict[str, float]]:
         # The first token has no predecessor that follows from a sum: its sum is all that could tell it.
         views = [] if kind == "first" else _views(task, rows, positions)
         result[kind] = {
-            "chance": _accuracy(nothing, rows[:, positions]),
-            "ceiling": max(_accuracy(seen, rows[:, positions]) for seen in (nothing, *views)),
+            "chance": _accuracy(nothing, rows[:, positions], everything),
+            "ceiling": max(_accuracy(seen, rows[:, positions], everything) for seen in (nothing, *views)),
         }
     return result
 
@@ -60,15 +62,18 @@ def _views(task: Task, rows: Int32Array, positions: NDArray[np.intp]) -> list[ND
     return [shortcut, total(positions, task.seed_length)]
 
 
-def _accuracy(seen: NDArray[np.int64], answers: Int32Array) -> float:
-    """The share of the last third's answers that are the most frequent ones after the same view in the others."""
-    fit = max(1, 2 * len(seen) // 3)
+def _accuracy(seen: NDArray[np.int64], answers: Int32Array, everything: bool) -> float:
+    """The share of the last third's answers that are the most frequent ones after the same view in the others.
+
+    Of `everything` there is, the share of all answers that are the most frequent ones after the same view.
+    """
+    fit, test = (len(seen), 0) if everything else (2 * len(seen) // 3,) * 2
     classes = int(answers.max()) + 1
     pairs, counts = np.unique(seen[:fit] * classes + answers[:fit], return_counts=True)
     order = np.lexsort((counts, pairs // classes))  # within a view, the most frequent answer last
     views, answer = pairs[order] // classes, pairs[order] % classes
     last = np.flatnonzero(np.append(views[1:] != views[:-1], True))
     views, answer = views[last], answer[last]
-    at = np.searchsorted(views, seen[fit:]).clip(max=len(views) - 1)
-    guess = np.where(views[at] == seen[fit:], answer[at], np.bincount(answers[:fit].ravel()).argmax())
-    return float((guess == answers[fit:]).mean())
+    at = np.searchsorted(views, seen[test:]).clip(max=len(views) - 1)
+    guess = np.where(views[at] == seen[test:], answer[at], np.bincount(answers[:fit].ravel()).argmax())
+    return float((guess == answers[test:]).mean())

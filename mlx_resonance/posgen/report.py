@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import UsageError
 from ..run_log import Record
 from .bounds import bounds
-from .settings import BASES, Reading, settings_from
+from .settings import BASES, Reading, Settings, settings_from
 from .tasks import SUBTASKS, Task
 
 # arXiv 2403.00071v2, Table 1: accuracy in % past the training length, mean of 5 seeds.
@@ -20,6 +20,7 @@ PAPER = {
     "cot": {"rope": 69.56, "resonance_rope": 75.25, "yarn": 98.71, "resonance_yarn": 99.58},
     "semi-recursive": {"rope": 17.96, "resonance_rope": 29.78, "yarn": 33.70, "resonance_yarn": 48.46},
 }
+PAPER_TASK, PAPER_LENGTHS = ("mod_addition", 17, 3, 1), (64, 256)  # arithmetic, modulus, near, far; digits
 BAR = 99.0  # %: a model below it, within the training length, has not learned its task
 WEIGHTS = ("best", "last")
 GENERATED = ("generated_id", "generated_ood", "continued_ood")
@@ -42,12 +43,13 @@ def summarize(header: Record, lines: Sequence[Record], weights: str = "best") ->
         variance, `near` and `far` tokens; of generated text; the paper's mean.
         `pairs`: per subtask and reading of a base encoding, resonance minus plain past the training length, paired by
         seed (see `paired`), with `p_holm`, adjusted for all pairs of the table. What has no value is None.
+        `same_seeds`: per subtask, whether all readings are means over the same seeds.
 
     Raises:
         UsageError: a line has no weights of the last step.
     """
     settings = settings_from(header["settings"])
-    report: dict[str, Any] = {"bounds": {}, "table": {}, "pairs": {}}
+    report: dict[str, Any] = {"bounds": {}, "table": {}, "pairs": {}, "same_seeds": {}}
     for subtask in (name for name in SUBTASKS if any(line["subtask"] == name for line in lines)):
         task = Task(subtask, **header["task"])
         kinds = task.kinds(settings.test_length)
@@ -60,8 +62,10 @@ def summarize(header: Record, lines: Sequence[Record], weights: str = "best") ->
                 reading = Reading(line["encoding"], line["ramp"])
                 found.setdefault(reading, {})[line["seed"]] = measured | _by_kind(measured, inside, outside)
         order = sorted(found, key=_order)
+        report["same_seeds"][subtask] = len({frozenset(of) for of in found.values()}) == 1
         report["table"][subtask] = {
-            str(reading): _statistics(list(found[reading].values())) | {"paper": PAPER[subtask].get(reading.encoding)}
+            str(reading): _statistics(list(found[reading].values()))
+            | {"paper": paper_of(task, settings, reading.encoding)}
             for reading in order
         }
         report["pairs"][subtask] = {}
@@ -75,6 +79,13 @@ def summarize(header: Record, lines: Sequence[Record], weights: str = "best") ->
     return report
 
 
+def paper_of(task: Task, settings: Settings, encoding: str) -> float | None:
+    """The paper's mean accuracy in % past the training length; None for what it has not: other rules or lengths."""
+    same = (task.arithmetic, task.modulus, task.near, task.far) == PAPER_TASK
+    same &= (settings.train_length, settings.test_length) == PAPER_LENGTHS
+    return PAPER[task.subtask].get(encoding) if same else None
+
+
 def paired(differences: NDArray[np.float64]) -> dict[str, Any]:
     """The mean of paired differences with Student's 95 % interval and p-value.
 
@@ -83,11 +94,13 @@ def paired(differences: NDArray[np.float64]) -> dict[str, Any]:
 
     Returns:
         `seeds`, `difference`, `low`, `high` and `p`; the last three are None with fewer than two seeds, or if all
-        differences are the same.
+        differences are the same, but that `p` is 1 if they are all 0.
     """
     result: dict[str, Any] = {"seeds": len(differences), "difference": float(differences.mean())}
     result |= {"low": None, "high": None, "p": None}
-    if len(differences) > 1 and np.ptp(differences) > 1e-9 * np.abs(differences).max():
+    if len(differences) > 1 and not differences.any():
+        result["p"] = 1.0
+    elif len(differences) > 1 and np.ptp(differences) > 1e-9 * np.abs(differences).max():
         from scipy import stats  # takes a second to import
 
         test = stats.ttest_rel(differences, np.zeros(len(differences)))
@@ -97,11 +110,12 @@ def paired(differences: NDArray[np.float64]) -> dict[str, Any]:
 
 
 def adjust(pairs: Sequence[dict[str, Any]]) -> None:
-    """Give each pair `p_holm`: its p-value, adjusted for all those of the table. Source: Holm 1979."""
+    """Give each pair `p_holm`: its p-value, adjusted for all pairs of two seeds or more. Source: Holm 1979."""
+    count = sum(pair["seeds"] > 1 for pair in pairs)  # those without a p-value are comparisons, too
     tested = sorted((pair for pair in pairs if pair["p"] is not None), key=lambda pair: pair["p"])
     adjusted = 0.0
     for rank, pair in enumerate(tested):
-        adjusted = max(adjusted, min(1.0, (len(tested) - rank) * pair["p"]))
+        adjusted = max(adjusted, min(1.0, (count - rank) * pair["p"]))
         pair["p_holm"] = adjusted
     for pair in pairs:
         pair.setdefault("p_holm", None)

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 from ..errors import ANOTHER, FileInTheWayError, UsageError, check_option
 from ..files import read_header
 from ..run_log import RunLog
-from ..storage import atomic_file, disk_errors
+from ..storage import atomic_file, disk_errors, sha256
 from ..wired import wired
 from .settings import LONGEST, Settings
 from .sweep import FIELDS, KEY, KIND, from_header, header, read_results
@@ -45,7 +45,7 @@ def train_into(
         A result as from `results`; the one in the folder if the run is finished.
 
     Raises:
-        UsageError: an argument is wrong, or the folder has another run.
+        UsageError: an argument is wrong, or the folder has another run, or this one's result without its weights.
         FileInTheWayError: the folder has something else.
         OSError: the disk is full.
     """
@@ -63,7 +63,10 @@ def train_into(
         result = results(run, model, best)[0]
         with atomic_file(folder / WEIGHTS) as partial, disk_errors(folder / WEIGHTS):
             mx.save_safetensors(str(partial), dict(tree_flatten(model.parameters())))
+        result["weights"] = sha256(folder / WEIGHTS)
         log.append(result)
+    elif not (folder / WEIGHTS).is_file():
+        raise UsageError(f"{folder} has the result of this run but not its {WEIGHTS}", remedies=[{"output": ANOTHER}])
     (folder / CHECKPOINT).unlink(missing_ok=True)
     return result
 
@@ -81,12 +84,12 @@ def evaluate_from(
         ramp: tokens over which YaRN's ramp counts turns; None for those of the settings.
 
     Returns:
-        A result as from `results`, without `last` and with `settings`; `step` and `validation_id` are those of the
-        choice of the weights.
+        A result as from `results`, without `last` and with `task` and `settings`; `step` and `validation_id` are those
+        of the choice of the weights.
 
     Raises:
         MissingFileError: a file is missing.
-        UsageError: the folder has no finished run, or an argument is wrong.
+        UsageError: the folder has no finished run, or weights of another one, or an argument is wrong.
     """
     found, lines = read_results(folder / RUN, "model")
     if not lines:
@@ -104,12 +107,14 @@ def evaluate_from(
     run = Run(task, settings, readings, trained["seed"])
     model = run.model()
     read_header(folder / WEIGHTS)  # refuse a damaged file
+    if trained.get("weights", digest := sha256(folder / WEIGHTS)) != digest:
+        raise UsageError(f"{folder / WEIGHTS} is not of the run that {folder / RUN} is about", option="model")
     weights: Any = mx.load(str(folder / WEIGHTS))
     model.load_weights(list(weights.items()))
     model.eval()
     best = Best(run, model)
     best.keep(readings[0], trained["step"], trained["validation_id"], model)
-    result = results(run, model, best)[0] | {"settings": asdict(settings)}
+    result = results(run, model, best)[0] | {"task": found["task"], "settings": asdict(settings)}
     del result["last"]  # the folder has the best weights alone
     # What was measured with the angles of the training, which these may not be.
     return result | {name: trained[name] for name in ("first", "trained_id", "trained")}

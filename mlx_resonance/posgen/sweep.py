@@ -50,7 +50,7 @@ def from_header(path: Path, found: Record, subtask: str = SUBTASKS[0]) -> tuple[
 
 
 def read_results(path: Path, option: str = "results") -> tuple[Record, list[Record]]:
-    """The header and the results of a run log of PosGen.
+    """The header and the results of a run log of PosGen, one for each key: the last line with a key counts.
 
     Raises:
         MissingFileError: there is no such file.
@@ -60,7 +60,7 @@ def read_results(path: Path, option: str = "results") -> tuple[Record, list[Reco
     settings, task = from_header(path, found)
     for number, line in enumerate(lines, 2):
         _check_result(f"{path}, line {number}", line, settings, task, option)
-    return found, lines
+    return found, list({tuple(line[name] for name in KEY): line for line in lines}.values())
 
 
 def runs_left(
