@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
+import hashlib
 import json
 import os
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,7 +26,7 @@ class RunLog:
 
     The first line is the header: `{kind: 1, …}` with information for the reader and the settings that all results
     share. Each further line is a result. An unfinished last line, left by a killed run, is dropped. A header without a
-    result, left by a run that failed before its first one, binds nobody: another run writes its own.
+    result, left by a run that ended before its first one, binds nobody: another run writes its own.
 
     Args:
         path: the file; it is created, with its folder, if it does not exist.
@@ -33,6 +36,8 @@ class RunLog:
         key: the fields that identify a result.
         fields: the types of the fields that every result must have; the key's fields are always required.
         option: the parameter that names the file, for errors.
+        begun: whether there is more of the run than this file has, such as a checkpoint: its header then binds without
+            a result.
 
     Raises:
         UsageError: the file has another kind or other settings, and both values of the first difference are named; or
@@ -50,6 +55,7 @@ class RunLog:
         key: Sequence[str],
         fields: Mapping[str, type] | None = None,
         option: str = "output",
+        begun: bool = False,
     ) -> None:
         path = user_path(path)
         check_output(path, option)
@@ -58,6 +64,7 @@ class RunLog:
         self._fields = dict(fields or {})
         self.settings: Record = json.loads(json.dumps(settings))  # tuples become lists, as in the file
         path.parent.mkdir(parents=True, exist_ok=True)
+        in_use = _claimed_by_others(path)
         with open(path, "ab+", buffering=0) as file, _locked(file):
             file.seek(0)
             content = file.read()
@@ -65,7 +72,8 @@ class RunLog:
             self._refuse_foreign_end(content[len(whole) :], has_header=bool(whole))
             if whole:
                 found, lines = _parse(path, kind, whole, option)
-                if not lines and any(found.get(name) != value for name, value in self.settings.items()):
+                other = any(found.get(name) != value for name, value in self.settings.items())
+                if other and not lines and not begun and not in_use:
                     whole = b""
                 else:
                     self._take(whole)
@@ -249,6 +257,29 @@ def _locked(file: Any) -> Iterator[None]:
     with contextlib.suppress(OSError):
         fcntl.flock(file, fcntl.LOCK_EX)
     yield  # closing the file unlocks it
+
+
+_claims: dict[str, Any] = {}  # by name, the files that this process keeps open
+
+
+def _claimed_by_others(path: Path) -> bool:
+    """Claim a run log until this process ends; whether another process that has not ended has claimed it, too.
+
+    A lock of the process, not of an open file: a failed run in a notebook is no other process. It is on a file of its
+    own, since closing any handle of a file gives up all such locks on it. Where there are no locks, nobody claims.
+    """
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    with contextlib.suppress(OSError):
+        if name not in _claims:
+            _claims[name] = open(Path(tempfile.gettempdir()) / f"mlx-resonance-{name}.lock", "ab+")
+        try:
+            fcntl.lockf(_claims[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            others = False
+        except OSError as error:
+            others = error.errno in (errno.EACCES, errno.EAGAIN)
+        fcntl.lockf(_claims[name], fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return others
+    return False
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

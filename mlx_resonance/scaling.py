@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from .errors import UsageError
+from .errors import Remedy, UsageError
 from .positions import position_map
 from .rope_config import RopeConfig
 from .rope_types import LONGEST, MAKERS, ORIGINAL, PREFIX
@@ -188,6 +188,12 @@ def check_context(rope: RopeConfig, tokens: int, what: str = "") -> None:
         f"{what} exceed the checkpoint's context of {limit:,} tokens{why}",
         remedies=[*([] if factor is None else [{"factor": factor}]), {"extend": "dynamic"}],
     )
+
+
+def larger_context(rope: RopeConfig, context: int, tokens: int) -> list[Remedy]:
+    """Remedies where tokens exceed the context in use: all there may be, where config.json leaves that open."""
+    longest = rope.length_if_unscaled or 0
+    return [{"context": longest}] if context == rope.context_length and tokens <= longest else []
 
 
 @cache  # once is enough for all prompts of a process

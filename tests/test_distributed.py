@@ -234,6 +234,10 @@ def ends(models: list[Path], stdlib_llama: Path, tmp_path_factory: pytest.TempPa
         "read": cached("first", "second"),
         "of one": cached("first", "third"),
         "of both": cached("first", "third"),
+        "rotated": [
+            ["--model", stdlib_llama, *prompt, "--prompt-cache", folder / "rotated", "--kv-bits", 4, "--kv-rotate"]
+        ]
+        * 2,
         "answers": [["--model", whole, *answers, "--temp", 1]] * 2,  # no seed: they must agree on one
     }
     (folder / "commands.json").write_text(json.dumps(list(commands.values()), default=str))
@@ -267,6 +271,8 @@ def test_the_prompt_cache_of_two_processes(ends: dict[str, Any]) -> None:
     assert {run[0][1] for run in runs} == {runs[0][0][1]} != {""} and not any(run[1][1] + run[1][2] for run in runs)
     assert [[known for *_, known in run] for run in runs[:2]] == [[0, 0]] * 2
     assert runs[2][0][3] == runs[2][1][3] > 100
+    assert [code for code, *_ in ends["rotated"]] == [0, 0], ends["rotated"]
+    assert len(list((ends["folder"] / "rotated").glob("*.safetensors"))) == 2
     for name in ("first", "second", "third"):
         assert len(list((ends["folder"] / name).glob("*.safetensors"))) == 1
 

@@ -10,7 +10,9 @@ from typing import Any
 from mlx_resonance import Checkpoint, load, stream_generate
 from mlx_resonance.errors import DeviceError, UsageError
 from mlx_resonance.generation import Engine, PromptCache, Sampling, engine, stream
+from mlx_resonance.generation.conversation import ContextFullError, Conversation
 from mlx_resonance.generation.engine import plan_context
+from mlx_resonance.server.worker import Work
 
 import mlx.core as mx
 import pytest
@@ -255,6 +257,8 @@ def test_texts_that_share_a_model_keep_their_own_angles(random_llama: Path, copy
     assert mx.array_equal(loaded[0](mx.array([short])), logits)
     Engine(*loaded).read(long)
     assert mx.array_equal(loaded[0](mx.array([short])), logits)
+    list(stream_generate(*load(folder), long, 6, draft_model=loaded[0], num_draft_tokens=2))
+    assert mx.array_equal(loaded[0](mx.array([short])), logits)
 
 
 def test_a_seed_is_that_of_its_own_text(loaded: Any) -> None:
@@ -287,3 +291,21 @@ def test_a_length_that_config_json_leaves_open_is_served_by_every_way(
     assert code == 0 and json.loads(answers.read_text().splitlines()[1])["text"] == wanted, err
     with pytest.raises(UsageError, match="exceed"):
         running.check([5] * 2048)
+
+
+def test_a_context_that_is_given_is_a_limit(checkpoint: Path, copy_of: Any) -> None:
+    """Memory is planned for it: by chat and server for the one that config.json states, if no other is asked for."""
+    folder = copy_of(checkpoint, rope_scaling={"type": "linear", "factor": 4.0}, rope_parameters=None)
+    loaded, long = load(folder), [5] * 600
+    for context in (512, 300):
+        running = Engine(*loaded, context=context)
+        with pytest.raises(UsageError, match=f"exceed the context of {context} tokens in use here") as error:
+            running.check(long, 4)
+        assert list(error.value.remedies) == [{"context": 2048}] * (context == 512)
+        work = Work([long], None, Sampling(), lambda _: None, most=64)
+        with pytest.raises(UsageError, match=f"exceed the context of {context} tokens in use here"):
+            running.stream(long, work.new(len(long), running.context))
+        with pytest.raises(ContextFullError, match=f"exceed the context of {context}") as full:
+            Conversation(running).put("import os\n" * 200)
+        assert ({"context": 2048} in full.value.remedies) == (context == 512)
+    assert Engine(*loaded, context=2048).check(long, 4) == 4

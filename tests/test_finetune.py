@@ -233,6 +233,20 @@ def test_a_weight_beyond_float16_is_refused_before_training(
         assert last.endswith("give --dtype float32 or --dtype bfloat16") and not out.exists()
     code, _, stderr = run(*arguments(texts, out, *SHORT, *kind, "--dtype", "bfloat16", model=model))
     assert code == 0, stderr
+    half = {n: value if n == name else value.astype(mx.float16) for n, value in weights.items()}  # float16 by itself
+    mx.save_safetensors(str(model / "model.safetensors"), half, {"format": "mlx"})
+    code, _, stderr = run(*arguments(texts, tmp_path / "half", *SHORT, *kind, model=model))
+    assert code == 2 and f"{name} has a value of 70000, beyond the range of float16" in stderr
+
+
+def test_the_range_is_checked_without_holding_the_model(checkpoint: Path) -> None:
+    opened = Checkpoint.open(checkpoint)
+    size = sum(value.nbytes for _, value in tree_flatten(opened.load().parameters()))
+    mx.synchronize()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    result.check_range(opened, "float16")
+    assert mx.get_active_memory() - before < size / 8 and mx.get_peak_memory() - before < 0.75 * size
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "granite", "smollm3"])

@@ -15,7 +15,7 @@ from mlx_resonance.errors import UsageError
 from mlx_resonance.finetuning import finetune
 from mlx_resonance.finetuning.chat import Chat, chat_of, encode, pair_of
 from mlx_resonance.finetuning.chunks import next_token_loss
-from mlx_resonance.finetuning.data import Batches, packed, rows_of, token_ids
+from mlx_resonance.finetuning.data import Batches, Dated, packed, rows_of, token_ids
 from mlx_resonance.tokenizer import load_tokenizer
 
 import mlx.core as mx
@@ -367,3 +367,13 @@ def test_a_run_resumes_on_another_day(chat_model: Path, tmp_path: Path, monkeypa
     chats(data, [3, 5, 8, 2, 4, 7])
     with pytest.raises(UsageError, match="results with other settings"):
         finetune(chat_model, data, tmp_path / "changed", **values)
+
+    # Those of another model are its own: the same files, but another template.
+    other = shutil.copytree(chat_model, tmp_path / "other")
+    (other / "chat_template.jinja").write_text("!" + (chat_model / "chat_template.jinja").read_text())
+    (folder := tmp_path / "kept").mkdir()
+    own = [np.full((2, 3), number) for number in (1, 2)]
+    first, second = (Dated(folder, Checkpoint.open(model), [data], (64, 0)) for model in (chat_model, other))
+    first.keep(own[0], None)
+    assert np.array_equal(first.as_begun(own[1], None)[0], own[0])
+    assert np.array_equal(second.as_begun(own[1], None)[0], own[1])

@@ -8,9 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from mlx_resonance import run_log
+from mlx_resonance import Checkpoint, plan_memory, run_log
 from mlx_resonance.errors import UsageError
 from mlx_resonance.evaluation.texts import read_documents
+from mlx_resonance.generation.memory import usable
 
 import pyarrow
 import pytest
@@ -162,3 +163,17 @@ def test_parquet(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UsageError, match="is not a whole parquet file"):
         list(read_documents([path], "text"))
+
+
+@pytest.mark.parametrize("ropes", ["resonance_yarn,default", "default,resonance_yarn"])
+def test_the_memory_of_every_rope_is_planned(run: Any, stdlib_llama: Path, tmp_path: Path, ropes: str) -> None:
+    """A position map, which a rope with so long a context does not need, keeps keys twice."""
+    (tmp_path / "a.txt").write_text("import os\n" * 10000)
+    mapped = plan_memory(Checkpoint.open(stdlib_llama).extended("dynamic", 4096), 4096).total
+    plain = plan_memory(Checkpoint.open(stdlib_llama, factor=8), 4096).total
+    assert plain < mapped
+    memory = (plain + mapped) // 2 + 4 * 10**9 - usable(4 * 10**9)
+    options = ("--rope", ropes, "--factor", 8, "--extend", "dynamic", "--contexts", 4096, "--truncate")
+    options += ("--memory", f"{memory / 10**6:.3f}MB", "--output", tmp_path / "x.jsonl")
+    code, out, err = run("eval", "perplexity", "-m", stdlib_llama, "--data", tmp_path / "a.txt", *options)
+    assert (code, out) == (2, "") and "the limit is" in err

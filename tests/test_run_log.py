@@ -5,6 +5,8 @@ from __future__ import annotations
 import multiprocessing
 import resource
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,32 @@ def test_an_unfinished_header_is_written_again(tmp_path: Path) -> None:
         path.write_bytes(whole[:length])
         open_log(path)
         assert path.read_bytes() == whole
+
+
+def test_the_header_of_a_run_in_progress_binds(tmp_path: Path) -> None:
+    """Until its process ends, or while there is more of it than the log."""
+    path = tmp_path / "results.jsonl"
+    text = """
+import sys
+from mlx_resonance.run_log import RunLog
+RunLog(sys.argv[1], "passkey", {"settings": {"length": 64}}, key=("n",))
+print("ready", flush=True)
+sys.stdin.read()
+"""
+    other, pipes = {"settings": {"length": 65}}, {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", text, path], **pipes) as running:  # type: ignore[call-overload]
+        assert running.stdout.readline() == b"ready\n"
+        before = path.read_bytes()
+        with pytest.raises(UsageError, match="length is 64 there and 65 here"):
+            RunLog(path, "passkey", other, key=("n",))
+        RunLog(path, "passkey", {"settings": {"length": 64}}, key=("n",))
+        assert path.read_bytes() == before
+        running.kill()
+    with pytest.raises(UsageError, match="length is 64 there and 65 here"):
+        RunLog(path, "passkey", other, key=("n",), begun=True)
+    assert path.read_bytes() == before
+    RunLog(path, "passkey", other, key=("n",))
+    assert path.read_bytes() != before
 
 
 def test_a_header_without_results_is_replaced_by_other_settings(tmp_path: Path) -> None:

@@ -150,7 +150,8 @@ def _subject(
     variants = [checkpoint.with_rope(rope).extended(extend, longest) for rope in settings]
     for variant in () if beyond else variants:
         check_contexts(name, variant.rope, protocol.contexts, evaluator)
-    options.require_memory(variants[0], longest, memory, force)  # the others take as much
+    for variant in variants:  # a position map, which some may not need, keeps keys twice
+        options.require_memory(variant, longest, memory, force)
     tokenizer = checkpoint.tokenizer
     start = [] if tokenizer.bos_token_id is None else [tokenizer.bos_token_id]
     minimum = max(chosen["min_tokens"], protocol.shortest(len(start)))

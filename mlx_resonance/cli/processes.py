@@ -115,6 +115,7 @@ class Processes:
             identity: from `cache_identity`.
         """
         from ..generation import PromptCache
+        from ..generation.prompt_cache import ROTATED
 
         if self.size == 1:
             return PromptCache(folder, max_bytes=max_bytes, **identity)
@@ -132,7 +133,8 @@ class Processes:
                 return common
 
         def of_part(key: str) -> str:
-            return sha256(f"{key} {self.rank} {self.size}".encode()).hexdigest()[:16]
+            part = sha256(f"{key} {self.rank} {self.size}".encode()).hexdigest()[:16]
+            return part + (ROTATED if key.endswith(ROTATED) else "")
 
         own = {"key": of_part(identity["key"]), "beginning": beginning and (of_part(beginning[0]), beginning[1])}
         return Part(folder, max_bytes=max_bytes, **identity | own)

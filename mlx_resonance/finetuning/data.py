@@ -16,6 +16,7 @@ import numpy as np
 from mlx_lm.tokenizer_utils import TokenizerWrapper
 from numpy.typing import NDArray
 
+from ..checkpoint import Checkpoint
 from ..errors import ANOTHER, MissingFileError, UsageError
 from ..evaluation.texts import LINES, check_files, data_digest, read_documents
 from ..files import user_path
@@ -132,14 +133,14 @@ class Dated:
 
     Args:
         folder: where the run is made.
-        tokenizer: of the checkpoint.
+        source: the checkpoint, whose tokenizer makes them.
         files, packing: what the sequences are made of, and how.
     """
 
-    def __init__(self, folder: Path, tokenizer: TokenizerWrapper, files: list[Path], packing: Sequence[Any]) -> None:
+    def __init__(self, folder: Path, source: Checkpoint, files: list[Path], packing: Sequence[Any]) -> None:
         self.path, self.kept = folder / "sequences.npz", False
-        self.dated = "strftime_now" in str(getattr(tokenizer, "chat_template", None))
-        self.made_of = json.dumps([data_digest(files, TEXT), *packing]) if self.dated else ""
+        self.dated = "strftime_now" in str(getattr(source.tokenizer, "chat_template", None))
+        self.made_of = json.dumps([source.digest, data_digest(files, TEXT), *packing]) if self.dated else ""
 
     def as_begun(self, sequences: Ids, held_out: Ids | None) -> tuple[Ids, Ids | None]:
         """Those that an earlier run has kept, if they are made of the same files; otherwise these."""

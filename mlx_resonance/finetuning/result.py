@@ -24,13 +24,15 @@ ADAPTERS = "adapters"
 TYPES = {mx.float32: "F32", mx.float16: "F16", mx.bfloat16: "BF16"}  # safetensors' names
 
 
-def check_range(model: nn.Module, dtype: str | None) -> None:
+def check_range(source: Checkpoint, dtype: str) -> None:
     """Refuse a result in float16 where the source has weights beyond it, before anything is trained.
+
+    The weights are read, one at a time: no model that is trained afterwards keeps them.
 
     Raises:
         UsageError: the first such tensor, with the types that hold it.
     """
-    weights = _fused(model, mx.float32) if dtype == "float16" else {}
+    weights = _fused(source.load(lazy=True), mx.float32) if dtype == "float16" else {}
     for name in list(weights):
         largest: float = mx.max(mx.abs(weights.pop(name))).item()  # type: ignore[assignment]
         if largest > mx.finfo(mx.float16).max:

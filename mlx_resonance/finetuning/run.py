@@ -99,7 +99,7 @@ def finetune(
     held_out = packed(valid_files, *packing)[:HELD_OUT] if valid_files else None
     context = source.rope.context_length if recipe.skip_positions else None
     with atomic_folder(target, RESULT) as partial:
-        dated = Dated(partial, source.tokenizer, [*train_files, *valid_files], packing[1:])
+        dated = Dated(partial, source, [*train_files, *valid_files], packing[1:])
         sequences, held_out = dated.as_begun(sequences, held_out)
         settings = source.settings() | {
             "recipe": asdict(recipe),
@@ -110,8 +110,8 @@ def finetune(
         log = open_log(partial, settings, source.name)
         dated.keep(sequences, held_out)
         trained = source.load(lazy=True)
-        check_range(trained, dtype)
         dtype = dtype or str(trained.model.norm.weight.dtype).removeprefix("mlx.core.")
+        check_range(source, dtype)
         prepare(trained, recipe)
         expect(trained, context or 0)  # angles that change with the length are those of the whole context
         with wired(model=trained), activation_checkpointing(trained, recipe.grad_checkpoint):

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from ..errors import Remedy, UsageError, check_option
-from ..scaling import check_context
+from ..scaling import check_context, larger_context
 from .engine import Engine
 from .messages import Message, chat_tokens, question_messages
 from .prefill import Progress
@@ -217,6 +217,7 @@ class Conversation:
                 check_context(self.engine.rope, tokens + room)
             except UsageError as error:
                 remedies = [*remedies, *error.remedies]
+        remedies = [*remedies, *larger_context(self.engine.rope, limit, tokens + room)]
         message = f"{tokens:,} tokens of conversation and {room:,} for an answer exceed the context of {limit:,}"
         return ContextFullError(message, remedies=remedies)
 

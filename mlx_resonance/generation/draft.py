@@ -65,14 +65,17 @@ class DraftProposer:
             return []
         if rope.depends_on_length:
             expect(self._model, self._prompt)
-        prefill(self._model, self._text, self._cache, pace=self._pace)
-        read, token = Inference(self._model), mx.array(self._text[-1:])
-        drawn = []
-        for _ in range(count):
-            logits = read(token[None], cache=self._cache)[:, -1, :]
-            token = mx.argmax(logits if self._rows is None else logits[:, : self._rows], axis=-1)
-            mx.async_eval(token)
-            drawn.append(token)
+        try:
+            prefill(self._model, self._text, self._cache, pace=self._pace)
+            read, token = Inference(self._model), mx.array(self._text[-1:])
+            drawn = []
+            for _ in range(count):
+                logits = read(token[None], cache=self._cache)[:, -1, :]
+                token = mx.argmax(logits if self._rows is None else logits[:, : self._rows], axis=-1)
+                mx.async_eval(token)
+                drawn.append(token)
+        finally:
+            expect(self._model, 0)  # another text of the same model has its own length
         self._proposed = mx.concatenate(drawn).tolist()  # type: ignore[assignment]
         return list(self._proposed)
 

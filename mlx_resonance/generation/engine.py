@@ -16,7 +16,7 @@ from ..errors import UsageError, check_option
 from ..rope import expect
 from ..rope_config import RopeConfig
 from ..rope_types import LONGEST
-from ..scaling import check_context
+from ..scaling import check_context, larger_context
 from ..tokenizer import check_ids
 from ..wired import wired
 from .cache import make_cache
@@ -80,6 +80,7 @@ class Engine:
         self.prompt_lookup: PromptLookup = "off" if agree is not None and prompt_lookup == "auto" else prompt_lookup
         self.pace = Pace(len(model.layers), prefill_step_size, agree=agree)
         self.context = context if context is not None else self.rope.context_length
+        self._given = context is not None  # then nothing may exceed it: memory was planned for it
         self.tokens: list[int] = []  # whose keys and values the caches hold
         self.cache: list[Any] = make_cache(model, GROWTH, self.kv_format)
         self._prompt = 0  # length of the last prompt: it decides angles that change with the length
@@ -141,9 +142,9 @@ class Engine:
         check_ids(self.tokenizer, list(tokens), self.vocabulary)
         rope, new, limit = self.rope, max_tokens or 1, self.context
         if limit is not None and len(tokens) + new > limit:
-            if limit != rope.context_length:
-                words = _in_words(len(tokens), new, limit)
-                raise UsageError(f"{words} exceed the context of {limit:,} tokens in use here")
+            if self._given and (limit != rope.context_length or rope.length_if_unscaled is not None):
+                words, remedies = _in_words(len(tokens), new, limit), larger_context(rope, limit, len(tokens) + new)
+                raise UsageError(f"{words} exceed the context of {limit:,} tokens in use here", remedies=remedies)
             check_context(rope, len(tokens) + new, _in_words(len(tokens), new, limit))
             limit = rope.length_if_unscaled or limit  # the file does not say which: there is a warning
         check_length(rope, len(tokens), new)

@@ -56,7 +56,8 @@ def train_into(
     if not record.exists() and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileInTheWayError(f"{folder} exists and has no {RUN}", remedies=[{"output": ANOTHER}])
     own = dict(zip(KEY, (task.subtask, *run.readings[0], seed), strict=True))
-    log = RunLog(record, KIND, header(preset, settings, task) | own, key=KEY, fields=FIELDS)
+    begun = (folder / CHECKPOINT).exists()
+    log = RunLog(record, KIND, header(preset, settings, task) | own, key=KEY, fields=FIELDS, begun=begun)
     result = log.find(*own.values())
     if result is None:
         model, best = run_training(run, folder / CHECKPOINT, on_progress)

@@ -63,7 +63,7 @@ class Work:
         """Maximum tokens of the answer to a prompt of that many; None for what the context has room for."""
         if self.max_tokens is not None or self.most is None or context is None:
             return self.max_tokens if self.max_tokens is not None else self.most
-        return min(self.most, context - prompt)
+        return max(1, min(self.most, context - prompt))  # a prompt without room is refused as such
 
 
 class _Cancelled(Exception):
