@@ -60,7 +60,7 @@ class Sweep(NamedTuple):
 SWEEPS = {
     "posgen-learned": Sweep("learned", {"semi-recursive": 10}),
     "posgen-learned-official": Sweep("learned", {"semi-recursive": 2}, {"split": "official"}),
-    "posgen-official-small": Sweep("official-small", {"semi-recursive": 1}),
+    "posgen-official-small": Sweep("official-small", {"semi-recursive": 2}),
     "posgen-shortcut": Sweep("shortcut", EVERY),
     "posgen-shortcut-official": Sweep("shortcut", EVERY, {"split": "official"}),
     "posgen-shortcut-train-scaled": Sweep(
