@@ -82,6 +82,8 @@ class RunLog:
             if not whole:
                 _write(file, _line({kind: 1} | dict(about or {}) | self.settings))
         self.reload()
+        if self._records:
+            _give_up_claim(path)
 
     def reload(self) -> None:
         """Read the results again: another process may have added some."""
@@ -148,6 +150,7 @@ class RunLog:
         if ours_alone:  # else what the others wrote is still to be read
             self._size += len(data)
         self._records |= {self._key_of(record): record for record in records}
+        _give_up_claim(self.path)
 
     def _key_of(self, record: Mapping[str, Any]) -> tuple[Any, ...]:
         return tuple(record[name] for name in self.key)
@@ -259,27 +262,39 @@ def _locked(file: Any) -> Iterator[None]:
     yield  # closing the file unlocks it
 
 
-_claims: dict[str, Any] = {}  # by name, the files that this process keeps open
+_claims: dict[Path, Any] = {}  # the lock files that this process keeps open
 
 
 def _claimed_by_others(path: Path) -> bool:
-    """Claim a run log until this process ends; whether another process that has not ended has claimed it, too.
+    """Claim a run log until it has a result or this process ends; whether another process has claimed it, too.
 
     A lock of the process, not of an open file: a failed run in a notebook is no other process. It is on a file of its
     own, since closing any handle of a file gives up all such locks on it. Where there are no locks, nobody claims.
     """
-    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    lock = _lock_of(path)
     with contextlib.suppress(OSError):
-        if name not in _claims:
-            _claims[name] = open(Path(tempfile.gettempdir()) / f"mlx-resonance-{name}.lock", "ab+")
+        file = _claims[lock] = _claims.get(lock) or lock.open("ab+")
         try:
-            fcntl.lockf(_claims[name], fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             others = False
         except OSError as error:
             others = error.errno in (errno.EACCES, errno.EAGAIN)
-        fcntl.lockf(_claims[name], fcntl.LOCK_SH | fcntl.LOCK_NB)
+        fcntl.lockf(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
         return others
     return False
+
+
+def _give_up_claim(path: Path) -> None:
+    """A log with results binds by itself: neither a file that is open nor one on the disk is left of the claim."""
+    if (file := _claims.pop(lock := _lock_of(path), None)) is not None:
+        with contextlib.suppress(OSError):
+            file.close()
+            lock.unlink(missing_ok=True)
+
+
+def _lock_of(path: Path) -> Path:
+    name = hashlib.sha256(os.fsencode(path.resolve())).hexdigest()[:16]
+    return Path(tempfile.gettempdir()) / f"mlx-resonance-{name}.lock"
 
 
 def _line(record: Mapping[str, Any]) -> bytes:

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from mlx_resonance import run_log
 from mlx_resonance.errors import UsageError
 from mlx_resonance.run_log import RunLog, read_run_log
 
@@ -78,8 +79,10 @@ sys.stdin.read()
     with pytest.raises(UsageError, match="length is 64 there and 65 here"):
         RunLog(path, "passkey", other, key=("n",), begun=True)
     assert path.read_bytes() == before
-    RunLog(path, "passkey", other, key=("n",))
-    assert path.read_bytes() != before
+    log = RunLog(path, "passkey", other, key=("n",))
+    assert path.read_bytes() != before and run_log._lock_of(path).exists()
+    log.append({"n": 1})
+    assert not run_log._lock_of(path).exists() and run_log._lock_of(path) not in run_log._claims
 
 
 def test_a_header_without_results_is_replaced_by_other_settings(tmp_path: Path) -> None:
