@@ -25,7 +25,7 @@ from mlx_resonance.posgen.train import Progress, Run
 from reporting import exit_with
 
 FOLDER = Path(__file__).parent / "results"
-TASK = Task(SUBTASKS[0], "mod_addition", 17, 3, 1)  # the paper's, of every subtask
+TASK = Task(SUBTASKS[0])  # the paper's, of every subtask
 PAIRS = ("rope", "resonance_rope", "ntk", "resonance_ntk", "yarn", "resonance_yarn")
 EVERY = {"recursive": 5, "cot": 5, "semi-recursive": 10}
 

@@ -62,7 +62,7 @@ def command(
         past += "" if loss is None else f"; costs {loss:g} % perplexity in SmolLM2-135M"
         stdout.print(f"with a KV cache in {name}: up to {most:,} tokens{past}" if most else f"in {name}: nothing fits")
     try:
-        beyond = [most for most in plan.max_context.values() if most > context_length and context is None]
+        beyond = [] if context else [most for most in plan.max_context.values() if most > context_length]
         check_context(checkpoint.rope, max(plan.context, min(beyond, default=0)))
     except UsageError as error:  # memory is not all that a context needs
         stdout.print(in_words(error, invocation.command), soft_wrap=True)
